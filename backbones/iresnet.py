@@ -1,0 +1,86 @@
+"""IResNet: the ResNet of ArcFace, InsightFace and AdaDistill (improved residual unit, Duta et al. 2020, arXiv:2004.04989)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from backbones.layers import in_float32
+
+_WIDTHS = (64, 128, 256, 512)
+
+
+class SEModule(nn.Module):
+    """Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507): scale each channel by a gate computed from all of them."""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1, bias=False)
+        self.relu = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1, bias=False)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.sigmoid(self.fc2(self.relu(self.fc1(self.avg_pool(x)))))
+
+
+class IBasicBlock(nn.Module):
+    """BN, conv, BN, PReLU, strided conv, BN, optional SE; added to the input, or to its 1x1 projection where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int, use_se: bool, project: bool):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        # Identities hold no weights, so state dicts are those of the published files.
+        self.se_block = SEModule(channels) if use_se else nn.Identity()
+        self.downsample = _projection(in_channels, channels, stride) if project else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.prelu(self.bn2(self.conv1(self.bn1(x))))
+        return self.se_block(self.bn3(self.conv2(out))) + self.downsample(x)
+
+
+class IResNet(nn.Module):
+    """Four stages of residual blocks on 112x112 faces, a linear layer on the 7x7 map, and a BatchNorm of unit scale.
+
+    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size) float32.
+    """
+
+    def __init__(self, blocks: Sequence[int], embedding_size: int, use_se: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.prelu = nn.PReLU(64)
+        in_widths = (64, *_WIDTHS[:-1])
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            _stage(*spec, use_se) for spec in zip(in_widths, _WIDTHS, blocks)
+        )
+        self.bn2 = nn.BatchNorm2d(512)
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(512 * 7 * 7, embedding_size)
+        self.features = nn.BatchNorm1d(embedding_size)
+        # The scale of the embedding stays fixed, as published: margins look at directions, and it would only drift.
+        self.features.weight.requires_grad = False
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.prelu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x = self.dropout(self.bn2(x).flatten(1))
+        return in_float32(lambda flat: self.features(self.fc(flat)), x)
+
+
+def _stage(in_channels: int, channels: int, blocks: int, use_se: bool) -> nn.Sequential:
+    first = IBasicBlock(in_channels, channels, 2, use_se, project=True)
+    return nn.Sequential(first, *(IBasicBlock(channels, channels, 1, use_se, project=False) for _ in range(blocks - 1)))
+
+
+def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))

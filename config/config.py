@@ -1,0 +1,120 @@
+"""The one global configuration: edit the values below and run a script, or override them on its command line.
+
+    ./run_AdaDistill.sh                                                     # what stands here
+    ./run_AdaDistill.sh loss=CosFace m=0.35 output=output/cos               # some values changed
+    ./run_AdaDistill.sh --config my_config.py                               # a copy of this file
+
+What belongs to a data set stands in DATASETS at the end; set such a key in the block or on the command line and it wins over the table.
+Relative paths here start at the repository root, on the command line at the current directory.
+"""
+
+from easydict import EasyDict
+
+
+class Config(EasyDict):
+    """An EasyDict in which a key that was not set is looked up in the table of the chosen data set."""
+
+    def __missing__(self, key):
+        return DATASETS[self["dataset"]][key]
+
+    def __getattr__(self, key):
+        if key.startswith("__") or key not in DATASETS.get(dict.get(self, "dataset"), {}):
+            raise AttributeError(f"the configuration has no key {key!r}")
+        return self[key]
+
+
+config = Config()
+
+# --- the run
+config.dataset = "emoreIresNet"            # a name of DATASETS
+config.output = "output/AdaDistill"        # checkpoints, logs and TensorBoard files of this run
+config.seed = 42                           # weights, order of the images, mirrors
+config.device = "auto"                     # "auto" (a GPU if there is one), "cpu", "cuda"
+config.global_step = 0                     # resume from the state of this step; 0: start (or --resume: the newest state)
+
+# --- student
+config.network = "mobilefacenet"           # mobilefacenet, mbf, mbf_large, iresnet18/34/50/100/200, ir18, ir50, ir101
+config.embedding_size = 512
+config.SE = False                          # squeeze-and-excitation, iresnet only
+config.pretrained_backbone_path = ""       # start the student from a backbone.pth (fine-tuning)
+config.pretrained_header_path = ""         # start the class centres from a header.pth
+
+# --- loss
+config.loss = "ArcFace"                    # MLLoss, CosFace, ArcFace, AdaFace
+config.s = 64.0                            # scale of the logits
+config.m = None                            # margin; None: ArcFace 0.5, CosFace 0.35, AdaFace 0.4
+config.h = 0.333                           # AdaFace: how much of the norm's spread the margin uses
+config.t_alpha = 0.01                      # AdaFace: momentum of the norm statistics
+config.adaptive_alpha = True               # AdaDistill: weight alpha by the teacher's confidence
+config.use_geom_margin = False             # more margin where the teacher is sure and the student is not there yet
+config.geom_margin_w = 1.0
+config.geom_margin_k = 3.0
+config.geom_margin_warmup_epoch = 1        # epochs until the geometry margin counts fully; 0: at once
+config.sample_rate = 1.0                   # share of the other classes in each softmax (Partial FC)
+
+# --- teacher
+config.teacher = "iresnet50"               # the network of the file below: any of the networks above
+config.pretrained_teacher_path = ""        # its <step>backbone.pth, or a published one: AdaDistill
+config.pretrained_teacher_header_path = "" # AMLDistill: the teacher's class centres
+config.teacher_repo_id = ""                # a repository of teachers (not read yet: download it and set the path)
+config.teacher_cache = ""                  # where such a repository is kept
+config.teacher_embeddings = ""             # cached teacher features (not read yet)
+config.color_space = "auto"                # what the teacher sees: "RGB", "BGR"; "auto": BGR for AdaFace .ckpt files, else RGB
+
+# --- optimisation
+config.batch_size = 128                    # images per process and forward pass
+config.accumulate = 1                      # forward passes per optimizer step
+config.lr = 0.1                            # at 512 images a step; scaled by batch_size x processes / 512
+config.momentum = 0.9
+config.weight_decay = 5e-4
+config.grad_clip = 5.0                     # largest gradient norm of the backbone; 0: unbounded
+config.precision = "auto"                  # "auto" (bf16 where the hardware has it, else fp32), "fp32", "bf16", "fp16" (with a loss scaler)
+config.channels_last = True
+config.compile = False                     # torch.compile: a minute at the start, faster steps
+
+# --- data
+config.rec_backend = "native"              # "native", or "mxnet" to read records by MXNet itself (requirements/mxnet.txt)
+config.num_workers = 4                     # reading processes per training process; 0: none
+config.shuffle = True
+config.flip = True                         # mirror half of the images
+config.augment = False                     # besides the mirror: random crops, low resolution, brightness and contrast (AdaFace's recipe)
+config.max_bad_records = 100               # more unreadable images than this end the run
+
+# --- logging and checkpoints
+config.log_every = 50                      # steps
+config.state_every = 2000                  # steps between states to resume from, besides the end of every epoch
+config.keep_states = 2                     # newest states that are kept; backbones of epoch ends all are
+
+# --- verification during training (<val_rec>/<target>.bin) and larger benchmarks
+config.eval_step = 0                       # verify every so many steps; 0: only as the next line says, and at the end
+config.val_eval_every_n_epoch = 1          # verify after every n-th epoch; 0: only at the end
+config.val_batch_size = 128
+config.run_eval_at_start = False
+config.eval_every_n_epoch = 1              # IJB and TinyFace
+config.eval_ijb = False
+config.ijb_root = ""
+config.ijb_targets = ["IJBB", "IJBC"]
+config.ijb_batch_size = 128
+config.ijb_num_workers = 4
+config.ijb_flip = True
+config.eval_tinyface = False
+config.tinyface_root = ""
+config.tinyface_targets = ["tinyface"]
+config.tinyface_batch_size = 128
+config.tinyface_num_workers = 4
+config.tinyface_flip = True
+
+# --- data sets: everything that changes with the set
+#   db_file_format "rec": train.rec in the folder `rec`; "folder": one folder per identity in `data_path`, at most `sample` images of each (0: all).
+#   Milestone m: learning rate x 0.1 from epoch index m - 1. num_classes, num_image 0: as many as the set has.
+LFW_AND_CO = ["lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw"]
+DATASETS = {
+    "emoreIresNet": dict(db_file_format="rec", rec="data/faces_emore", data_path="", sample=0, num_classes=85742, num_image=5822653,
+                         num_epoch=26, warmup_epoch=0, milestones=[8, 14, 20, 25], val_rec="data/faces_emore", val_targets=LFW_AND_CO),
+    "CASIA_WebFace": dict(db_file_format="rec", rec="data/faces_webface_112x112", data_path="", sample=0, num_classes=10572, num_image=501195,
+                          num_epoch=60, warmup_epoch=0, milestones=[40, 48, 52], val_rec="data/faces_webface_112x112", val_targets=LFW_AND_CO),
+    "Idifface": dict(db_file_format="folder", rec="", data_path="data/Idifface", sample=50, num_classes=10049, num_image=502450,
+                     num_epoch=60, warmup_epoch=0, milestones=[40, 48, 52], val_rec="data/faces_emore", val_targets=LFW_AND_CO),
+    "synthetic": dict(db_file_format="rec", rec="data/synthetic", data_path="", sample=0, num_classes=0, num_image=0,
+                      num_epoch=10, warmup_epoch=0, milestones=[7, 9], val_rec="data/synthetic", val_targets=["frontal", "pose", "lowres"]),
+}

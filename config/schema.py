@@ -1,0 +1,192 @@
+"""Every key of the configuration with its type, and the way from file and command line to one checked EasyDict.
+
+No defaults stand here: they are in config.py. A key that is not listed, a value of another type and a combination that makes
+no sense are errors before anything is built.
+"""
+
+import argparse
+import ast
+import json
+import runpy
+from difflib import get_close_matches
+from pathlib import Path
+
+from easydict import EasyDict as edict
+
+from utils.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+LOSSES = ("MLLoss", "CosFace", "ArcFace", "AdaFace")
+
+
+class Path_(str):
+    """A path: made absolute against the repository root or, from the command line, the current directory."""
+
+
+# key: type, (type, smallest value), or a tuple of the allowed words
+KEYS = {
+    "dataset": str, "output": Path_, "seed": (int, 0), "device": str, "global_step": (int, 0),
+    "network": str, "embedding_size": (int, 1), "SE": bool, "pretrained_backbone_path": Path_, "pretrained_header_path": Path_,
+    "loss": LOSSES, "s": (float, 1e-9), "m": (float, 0), "h": (float, 0), "t_alpha": (float, 0), "adaptive_alpha": bool,
+    "use_geom_margin": bool, "geom_margin_w": (float, 0), "geom_margin_k": (float, 0), "geom_margin_warmup_epoch": (float, 0), "sample_rate": (float, 0),
+    "teacher": str, "pretrained_teacher_path": Path_, "pretrained_teacher_header_path": Path_, "teacher_repo_id": str, "teacher_cache": Path_,
+    "teacher_embeddings": Path_, "color_space": ("auto", "RGB", "BGR"),
+    "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 0), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),
+    "precision": ("auto", "fp32", "bf16", "fp16"), "channels_last": bool, "compile": bool,
+    "db_file_format": ("rec", "folder"), "rec": Path_, "data_path": Path_, "sample": (int, 0), "num_classes": (int, 0), "num_image": (int, 0),
+    "rec_backend": ("native", "mxnet"), "num_workers": (int, 0), "shuffle": bool, "flip": bool, "augment": bool, "max_bad_records": (int, 0),
+    "num_epoch": (int, 1), "warmup_epoch": (int, 0), "milestones": [int],
+    "log_every": (int, 1), "state_every": (int, 1), "keep_states": (int, 1),
+    "val_rec": Path_, "val_targets": [str], "eval_step": (int, 0), "val_eval_every_n_epoch": (int, 0), "val_batch_size": (int, 1),
+    "run_eval_at_start": bool, "eval_every_n_epoch": (int, 0),
+    "eval_ijb": bool, "ijb_root": Path_, "ijb_targets": [str], "ijb_batch_size": (int, 1), "ijb_num_workers": (int, 0), "ijb_flip": bool,
+    "eval_tinyface": bool, "tinyface_root": Path_, "tinyface_targets": [str], "tinyface_batch_size": (int, 1), "tinyface_num_workers": (int, 0),
+    "tinyface_flip": bool,
+}
+MAY_BE_NONE = {"m"}
+NOT_YET = {     # keys whose machinery is not part of this version: saying so beats ignoring them
+    "teacher_repo_id": "download the repository and set pretrained_teacher_path to its model.safetensors",
+    "teacher_embeddings": "train with the live teacher",
+    "eval_ijb": "set eval_ijb=False", "eval_tinyface": "set eval_tinyface=False",
+}
+
+
+def parse_arguments(description: str, default: Path = ROOT / "config" / "config.py") -> tuple[edict, bool]:
+    """Read the training scripts' command line: (resolved configuration, resume?)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(default), metavar="FILE", help="configuration file (default: config/config.py)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete state in the output folder")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. loss=CosFace m=0.35")
+    arguments = parser.parse_intermixed_args()
+    return load_config(arguments.config, arguments.overrides), arguments.resume
+
+
+def load_config(path: str | Path, overrides=()) -> edict:
+    """A configuration file, with ``key=value`` overrides, as one checked EasyDict with absolute paths.
+
+    path: a Python file that defines ``config`` (config/config.py, a copy of it, a file with only the changed keys, or one that imports
+    config.config and edits it), or the config.json of a run. What a file leaves out comes from config/config.py.
+    Errors: InputError for anything unknown, of a wrong type, or contradictory.
+    """
+    values, datasets = read_file(ROOT / "config" / "config.py")
+    if Path(path).resolve() != ROOT / "config" / "config.py":
+        from_file, own_datasets = read_file(Path(path))
+        values.update(from_file)
+        datasets.update(own_datasets)
+    values = {key: check_value(key, value, ROOT) for key, value in values.items()}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not key=value")
+        values[key] = check_value(key, parse_text(key, text), Path.cwd())
+
+    name = values["dataset"]
+    if name not in datasets:
+        raise InputError(f"unknown dataset {name!r}{nearest(name, datasets)}; DATASETS in config/config.py has: {', '.join(datasets)}")
+    values = {key: check_value(key, value, ROOT) for key, value in datasets[name].items()} | values
+    missing = [key for key in KEYS if key not in values]
+    if missing:
+        raise InputError(f"the configuration has no {', '.join(missing)}: set it in config/config.py or in its DATASETS entry {values['dataset']!r}")
+    check_combinations(values)
+    return edict(values)
+
+
+def read_file(path: Path) -> tuple[dict, dict]:
+    """The values a configuration file sets itself, and its DATASETS."""
+    if not path.is_file():
+        raise InputError(f"no configuration file at {path.absolute()}")
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text()), {}
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON: {error}") from error
+    try:
+        found = runpy.run_path(str(path))
+    except (SyntaxError, NameError, AttributeError, ImportError) as error:
+        raise InputError(f"{path} does not run as Python: {type(error).__name__}: {error}") from error
+    if "config" not in found or not isinstance(found["config"], dict):
+        raise InputError(f"{path} defines no `config`: copy config/config.py and edit it")
+    return dict(found["config"]), dict(found.get("DATASETS", {}))
+
+
+def parse_text(key: str, text: str):
+    """The command line's words as the key's type: Python literals, bare words for strings, commas for lists."""
+    kind = expected(key)
+    if isinstance(kind, list) and not text.startswith("["):
+        return [kind[0](word) if kind[0] is str or word.lstrip("-").isdigit() else word for word in text.split(",") if word]
+    if kind in (str, Path_) or isinstance(kind, tuple) and isinstance(kind[0], str):
+        return text
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def expected(key: str):
+    if key not in KEYS:
+        raise InputError(f"unknown configuration key {key!r}{nearest(key, KEYS)}")
+    return KEYS[key]
+
+
+def check_value(key: str, value, base: Path):
+    """The value in the key's type, paths absolute; InputError for another type, a value too small or an unknown word."""
+    kind = expected(key)
+    wrong = InputError(f"{key}={value!r} has the wrong type or value: expected {describe(kind)}")
+    if value is None and key in MAY_BE_NONE:
+        return None
+    if isinstance(kind, list):
+        if not isinstance(value, (list, tuple)) or any(type(item) is not kind[0] for item in value):
+            raise wrong
+        return list(value)
+    if isinstance(kind, tuple) and isinstance(kind[0], str):
+        if value not in kind:
+            raise InputError(f"{key}={value!r} is unknown{nearest(str(value), kind)}; allowed: {', '.join(kind)}")
+        return value
+    kind, smallest = kind if isinstance(kind, tuple) else (kind, None)
+    if kind is Path_:
+        if not isinstance(value, (str, Path)):
+            raise wrong
+        return str(base / Path(value).expanduser()) if str(value) else ""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or smallest is not None and not smallest <= value < float("inf"):
+        raise wrong
+    return value
+
+
+def describe(kind) -> str:
+    if isinstance(kind, list):
+        return f"a list of {kind[0].__name__}"
+    if isinstance(kind, tuple):
+        if isinstance(kind[0], str):
+            return " or ".join(kind)
+        return f"{kind[0].__name__} of at least {kind[1]:g}"
+    return "a path" if kind is Path_ else kind.__name__
+
+
+def nearest(word: str, known) -> str:
+    near = get_close_matches(word, known, 1, 0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def check_combinations(values: dict) -> None:
+    """Refuse what single values cannot show."""
+    for key, instead in NOT_YET.items():
+        if values[key]:
+            raise InputError(f"{key} is not part of this version: {instead}")
+    if values["device"] not in ("auto", "cpu", "cuda") and not values["device"].removeprefix("cuda:").isdigit():
+        raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda or cuda:N")
+    if values["SE"] and not values["network"].startswith("iresnet"):
+        raise InputError(f"SE=True needs an iresnet, not network={values['network']}")
+    if values["db_file_format"] == "folder" and not values["data_path"]:
+        raise InputError("db_file_format='folder' needs data_path, the folder of identities")
+    if values["db_file_format"] == "folder" and values["rec_backend"] == "mxnet":
+        raise InputError("rec_backend='mxnet' reads records, but db_file_format is 'folder'")
+    if values["db_file_format"] == "rec" and not values["rec"]:
+        raise InputError("db_file_format='rec' needs rec, the folder of train.rec")
+    if values["warmup_epoch"] >= values["num_epoch"]:
+        raise InputError(f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={values['num_epoch']}")
+    if not 0 < values["sample_rate"] <= 1:
+        raise InputError(f"sample_rate={values['sample_rate']} must be above 0 and at most 1")
+    if values["val_targets"] and not values["val_rec"]:
+        raise InputError("val_targets need val_rec, the folder of the .bin files")

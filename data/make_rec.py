@@ -1,0 +1,218 @@
+"""Pack images into the files that training and verification read.
+
+    python data/make_rec.py --images DIR --output OUT               train.rec, train.idx, train.lst, property
+    python data/make_rec.py --pairs pairs.txt --images DIR --output lfw.bin
+
+``DIR`` has one sub-folder per identity; sorted, they become the labels 0, 1, ... Images are aligned 112x112 crops; JPEG
+files of that size are copied byte for byte, all else is encoded as JPEG. ``--layout insightface`` (the default) keeps an
+identity's images together, as its index records require, in sorted order. ``--layout plain`` is im2rec's: every record an
+image, shuffled by ``--seed`` unless ``--no-shuffle``, for readers that stream a file in its own order (the training
+scripts shuffle either layout every epoch). ``pairs.txt`` has lines ``path1 path2 0|1`` (1: same person), paths below DIR,
+tab-separated if they contain spaces. What was written is read back and compared before it gets its name.
+"""
+import argparse
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from utils.dataset import IMAGE_SIZE, decode, first_label, list_identities
+from utils.errors import InputError, run
+from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, replacing, unpack, write_insightface, write_property
+
+JPEG_START = b"\xff\xd8\xff"
+
+
+class Entry(NamedTuple):
+    """One image record: its key, label and path below the image folder."""
+
+    key: int
+    label: int
+    path: str
+
+
+def main() -> None:
+    args = parse_arguments()
+    encode = image_encoder(args.images, args.quality, args.resize)
+    if args.pairs:
+        count = write_pairs(args.pairs, encode, args.output)
+        print(f"{args.output}: {count} pairs, read back and equal")
+    else:
+        count, classes = write_records(args, encode)
+        print(f"{args.output}: {count} images of {classes} identities, read back and equal")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="folder of identities, or the folder the pair list refers to")
+    parser.add_argument("--output", required=True, help="folder for the records, or the .bin file")
+    parser.add_argument("--pairs", help="pair list; writes a .bin instead of records")
+    parser.add_argument("--layout", choices=("insightface", "plain"), default="insightface")
+    parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, help="order of the plain layout (default: shuffled)")
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
+    parser.add_argument("--quality", type=int, default=95, help="of re-encoded images, 1 ... 100")
+    parser.add_argument("--resize", action="store_true", help="scale images of another size to 112x112 (not an alignment)")
+    args = parser.parse_args()
+    if not 1 <= args.quality <= 100:
+        raise InputError(f"--quality is 1 ... 100, got {args.quality}")
+    if args.shuffle and args.layout == "insightface" and not args.pairs:
+        raise InputError("--shuffle would tear the identities of the insightface layout apart; add --layout plain")
+    return args
+
+
+def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], bytes]:
+    """A function from a path below ``root`` to the JPEG bytes to store; it raises InputError naming an image it cannot use."""
+    def encode(path: str) -> bytes:
+        full = os.path.join(root, path)
+        try:
+            with open(full, "rb") as file:
+                stored = file.read()
+            image = decode(stored)
+        except OSError as error:
+            raise InputError(f"cannot read the image {full}: {error.strerror}") from None
+        except RecordError as error:
+            raise InputError(f"cannot read the image {full}: {error}") from None
+        if image.shape[:2] != IMAGE_SIZE:
+            if not resize:
+                raise InputError(f"{full} is {image.shape[1]}x{image.shape[0]}, not 112x112; align and crop it, or add --resize")
+            image = cv2.resize(image, IMAGE_SIZE[::-1], interpolation=cv2.INTER_AREA)
+        elif stored.startswith(JPEG_START):
+            return stored
+        return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+    return encode
+
+
+def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> tuple[int, int]:
+    """Write the four files to a temporary neighbour of ``args.output``, check them, move them in; returns (images, identities)."""
+    groups = list_identities(args.images)
+    output = os.path.abspath(args.output)
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError(f"--output {output} is a file; name the folder to write train.rec into")
+    os.makedirs(os.path.dirname(output), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".make_rec-", dir=os.path.dirname(output)) as temporary:
+        if args.layout == "insightface":
+            entries, checksums = write_grouped(temporary, groups, encode)
+        else:
+            shuffle = args.shuffle is not False
+            entries, checksums = write_plain(temporary, groups, encode, args.seed if shuffle else None)
+        write_property(temporary, len(groups), IMAGE_SIZE)
+        with replacing(os.path.join(temporary, "train.lst"), "w") as file:
+            file.writelines(f"{entry.key}\t{entry.label}\t{entry.path}\n" for entry in entries)
+        check_records(temporary, entries, checksums)
+        install(temporary, output)
+    return len(entries), len(groups)
+
+
+def write_grouped(folder: str, groups: list[list[str]], encode: Callable[[str], bytes]) -> tuple[list[Entry], list[int]]:
+    """InsightFace's layout, keys 1 ...; returns the entries and the CRC-32 of each stored image."""
+    entries = [Entry(key, *image) for key, image in enumerate(labelled(groups), start=1)]
+    checksums = []
+    with progress("writing", len(entries)) as bar:
+        def images(group: list[str]) -> Iterator[bytes]:
+            for path in group:
+                yield stored_image(path, encode, checksums)
+                bar.update()
+        write_insightface(folder, map(images, groups), IMAGE_SIZE)
+    return entries, checksums
+
+
+def write_plain(folder: str, groups: list[list[str]], encode: Callable[[str], bytes], seed: int | None) -> tuple[list[Entry], list[int]]:
+    """im2rec's layout, keys 0 ... in file order, shuffled by ``seed`` unless that is None; returns as ``write_grouped``."""
+    images = labelled(groups)
+    order = range(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    entries = [Entry(key, *images[at]) for key, at in enumerate(order)]
+    checksums = []
+    with IndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w") as writer:
+        for entry in progress("writing", len(entries), entries):
+            image = stored_image(entry.path, encode, checksums)
+            writer.write_idx(entry.key, pack(IRHeader(0, float(entry.label), entry.key, 0), image))
+    return entries, checksums
+
+
+def labelled(groups: list[list[str]]) -> list[tuple[int, str]]:
+    """(label, path) of every image, identity by identity."""
+    return [(label, path) for label, group in enumerate(groups) for path in group]
+
+
+def stored_image(path: str, encode: Callable[[str], bytes], checksums: list[int]) -> bytes:
+    """The encoded image of ``path``; its CRC-32 is appended to ``checksums``."""
+    image = encode(path)
+    checksums.append(zlib.crc32(image))
+    return image
+
+
+def check_records(folder: str, entries: list[Entry], checksums: list[int]) -> None:
+    """Read every image record back; InputError if the count, a label or the bytes of an image differ from what was written."""
+    with IndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "r") as reader:
+        images = sum(1 for key in reader.keys if reader.glance(int(key)).has_image)
+        if images != len(entries):
+            raise InputError(f"{reader.rec_path} holds {images} images, {len(entries)} were written; check the disk")
+        for entry, checksum in progress("checking", len(entries), zip(entries, checksums)):
+            header, image = unpack(reader.read_idx(entry.key))
+            if first_label(header) != entry.label or zlib.crc32(image) != checksum:
+                raise InputError(f"{reader.rec_path}: record {entry.key} ({entry.path}) differs from what was written; check the disk")
+
+
+def install(temporary: str, output: str) -> None:
+    """Move the checked files into ``output``; the record file last, so that it never meets another set's index."""
+    os.makedirs(output, exist_ok=True)
+    if os.path.exists(os.path.join(output, "train.rec")):
+        os.unlink(os.path.join(output, "train.rec"))
+    for name in ("property", "train.lst", "train.idx", "train.rec"):
+        shutil.move(os.path.join(temporary, name), os.path.join(output, name))
+
+
+def write_pairs(pairs_path: str, encode: Callable[[str], bytes], output: str) -> int:
+    """Write a pair set: pickle (protocol 4) of ([2N encoded images], [N booleans]); returns N."""
+    pairs = read_pairs(pairs_path)
+    load = lru_cache(maxsize=None)(encode)     # an image of many pairs is read, and pickled, once
+    images = [load(path) for first, second, _ in progress("reading", len(pairs), pairs) for path in (first, second)]
+    same = [same for _, _, same in pairs]
+    if os.path.isdir(output):
+        raise InputError(f"--output {output} is a folder; name the .bin file to write")
+    os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    with replacing(output, "w+b") as file:
+        pickle.dump((images, same), file, protocol=4)
+        file.seek(0)
+        if pickle.load(file) != (images, same):         # our own bytes of a moment ago, so the plain unpickler is safe
+            raise InputError(f"{output} differs from what was written; check the disk")
+    return len(pairs)
+
+
+def read_pairs(path: str) -> list[tuple[str, str, bool]]:
+    """(path1, path2, same) of every line; empty lines and lines that begin with # are skipped. InputError names a bad line."""
+    if not os.path.isfile(path):
+        raise InputError(f"no pair list {os.path.abspath(path)}")
+    pairs = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            line = line.strip()
+            if not line or line.startswith("#"):
+                continue
+            fields = line.split("\t") if "\t" in line else line.split()
+            if len(fields) != 3 or fields[2] not in ("0", "1"):
+                raise InputError(f"{path}, line {number}: expected 'path1 path2 0|1', got {line[:80]!r}")
+            pairs.append((fields[0], fields[1], fields[2] == "1"))
+    if not pairs:
+        raise InputError(f"{path} lists no pairs")
+    return pairs
+
+
+def progress(what: str, total: int, items: Iterable | None = None) -> tqdm:
+    """A progress bar, shown where a terminal watches."""
+    return tqdm(items, desc=what, total=total, unit="img" if what != "reading" else "pair", disable=None)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+# Sourced by the run scripts: finds or makes the Python environment, and starts torchrun.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+has_packages() { "$1" -c "import torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib${2:+, $2}" 2>/dev/null; }
+
+# find_python [MODULES]: PYTHON = .venv's or the caller's python, whichever has the packages (and MODULES)
+find_python() {
+    local candidate
+    for candidate in "$root/.venv/bin/python" python3 python; do
+        if command -v "$candidate" >/dev/null && has_packages "$candidate" "${1:-}"; then PYTHON=$(command -v "$candidate"); return 0; fi
+    done
+    return 1
+}
+
+# set_up FILE [MODULES]: make .venv from requirements/FILE unless some python has the packages already
+set_up() {
+    find_python "${2:-}" && return
+    local candidate chosen=""
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then chosen=$candidate; break; fi
+    done
+    [ -n "$chosen" ] || fail "Python 3.10 or newer with the venv module is needed (Debian: apt install python3-venv)"
+    echo "Setting up $root/.venv from requirements/$1 (several GB, a few minutes)"
+    # a .venv that an interrupted set-up left behind is completed, not trusted
+    [ -x "$root/.venv/bin/python" ] || "$chosen" -m venv "$root/.venv" || fail "cannot make $root/.venv"
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements/$1" || fail "installing requirements/$1 failed"
+    find_python "${2:-}" || fail "the packages of requirements/$1 are installed in $root/.venv, but do not import: $("$root/.venv/bin/python" -c 'import torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib' 2>&1 | tail -1)"
+}
+
+# launch SCRIPT ARGUMENTS: torchrun on this machine's GPUs, or as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE say
+launch() {
+    find_python || fail "the packages are not installed: pip install -r requirements/requirement.txt (run_demo.sh does it)"
+    local script=$1 processes rendezvous=(--standalone); shift
+    processes=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    if [ "${NNODES:-1}" != 1 ]; then
+        rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK: 0 on the first machine}" --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine}"
+                    --master_port "${MASTER_PORT:-29500}")
+    fi
+    # all cores of the machine, shared out; SIGUSR1 (a scheduler's warning) reaches the processes as SIGTERM does, and they get time to save
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
+    export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
+    exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@"
+}

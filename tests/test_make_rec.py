@@ -1,0 +1,118 @@
+"""data/make_rec.py as people call it: from the command line."""
+import os
+import pickle
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from utils.dataset import FaceDatasetFolder, MXFaceDataset
+from test_dataset import jpeg, write_folder
+from test_recordio import ROOT
+
+
+def make_rec(*arguments, cwd=None):
+    return subprocess.run([sys.executable, ROOT / "data" / "make_rec.py", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.fixture
+def faces(tmp_path):
+    return write_folder(tmp_path / "faces", {"ann": 3, "bob x": 1, "cid": 4})
+
+
+def assert_fails(result, message, folder):
+    """One clear line, exit status 1, and nothing in ``folder`` but what was there."""
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert set(os.listdir(folder)) <= {"faces", "pairs.txt"}
+
+
+def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
+    result = make_rec("--images", "faces", "--output", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "8 images of 3 identities" in result.stdout
+    assert sorted(os.listdir(tmp_path / "out")) == ["property", "train.idx", "train.lst", "train.rec"]
+    folder, records = FaceDatasetFolder(faces), MXFaceDataset(tmp_path / "out")
+    assert len(folder) == len(records) == 8 and folder.num_classes == records.num_classes == 3
+    for index in range(8):
+        (left, left_label), (right, right_label) = folder[index], records[index]
+        assert np.array_equal(left, right) and left_label == right_label
+
+
+def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
+    common = "--images", faces, "--layout", "plain", "--output"
+    for name, arguments in {"a": (), "b": (), "other": ("--seed", 1), "sorted": ("--no-shuffle",)}.items():
+        assert make_rec(*common, tmp_path / name, *arguments).returncode == 0
+    lists = {name: (tmp_path / name / "train.lst").read_text() for name in ("a", "b", "other", "sorted")}
+    assert lists["a"] == lists["b"] and len(set(lists.values())) == 3
+    folder, records = FaceDatasetFolder(faces), MXFaceDataset(tmp_path / "a")
+    position = {folder._name(index): index for index in range(8)}
+    for line in lists["a"].splitlines():
+        key, label, path = line.split("\t")
+        image, record_label = records[int(key)]
+        assert np.array_equal(image, folder[position[path]][0]) and record_label == int(label) == folder[position[path]][1]
+    assert [line.split("\t")[2] for line in lists["sorted"].splitlines()] == sorted(position)
+
+
+def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
+    folder = tmp_path / "faces" / "ann"
+    folder.mkdir(parents=True)
+    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(folder / "a.png"), smooth)
+    assert make_rec("--images", tmp_path / "faces", "--output", tmp_path / "out").returncode == 0
+    stored, _ = MXFaceDataset(tmp_path / "out")[0]
+    assert np.abs(stored[..., ::-1].astype(int) - smooth).mean() < 2
+    (folder / "b.jpg").write_bytes(jpeg(0, size=(100, 120)))
+    common = "--images", tmp_path / "faces", "--output", tmp_path / "new"
+    result = make_rec(*common)
+    assert result.returncode == 1 and "b.jpg is 100x120, not 112x112" in result.stderr
+    assert not (tmp_path / "new").exists()
+    assert make_rec(*common, "--resize").returncode == 0
+    assert len(MXFaceDataset(tmp_path / "new")) == 2
+
+
+@pytest.mark.parametrize("layout", ["insightface", "plain"])
+def test_unreadable_image(layout, faces, tmp_path):
+    (faces / "cid" / "02.jpg").write_bytes(jpeg(0)[:200])
+    result = make_rec("--images", faces, "--output", tmp_path / "out", "--layout", layout)
+    assert_fails(result, f"cannot read the image {faces}/cid/02.jpg", tmp_path)
+
+
+def test_wrong_arguments(faces, tmp_path):
+    assert_fails(make_rec("--images", tmp_path / "none", "--output", tmp_path / "out"), f"no folder {tmp_path}/none", tmp_path)
+    assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--shuffle"), "--layout plain", tmp_path)
+    assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--quality", 0), "--quality", tmp_path)
+
+
+def test_failure_keeps_the_set_that_was_there(faces, tmp_path):
+    assert make_rec("--images", faces, "--output", tmp_path / "out").returncode == 0
+    before = (tmp_path / "out" / "train.rec").read_bytes()
+    (faces / "dan").mkdir()
+    (faces / "dan" / "0.jpg").write_bytes(b"junk")
+    assert make_rec("--images", faces, "--output", tmp_path / "out").returncode == 1
+    assert (tmp_path / "out" / "train.rec").read_bytes() == before
+    (faces / "dan" / "0.jpg").write_bytes(jpeg(9))
+    assert make_rec("--images", faces, "--output", tmp_path / "out").returncode == 0
+    assert MXFaceDataset(tmp_path / "out").num_classes == 4
+    assert sorted(os.listdir(tmp_path / "out")) == ["property", "train.idx", "train.lst", "train.rec"]
+
+
+def test_pairs(faces, tmp_path):
+    (tmp_path / "pairs.txt").write_text("# path path same\nann/00.jpg ann/01.jpg 1\n\nbob x/00.jpg\tcid/03.jpg\t0\nann/00.jpg cid/00.jpg 0\n")
+    result = make_rec("--pairs", tmp_path / "pairs.txt", "--images", faces, "--output", tmp_path / "lfw.bin")
+    assert result.returncode == 0, result.stderr
+    images, same = pickle.loads((tmp_path / "lfw.bin").read_bytes())
+    paths = ("ann/00.jpg", "ann/01.jpg", "bob x/00.jpg", "cid/03.jpg", "ann/00.jpg", "cid/00.jpg")
+    assert images == [(faces / path).read_bytes() for path in paths] and same == [True, False, False]
+
+
+def test_wrong_pairs(faces, tmp_path):
+    pairs = tmp_path / "pairs.txt"
+    common = "--pairs", pairs, "--images", faces, "--output", tmp_path / "lfw.bin"
+    assert_fails(make_rec(*common), f"no pair list {pairs}", tmp_path)
+    pairs.write_text("ann/00.jpg ann/01.jpg 1\nann/00.jpg ann/09.jpg 1\n")
+    assert_fails(make_rec(*common), f"cannot read the image {faces}/ann/09.jpg: No such file", tmp_path)
+    pairs.write_text("ann/00.jpg ann/01.jpg yes\n")
+    assert_fails(make_rec(*common), "line 1: expected 'path1 path2 0|1'", tmp_path)

@@ -1,0 +1,286 @@
+"""The training loop that all three methods share. It knows nothing of the method: a script hands it a function that returns a loss.
+
+    loss_of(student, images, labels, epoch) -> (loss, stats)
+
+student: the network as the engine wraps it (autocast, compiled, DistributedDataParallel); images (B, 3, 112, 112) in [-1, 1]; labels (B,) int64;
+epoch: fractional; loss: 0-d; stats: named 0-d tensors for the log.
+"""
+
+import logging
+import math
+import time
+from contextlib import nullcontext
+
+import torch
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from eval import verification
+from train.setup import PRECISIONS, StopRequest
+from utils import checkpoint, distributed
+from utils.augment import augment
+from utils.dataset import init_worker, keep_batch
+from utils.errors import InputError
+from utils.images import to_input
+from utils.logging import RunLog
+from utils.sampler import EpochBatches, mirrored
+
+
+def learning_rate(cfg, epoch: int, fraction: float) -> float:
+    """Learning rate at ``fraction`` of ``epoch``: lr per 512 images, squared warm-up, x 0.1 from epoch index m - 1 for every milestone m."""
+    base = cfg.lr / 512 * cfg.batch_size * distributed.world_size()
+    if epoch < cfg.warmup_epoch:
+        return base * ((epoch + fraction + 1) / (cfg.warmup_epoch + 1)) ** 2
+    return base * 0.1 ** sum(milestone - 1 <= epoch for milestone in cfg.milestones)
+
+
+class Engine:
+    """One training run: ``Engine(...).train()``."""
+
+    def __init__(self, cfg, run, method, dataset, student, header, loss_of, validation_sets):
+        self.cfg, self.run, self.method, self.loss_of = cfg, run, method, loss_of
+        self.rank, self.world = distributed.rank(), distributed.world_size()
+        self.validation_sets = validation_sets
+
+        self.batches = EpochBatches(len(dataset), cfg.batch_size, self.rank, self.world, cfg.seed, cfg.shuffle)
+        self.step_samples = self.batches.global_batch * cfg.accumulate
+        self.steps_per_epoch = len(dataset) // self.step_samples
+        if self.steps_per_epoch == 0:
+            raise InputError(f"the set has {len(dataset)} images, one step takes {self.step_samples} (batch_size x processes x accumulate): lower batch_size")
+        self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=keep_batch, num_workers=cfg.num_workers, worker_init_fn=init_worker,
+                                 pin_memory=run.device.type == "cuda", persistent_workers=cfg.num_workers > 0, generator=torch.Generator())
+        self.bad_records = {}
+
+        layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+        self.backbone, self.header = student.to(run.device, memory_format=layout), header.to(run.device)
+        self.student = self.wrap(self.backbone)
+        self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD([*self.weights, *header.parameters()], lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+        scaling = dict(device=run.device.type, enabled=run.precision == "fp16")
+        self.scaler = ShardedGradScaler(**scaling) if self.world > 1 else torch.amp.GradScaler(**scaling)
+
+        self.step, self.epoch, self.samples = 0, 0, 0       # samples: images of this epoch that are done, over all ranks
+        self.highest, self.best, self.validated, self.saved = {}, 0.0, -1, -1
+        self.first_bad_step = torch.full((), -1, device=run.device)
+        torch.manual_seed(cfg.seed + 1 + self.rank)         # dropout and sampled classes differ between the ranks
+        if run.resume_step:
+            self.resume(run.resume_step)
+        self.total_steps = self.step + self.steps_left(self.samples) + (cfg.num_epoch - self.epoch - 1) * self.steps_per_epoch
+
+    def steps_left(self, samples: int) -> int:
+        """Whole steps of an epoch of which ``samples`` images are done."""
+        return (len(self.loader.dataset) - samples) // self.step_samples
+
+    def wrap(self, backbone):
+        network = torch.compile(backbone) if self.cfg.compile else backbone
+        if self.world > 1:
+            # BatchNorm statistics are rank 0's; sync_buffers hands them out before they are used
+            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True,
+                                              device_ids=[self.run.device] if self.run.device.type == "cuda" else None)
+        dtype = PRECISIONS[self.run.precision]
+
+        def student(images):
+            with torch.autocast(self.run.device.type, dtype, enabled=dtype is not None):
+                return network(images)
+        student.no_sync = getattr(network, "no_sync", nullcontext)
+        return student
+
+    # --- the loop
+
+    def train(self) -> None:
+        """Train to the last epoch, or until a signal asks to stop; verifies and saves on the way."""
+        self.log = RunLog(self.cfg.output, self.total_steps, self.step)
+        self.bar = tqdm(total=self.total_steps, initial=self.step, disable=None if distributed.is_main() else True, unit="step", dynamic_ncols=True)
+        stop = StopRequest()
+        if self.cfg.run_eval_at_start and self.step == 0:
+            self.validate()
+        self.open_window()
+        stopped = False
+        while self.epoch < self.cfg.num_epoch and not stopped:
+            stopped = self.train_epoch(stop)
+        if self.epoch < self.cfg.num_epoch:
+            logging.info("Stopped by a signal at step %d of %d; go on with --resume", self.step, self.total_steps)
+        else:
+            self.validate()
+            self.save()
+            logging.info("Finished at step %d: %s", self.step, self.run.folder.file(self.step, "backbone"))
+        self.bar.close()
+        self.log.close()
+
+    def train_epoch(self, stop) -> bool:
+        """Train from where this epoch stands to its end; returns True if a signal asks to stop."""
+        cfg, stopped = self.cfg, False
+        self.batches.seek(self.epoch, self.samples)
+        source = self.read_batches()
+        while self.steps_left(self.samples) and not stopped:
+            epoch = self.epoch
+            loss, stats = self.train_step(source)
+            self.step, self.samples = self.step + 1, self.samples + self.step_samples
+            ended = self.steps_left(self.samples) == 0
+            self.record(epoch, loss, stats, ended)
+            if cfg.eval_step and self.step % cfg.eval_step == 0 or ended and cfg.val_eval_every_n_epoch and (epoch + 1) % cfg.val_eval_every_n_epoch == 0:
+                self.validate()
+            stopped = stop.agreed()
+            if ended:
+                break
+            if stopped or self.step % cfg.state_every == 0:
+                self.save()
+        self.epoch, self.samples = (self.epoch, self.samples) if stopped and not ended else (self.epoch + 1, 0)
+        return stopped
+
+    def train_step(self, source):
+        """One optimizer step; returns its loss and statistics, still on the device."""
+        cfg = self.cfg
+        fraction = self.samples / (self.steps_per_epoch * self.step_samples)
+        lr = learning_rate(cfg, self.epoch, fraction)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        total = 0.0
+        for part in range(cfg.accumulate):
+            images, labels = next(source)
+            with self.student.no_sync() if part < cfg.accumulate - 1 else nullcontext():
+                loss, stats = self.loss_of(self.student, images, labels, self.epoch + fraction)
+                self.scaler.scale(loss / cfg.accumulate).backward()
+            total = total + loss.detach() / cfg.accumulate
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.grad_clip or math.inf)
+        self.note_finite(total, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total, stats
+
+    def read_batches(self):
+        """Yield (images (B, 3, 112, 112) on the device, labels) of this epoch, mirrored and augmented as a function of the position alone."""
+        cfg, device, samples = self.cfg, self.run.device, self.batches.samples
+        batches = iter(self.loader)
+        while True:
+            started = time.monotonic()
+            try:
+                batch = next(batches, None)
+            except InputError as error:         # a worker's error arrives wrapped in its traceback; its last line is the message
+                raise InputError(str(error).strip().splitlines()[-1].removeprefix("utils.errors.InputError: ")) from error
+            self.waited += time.monotonic() - started
+            if batch is None:
+                return
+            self.note_bad_records(batch.bad)
+            flip = mirrored(cfg.seed, self.epoch, samples, self.batches.global_batch)[self.rank * cfg.batch_size:][:cfg.batch_size] if cfg.flip else None
+            images = to_input(batch.images.to(device, non_blocking=True), None if flip is None else flip.to(device, non_blocking=True), cfg.channels_last)
+            if cfg.augment:
+                images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
+            samples += self.batches.global_batch
+            yield images, batch.labels.to(device, non_blocking=True)
+
+    # --- what is watched
+
+    def note_finite(self, loss, norm) -> None:
+        """Remember the first step with a non-finite loss or gradient; on CPUs stop before the weights see it, on GPUs when the loss is read.
+
+        With the fp16 scaler an infinite gradient is normal: that step is skipped and the scale halved.
+        """
+        bad = ~torch.isfinite(loss) if self.scaler.is_enabled() else ~(torch.isfinite(loss) & torch.isfinite(norm))
+        self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
+        if self.run.device.type == "cpu":
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Errors: InputError if a loss or gradient was not finite. Called before anything is saved or verified."""
+        step = int(self.first_bad_step)
+        collapsed = self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3
+        if step >= 0 or collapsed:
+            raise InputError(f"the loss or a gradient is not finite at step {step if step >= 0 else self.step} (learning rate {self.optimizer.param_groups[0]['lr']:g}, "
+                             f"{self.run.precision}); try a lower lr, warmup_epoch=1 or more, or precision=fp32. Earlier checkpoints are untouched")
+
+    def note_bad_records(self, bad) -> None:
+        for key, reason in bad:
+            if key not in self.bad_records:
+                self.bad_records[key] = reason
+                logging.warning("damaged record %s, another one takes its place: %s", key, reason)
+        if len(self.bad_records) > self.cfg.max_bad_records:
+            self.refuse_bad_records(self.bad_records)
+
+    def refuse_bad_records(self, bad: dict) -> None:
+        raise InputError(f"{len(bad)} damaged records are more than max_bad_records={self.cfg.max_bad_records}: {', '.join(map(str, sorted(bad, key=str)))}")
+
+    def open_window(self) -> None:
+        """Start the figures of the next log line."""
+        self.window_started, self.window_steps, self.waited = time.monotonic(), 0, 0.0
+        self.sums = {}
+
+    def record(self, epoch: int, loss, stats: dict, epoch_ended: bool) -> None:
+        """Add one step to the log window; every log_every steps, and at step 1 and each epoch's end, write the means. Only then is the device waited for."""
+        self.bar.update()
+        self.window_steps += 1
+        for name, value in dict(stats, loss=loss).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        if not (epoch_ended or self.step == 1 or self.step % self.cfg.log_every == 0):
+            return
+        self.check_finite()
+        means = {name: float(value) / self.window_steps for name, value in self.sums.items()}
+        seconds = time.monotonic() - self.window_started
+        self.log.train(self.step, epoch, means.pop("loss"), self.optimizer.param_groups[0]["lr"], self.window_steps * self.step_samples / seconds,
+                       self.waited / seconds, means)
+        if distributed.all_reduce(torch.tensor(float(len(self.bad_records)))).item() > self.cfg.max_bad_records:
+            self.refuse_bad_records({key: reason for found in distributed.all_gather_object(self.bad_records) for key, reason in found.items()})
+        self.open_window()
+
+    # --- verification and checkpoints
+
+    def validate(self) -> None:
+        """Verify on all ranks together, log with this step, and keep the best student so far."""
+        if not self.validation_sets or self.validated == self.step:
+            return
+        self.check_finite()
+        self.validated = self.step
+        distributed.sync_buffers(self.backbone)
+        results = {name: verification.test(pairs, self.backbone, self.cfg.val_batch_size, device=self.run.device, precision=self.run.precision,
+                                           channels_last=self.cfg.channels_last) for name, pairs in self.validation_sets.items()}
+        for name, figures in results.items():
+            self.highest[name] = max(self.highest.get(name, 0.0), figures["Accuracy-Flip"])
+        self.log.validation(self.step, self.epoch, results, self.highest)
+        mean = sum(figures["Accuracy-Flip"] for figures in results.values()) / len(results)
+        if mean > self.best:
+            self.best = mean
+            if distributed.is_main():
+                checkpoint.save(self.backbone.state_dict(), self.run.folder.path / "best_backbone.pth")
+        self.open_window()
+
+    def save(self) -> None:
+        """Write weights and state of this step; a collective, written by rank 0."""
+        if self.saved == self.step:
+            return
+        self.check_finite()
+        self.saved = self.step
+        optimizer, momentum = self.optimizer.state_dict(), None
+        if list(self.header.parameters()):
+            # the header's parameter is the last one; its momentum is stored whole, like the kernel
+            momentum = self.header.centers.whole(optimizer["state"].pop(len(self.weights))["momentum_buffer"])
+        rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if self.run.device.type == "cuda" else None)
+        state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=optimizer, header_momentum=momentum,
+                     scaler=self.scaler.state_dict(), rng=distributed.all_gather_object(rng), highest=self.highest, best=self.best)
+        header = self.header.state_dict()
+        if distributed.is_main():
+            self.run.folder.save(self.step, self.backbone.state_dict(), header, state, self.cfg.keep_states)
+        self.open_window()
+
+    def resume(self, step: int) -> None:
+        """Take up everything that ``save`` wrote; on another number of ranks, go on from the same step and image."""
+        header, state = self.run.folder.load(step, self.backbone)
+        if state["method"] != self.method:
+            raise InputError(f"resume: {self.run.folder.path} holds a run of {state['method']}, this script trains {self.method}")
+        self.header.load_state_dict(header)
+        optimizer = state["optimizer"]
+        if state["header_momentum"] is not None:
+            optimizer["state"][len(self.weights)] = dict(momentum_buffer=self.header.centers.shard(state["header_momentum"]))
+        self.optimizer.load_state_dict(optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        if len(state["rng"]) == self.world:
+            cpu, cuda = state["rng"][self.rank]
+            torch.set_rng_state(cpu)
+            if cuda is not None and self.run.device.type == "cuda":
+                torch.cuda.set_rng_state(cuda)
+        self.step, self.epoch, self.samples = state["step"], state["epoch"], state["samples"]
+        self.highest, self.best, self.validated, self.saved = state["highest"], state["best"], self.step, self.step
+        logging.info("Resumed at step %d, epoch %d, %d of its images done", self.step, self.epoch, self.samples)

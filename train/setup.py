@@ -1,0 +1,185 @@
+"""What every training script does before its method: ranks, device, output folder, log, data, student."""
+
+import json
+import logging
+import os
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from backbones import build_backbone
+from eval.verification import load_targets
+from utils import distributed
+from utils.checkpoint import RunFolder, load_backbone, read_kernel
+from utils.dataset import FaceDatasetFolder, MXFaceDataset
+from utils.errors import InputError
+from utils.logging import start_log
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run(NamedTuple):
+    """Where and how this process trains."""
+
+    device: torch.device
+    precision: str              # "fp32", "bf16" or "fp16": "auto" is resolved
+    folder: RunFolder
+    resume_step: int            # 0: from the start
+
+
+@contextmanager
+def start(cfg, resume: bool):
+    """Join the other ranks, take the device, prepare ``cfg.output``, start the log and seed the weights; leave the ranks at the end."""
+    device = distributed.init(cfg.device)
+    try:
+        precision = choose_precision(cfg.precision, device)
+        folder = RunFolder(cfg.output)
+        resume_step = where_to_resume(folder, cfg.global_step, resume)
+        if distributed.is_main():
+            folder.prepare()
+        distributed.barrier()
+        start_log(cfg.output, append=resume_step > 0)
+        if distributed.is_main():
+            write_config(cfg, resume_step)
+        logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
+        torch.manual_seed(cfg.seed)
+        yield Run(device, precision, folder, resume_step)
+    finally:
+        distributed.shutdown()
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """"auto" -> bf16 where the hardware multiplies it natively, else fp32."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if native else "fp32"
+    return precision
+
+
+def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> int:
+    """The step to go on from, 0 for a fresh start; a restart by torchrun resumes by itself.
+
+    Errors: InputError if a state was asked for and is not there, or if a fresh start would overwrite another run's checkpoints.
+    """
+    steps = folder.complete_steps()
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if global_step:
+        if global_step not in steps:
+            raise InputError(f"global_step={global_step}: no complete state in {folder.path} (complete: {', '.join(map(str, steps)) or 'none'})")
+        return max([step for step in steps if step >= global_step]) if restarted else global_step
+    if resume and not steps and not restarted:
+        raise InputError(f"--resume: no complete state (<step>backbone.pth, <step>header.pth, <step>state.pth) in {folder.path}; start without --resume")
+    if resume or restarted:
+        return steps[-1] if steps else 0
+    if folder.steps("backbone"):
+        raise InputError(f"output: {folder.path} already holds checkpoints of a run; go on with --resume or choose another folder with output=")
+    return 0
+
+
+def write_config(cfg, resume_step: int) -> None:
+    """Write config.json; when resuming, say what has changed since the run was started."""
+    path = Path(cfg.output) / "config.json"
+    if resume_step and path.exists():
+        before = json.loads(path.read_text())
+        for key, value in cfg.items():
+            if before.get(key) != value and key != "global_step":
+                logging.warning("resumed with another %s: %r instead of %r", key, value, before.get(key))
+    temporary = path.with_name("config.json.tmp")
+    temporary.write_text(json.dumps(dict(cfg), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def build_dataset(cfg):
+    """The training images of ``cfg``. Errors: InputError if they are missing, empty, or have more classes than cfg.num_classes."""
+    if cfg.db_file_format == "folder":
+        dataset = FaceDatasetFolder(cfg.data_path, cfg.sample or None)
+    else:
+        dataset = MXFaceDataset(cfg.rec, cfg.rec_backend)
+    if cfg.num_classes and cfg.num_classes < dataset.num_classes:
+        raise InputError(f"num_classes={cfg.num_classes} is smaller than the {dataset.num_classes} classes of {dataset.root_dir}")
+    if cfg.num_image and cfg.num_image != len(dataset):
+        logging.warning("%s holds %d images, num_image says %d", dataset.root_dir, len(dataset), cfg.num_image)
+    cfg.num_classes = cfg.num_classes or dataset.num_classes
+    logging.info("%d images of %d classes in %s", len(dataset), dataset.num_classes, dataset.root_dir)
+    return dataset
+
+
+def build_student(cfg) -> torch.nn.Module:
+    """The network to train, from ``cfg.pretrained_backbone_path`` if that is set."""
+    student = build_backbone(cfg.network, cfg.embedding_size, use_se=cfg.SE)
+    if cfg.pretrained_backbone_path:
+        load_backbone(student, cfg.pretrained_backbone_path, "pretrained_backbone_path")
+    logging.info("Student %s: %s parameters", cfg.network, f"{sum(p.numel() for p in student.parameters()):,}")
+    return student
+
+
+def header_options(cfg) -> dict:
+    """The keyword arguments of build_header that the configuration sets."""
+    names = ("s", "m", "h", "t_alpha", "adaptive_alpha", "use_geom_margin", "geom_margin_w", "geom_margin_k", "geom_margin_warmup_epoch", "sample_rate")
+    return {name: cfg[name] for name in names}
+
+
+def load_pretrained_centers(header, cfg) -> None:
+    """Start the class centres from ``cfg.pretrained_header_path``, if that is set."""
+    if cfg.pretrained_header_path:
+        load_centers(header, cfg, cfg.pretrained_header_path, "pretrained_header_path")
+
+
+def load_teacher_centers(header, cfg) -> None:
+    """Take the teacher's class centres, which AMLDistill never moves."""
+    load_centers(header, cfg, cfg.pretrained_teacher_header_path, "teacher header (pretrained_teacher_header_path)",
+                 "train a teacher with run_standalone.sh and take its last <step>header.pth")
+
+
+def load_centers(header, cfg, path: str, what: str, hint: str = "") -> None:
+    """Set the header's class centres from a published header file. Errors: InputError if it is missing or of another shape."""
+    header.load_kernel(read_kernel(path, what, cfg.embedding_size, cfg.num_classes, hint))
+    logging.info("Class centres from %s", path)
+
+
+def place_teacher(teacher, cfg, run: Run):
+    """The teacher on this process's device, compiled like the student, as a function images -> (B, D) float32 features."""
+    teacher = teacher.to(run.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    network = torch.compile(teacher) if cfg.compile else teacher
+    dtype = PRECISIONS[run.precision]
+
+    def features(images):
+        with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+            return network(images)
+    return features
+
+
+def load_validation(cfg) -> dict:
+    """The pair sets of ``cfg.val_targets``: {name: (images, issame)}."""
+    return load_targets(cfg.val_rec, cfg.val_targets) if cfg.val_targets else {}
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks a run to finish its step and save; all ranks agree on the step.
+
+    The ranks' flags are summed on the hosts while the next step computes, so the agreement costs no waiting and comes one step later.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.sum, self.pending = None, None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """True once any rank was asked to stop; called by all ranks after every step."""
+        if distributed.world_size() == 1:
+            return self.received
+        before = False
+        if self.pending is not None:
+            self.pending.wait()
+            before = bool(self.sum.item())
+        self.sum = torch.tensor([float(self.received)])
+        self.pending = distributed.all_reduce_async(self.sum)
+        return before

@@ -1,0 +1,40 @@
+"""AMLDistill (ArcDistill, CosDistill): train a student against the teacher's frozen class centres.
+
+    ./run_AMLDistill.sh pretrained_teacher_header_path=output/teacher/295672header.pth loss=ArcFace output=output/ArcDistill
+
+The student's features are pulled to where the teacher's classifier keeps each class; the teacher's network itself
+is needed only for the geometry margin.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from config.schema import parse_arguments
+from train import setup
+from train.engine import Engine
+from utils.errors import run as run_main
+from utils.losses import build_header
+from utils.teacher import load_teacher
+
+
+def main():
+    cfg, resume = parse_arguments(__doc__)
+    with setup.start(cfg, resume) as run:
+        dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
+        student = setup.build_student(cfg)
+        header = build_header("AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        setup.load_teacher_centers(header, cfg)
+        teacher = None
+        if cfg.use_geom_margin:
+            teacher = setup.place_teacher(load_teacher(cfg.teacher, cfg.pretrained_teacher_path, cfg.embedding_size, cfg.color_space), cfg, run)
+
+        def loss_of(student, images, labels, epoch):
+            return header(student(images), labels, teacher(images) if teacher else None, epoch)
+
+        Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation_sets).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

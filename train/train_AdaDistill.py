@@ -1,0 +1,39 @@
+"""AdaDistill (Boutros et al., ECCV 2024): class centres are a moving average of teacher features, weighted by how well the student follows.
+
+    ./run_AdaDistill.sh pretrained_teacher_path=output/teacher/295672backbone.pth adaptive_alpha=True output=output/AdaArcDistill
+    ./run_AdaDistill.sh pretrained_teacher_path=... loss=AdaFace use_geom_margin=True output=output/AdaDistillGeometry
+
+No gradient ever moves a centre: every step sets w_y <- alpha w_y + (1 - alpha) t, with alpha the student's cosine to the teacher
+(times the teacher's to the centre, if adaptive_alpha), and the student learns by cross-entropy against these centres.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from config.schema import parse_arguments
+from train import setup
+from train.engine import Engine
+from utils.errors import run as run_main
+from utils.losses import build_header
+from utils.teacher import load_teacher
+
+
+def main():
+    cfg, resume = parse_arguments(__doc__)
+    with setup.start(cfg, resume) as run:
+        dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
+        student = setup.build_student(cfg)
+        header = build_header("AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        setup.load_pretrained_centers(header, cfg)
+        teacher = setup.place_teacher(load_teacher(cfg.teacher, cfg.pretrained_teacher_path, cfg.embedding_size, cfg.color_space), cfg, run)
+
+        def loss_of(student, images, labels, epoch):
+            return header(student(images), labels, teacher(images), epoch)
+
+        Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation_sets).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

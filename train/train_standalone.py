@@ -1,0 +1,37 @@
+"""Train a network on its own: a teacher (config.network="iresnet50") or the student that distillation is compared with.
+
+    ./run_standalone.sh                                          # config/config.py
+    ./run_standalone.sh network=iresnet50 loss=ArcFace output=output/teacher
+
+Class centres are learned by SGD together with the network. The last <step>backbone.pth and <step>header.pth are what
+AMLDistill and AdaDistill take as teacher.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from config.schema import parse_arguments
+from train import setup
+from train.engine import Engine
+from utils.errors import run as run_main
+from utils.losses import build_header
+
+
+def main():
+    cfg, resume = parse_arguments(__doc__)
+    with setup.start(cfg, resume) as run:
+        dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
+        student = setup.build_student(cfg)
+        header = build_header("standalone", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        setup.load_pretrained_centers(header, cfg)
+
+        def loss_of(student, images, labels, epoch):
+            return header(student(images), labels)
+
+        Engine(cfg, run, "standalone", dataset, student, header, loss_of, validation_sets).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

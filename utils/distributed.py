@@ -1,0 +1,141 @@
+"""Ranks, devices and the few collectives this project uses; a world of one needs no process group.
+
+Under torchrun the environment names the rank (RANK, LOCAL_RANK, WORLD_SIZE). Without it, or with one process,
+every function here is the identity, so the code above never asks how many ranks there are.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import InputError
+
+TIMEOUT = timedelta(minutes=30)      # the slowest wait of a rank: another one writing checkpoints or loading sets
+
+
+def init(device: str = "auto") -> torch.device:
+    """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
+
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun each rank takes cuda:LOCAL_RANK.
+    Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device={device} asks for a GPU, but PyTorch sees none here; set device=cpu or install a CUDA driver")
+    if device == "cpu" or not torch.cuda.is_available():
+        chosen = torch.device("cpu")
+    else:
+        index = int(device.split(":")[1]) if ":" in device else local_rank
+        if index >= torch.cuda.device_count():
+            raise InputError(f"rank {os.environ.get('RANK', 0)} needs cuda:{index}, but this machine has {torch.cuda.device_count()} GPUs; "
+                             "start at most one process per GPU (NPROC_PER_NODE)")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo beside nccl: flags and strings travel between the hosts without touching the GPU's queue
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                device_id=chosen if chosen.type == "cuda" else None)
+    return chosen
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for every rank, on the host."""
+    all_reduce(torch.zeros(1))
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """Reduce in place over all ranks ("sum" or "max") and return the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    return tensor
+
+
+def all_reduce_async(tensor: torch.Tensor):
+    """Start a sum over all ranks; returns a handle with ``wait()``, or None in a world of one."""
+    return dist.all_reduce(tensor, async_op=True) if world_size() > 1 else None
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite the tensor with rank 0's and return it."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def all_gather_object(value) -> list:
+    """Every rank's small picklable value, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate along the first axis, in rank order; every rank gives the same shape."""
+    if world_size() == 1:
+        return tensor
+    gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
+    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    return gathered
+
+
+def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Concatenate along the first axis, in rank order; ranks may give different numbers of rows, none included."""
+    if world_size() == 1:
+        return tensor
+    counts = all_gather(torch.tensor([tensor.shape[0]], device=tensor.device)).tolist()
+    padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+    padded[:tensor.shape[0]] = tensor
+    parts = all_gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+class _GatherFeatures(torch.autograd.Function):
+    """All-gather forward; backward sums every rank's gradient of my rows and multiplies by the world size.
+
+    Each rank sees the loss through its own class shard only, so the sum over ranks is the whole gradient of the global
+    mean; the factor undoes DistributedDataParallel's division by the world size.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor):
+        ctx.rows = tensor.shape[0]
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        mine = grad.new_empty((ctx.rows, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(mine, grad.contiguous())
+        return mine * world_size()
+
+
+def gather_features(tensor: torch.Tensor) -> torch.Tensor:
+    """(b, D) of this rank -> (b * world, D) of all ranks, differentiable (see ``_GatherFeatures``)."""
+    return tensor if world_size() == 1 else _GatherFeatures.apply(tensor)
+
+
+def sync_buffers(module: torch.nn.Module) -> None:
+    """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save one network."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,16 @@
+"""The one kind of error that users are meant to read, and the way entry scripts show it."""
+
+import sys
+
+
+class InputError(ValueError):
+    """Wrong or missing input. The message is one line: what, where it was looked for, how to mend it."""
+
+
+def run(main) -> None:
+    """Call ``main()``; an InputError becomes one line on stderr and exit status 1, everything else is a bug and keeps its traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -1,0 +1,63 @@
+"""Small image helpers that training and evaluation share, so that both see the same pixels."""
+
+import cv2
+import numpy as np
+import torch
+
+from utils.errors import InputError
+
+
+def decode(buffer: bytes | bytearray | np.ndarray) -> np.ndarray:
+    """Decode one JPEG or PNG file held in memory.
+
+    Returns (H, W, 3) uint8 RGB. Raises InputError when the bytes are no readable image.
+    """
+    data = np.frombuffer(buffer, np.uint8)
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    except cv2.error:                   # no bytes at all, or a damaged header that asks for gigapixels
+        image = None
+    if image is None:
+        raise InputError(f"unreadable image of {data.size} bytes")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale (H, W, 3) uint8 so that the shorter side, relative to ``size`` = (height, width), fits; cut the centre of the other.
+
+    The rounding is that of MXNet's ``resize_short``. An image of the right size is returned as it is.
+    """
+    height, width = size
+    rows, columns = image.shape[:2]
+    if (rows, columns) == size:
+        return image
+    if rows * width > columns * height:
+        scaled = (rows * width // columns, width)
+    else:
+        scaled = (height, columns * height // rows)
+    # Averaging avoids aliasing when pixels are dropped; enlarging has nothing to average.
+    interpolation = cv2.INTER_AREA if scaled[0] < rows else cv2.INTER_CUBIC
+    image = cv2.resize(image, scaled[::-1], interpolation=interpolation)
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return image[top:top + height, left:left + width]
+
+
+def mirror(x: torch.Tensor) -> torch.Tensor:
+    """Flip (B, 3, H, W) images left to right."""
+    return x.flip(-1)
+
+
+def to_input(images: torch.Tensor, flip: torch.Tensor | None = None, channels_last: bool = False) -> torch.Tensor:
+    """Turn uint8 images into what the networks read, on the device they lie on.
+
+    ``images``: (B, H, W, 3) uint8 RGB. ``flip``: (B,) bool on the same device, True mirrors that image.
+    Returns (B, 3, H, W) float32, (x / 255 - 0.5) / 0.5 in [-1, 1]. Raises TypeError for another dtype: floats in
+    0…1 would otherwise give plausible, wrong features.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, not {images.dtype}")
+    if flip is not None:
+        images = torch.where(flip[:, None, None, None], images.flip(2), images)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    return x.div_(255).sub_(0.5).div_(0.5)

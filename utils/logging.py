@@ -1,0 +1,86 @@
+"""What a run tells: training.log and the console in the field's format, metrics.jsonl and TensorBoard for programs."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.distributed import is_main
+
+
+def start_log(output: str | Path, append: bool) -> None:
+    """Send the root logger to the console and <output>/training.log on rank 0; other ranks show warnings only."""
+    root = logging.getLogger()
+    root.handlers.clear()
+    handlers = [logging.StreamHandler(sys.stdout)]
+    if is_main():
+        handlers.append(logging.FileHandler(Path(output) / "training.log", mode="a" if append else "w"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s"))
+        root.addHandler(handler)
+    root.setLevel(logging.INFO if is_main() else logging.WARNING)
+
+
+class RunLog:
+    """Writes the figures of a run on rank 0; on the other ranks every call does nothing."""
+
+    def __init__(self, output: str | Path, total_steps: int, resumed_step: int):
+        self.path, self.total_steps = Path(output) / "metrics.jsonl", total_steps
+        self.active = is_main()
+        self.started, self.first_step = time.monotonic(), resumed_step
+        if self.active:
+            keep_rows_until(self.path, resumed_step)
+            self.board = SummaryWriter(str(Path(output) / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
+
+    def train(self, step: int, epoch: int, loss: float, lr: float, samples_per_sec: float, data_wait: float, stats: dict) -> None:
+        """One line, one JSON row and TensorBoard scalars; data_wait is the share of the time spent waiting for images."""
+        if not self.active:
+            return
+        hours = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step) / 3600
+        named = "".join(f"{name}: {value:.4f}   " for name, value in stats.items())
+        logging.info("Speed %.1f samples/sec   Loss %.4f   LearningRate %.6f   %sEpoch: %d   Global Step: %d   Data: %.0f%%   Required: %s",
+                     samples_per_sec, loss, lr, named, epoch, step, 100 * data_wait, f"{hours:.0f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes")
+        self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, samples_per_sec=samples_per_sec, data_wait=data_wait, **stats))
+        for name, value in dict(loss=loss, learning_rate=lr, samples_per_sec=samples_per_sec, data_wait=data_wait, **stats).items():
+            self.board.add_scalar(f"train/{name}", value, step)
+
+    def validation(self, step: int, epoch: int, results: dict, highest: dict) -> None:
+        """results: {set: {"Accuracy-Flip", "Accuracy-Std", "XNorm"}}; highest: {set: best accuracy so far}."""
+        if not self.active:
+            return
+        for name, figures in results.items():
+            logging.info("[%s][%d]XNorm: %f", name, step, figures["XNorm"])
+            logging.info("[%s][%d]Accuracy-Flip: %.5f+-%.5f", name, step, figures["Accuracy-Flip"], figures["Accuracy-Std"])
+            logging.info("[%s][%d]Accuracy-Highest: %.5f", name, step, highest[name])
+            for tag, value in (("Accuracy_Flip", figures["Accuracy-Flip"]), ("Accuracy_Highest", highest[name]), ("XNorm", figures["XNorm"])):
+                self.board.add_scalar(f"val/{name}/{tag}", value, step)
+        self.write(dict(step=step, epoch=epoch, validation={name: dict(figures, **{"Accuracy-Highest": highest[name]}) for name, figures in results.items()}))
+
+    def write(self, row: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        if self.active:
+            self.board.close()
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Drop rows after ``step``, which a resumed run writes again, and a last line that a kill cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)

@@ -1,0 +1,142 @@
+"""Header = where the class centres come from (centers.py) x what the margin does to the own cosine (margins.py)."""
+
+from difflib import get_close_matches
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import distributed
+from utils.errors import InputError
+from utils.losses.centers import CENTERS, AdaptiveCenters, cosine_to_own_center
+from utils.losses.margins import MARGINS, AdaFace
+from utils.losses.softmax import MarginSoftmaxLoss
+
+
+class Header(nn.Module):
+    """Cross-entropy over s * margin(cos(features, centres)), on any number of ranks.
+
+    header(features, labels, features_t=None, epoch=0.0) -> (loss, stats)
+        features (b, D) raw student features and labels (b,) of this rank; features_t (b, D) raw teacher features, which AdaDistill and the geometry margin
+        need; epoch: fractional, for the geometry margin's warm-up. loss: 0-d float32, the mean over the global batch, the same on all ranks.
+        stats: 0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill), margin_scaler (AdaFace), geom (geometry margin).
+    Everything here is float32, under autocast too: a cosine rounded to bf16 moves a logit by 0.1.
+    Feature gradients come times the world size, so that DistributedDataParallel's average is the gradient of that mean.
+    """
+
+    def __init__(self, centers, margin, s, adaptive_alpha, geometry, sample_rate):
+        super().__init__()
+        self.centers, self.margin, self.s = centers, margin, s
+        self.adaptive_alpha, self.geometry, self.sample_rate = adaptive_alpha, geometry, sample_rate
+
+    def forward(self, features, labels, features_t=None, epoch=0.0):
+        adaptive = isinstance(self.centers, AdaptiveCenters)
+        if features_t is None and (adaptive or self.geometry):
+            raise ValueError("AdaDistill and the geometry margin need the teacher's features: header(features, labels, features_t)")
+        with torch.autocast(features.device.type, enabled=False):
+            features = distributed.gather_features(features.float())
+            labels = distributed.all_gather(labels)
+            check_labels(labels, self.centers.num_classes)
+            rows, columns = self.centers.owned(labels)
+            norms = features.norm(dim=1)
+            features = F.normalize(features)
+            stats, geom = {}, None
+            if features_t is not None:
+                teacher = F.normalize(distributed.all_gather(features_t.detach().float()))
+                followed = (features.detach() * teacher).sum(1).clamp(-1, 1)
+                confidence = cosine_to_own_center(teacher, self.centers.weight, rows, columns).clamp(1e-6, 1)
+            if self.geometry:
+                geom = stats["geom"] = self.geometry(confidence, followed, epoch)
+            if adaptive:
+                alpha = (followed * confidence if self.adaptive_alpha else followed).clamp(1e-6, 1)
+                self.centers.update(teacher, alpha, rows, columns)
+                stats.update(alpha=alpha, lam=confidence, cos_st=followed)
+            weight, columns = self.sampled(columns)
+            loss = MarginSoftmaxLoss.apply(features, F.normalize(weight), rows, columns,
+                                           partial(self.apply_margin, norms, geom, stats), self.s, self.margin.clip)
+        return loss, {name: value.detach().mean() for name, value in stats.items()}
+
+    def apply_margin(self, norms, geom, stats, cosine):
+        target, margin_stats = self.margin(cosine, norms, geom)
+        stats.update(margin_stats)
+        return target
+
+    def sampled(self, columns):
+        """All centres of this rank, or with sample_rate < 1 those in the batch and a random share of the others (Partial FC, An et al. 2022).
+
+        Returns the chosen rows of ``weight`` and the columns of the batch among them.
+        """
+        weight = self.centers.weight
+        wanted = round(self.sample_rate * len(weight))
+        if wanted >= len(weight):
+            return weight, columns
+        chance = torch.rand(len(weight), device=weight.device)
+        chance[columns] = 2.0                                        # the positives always come along
+        chosen = chance.topk(max(wanted, len(columns.unique()))).indices.sort().values
+        return weight[chosen], torch.searchsorted(chosen, columns)
+
+    def state_dict(self) -> dict:
+        """{"kernel": (D, C), and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
+        return {"kernel": self.centers.whole(self.centers.weight), **self.margin.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what ``state_dict`` gives, whole, on any number of ranks. Errors: InputError naming keys or shapes that differ."""
+        expected = {"kernel", *self.margin.state_dict()}
+        if set(state) != expected:
+            raise InputError(f"a header with keys {sorted(expected)} was expected, this one has {sorted(state)}")
+        self.load_kernel(state["kernel"])
+        self.margin.load_state_dict({key: value for key, value in state.items() if key != "kernel"})
+
+    @torch.no_grad()
+    def load_kernel(self, kernel: torch.Tensor) -> None:
+        """Set the centres from a whole (D, C) kernel. Errors: InputError if it has another shape."""
+        expected = (self.centers.weight.shape[1], self.centers.num_classes)
+        if tuple(kernel.shape) != expected:
+            raise InputError(f"the header's kernel is {tuple(kernel.shape)}, but (embedding_size, num_classes) is {expected}")
+        self.centers.weight.copy_(self.centers.shard(kernel))
+
+
+class GeometryMargin:
+    """g = w_eff k max(lam - c, 0) lam: more margin where the teacher is sure of the class and the student does not follow it yet."""
+
+    def __init__(self, w, k, warmup_epoch):
+        self.w, self.k, self.warmup_epoch = w, k, warmup_epoch
+
+    def __call__(self, confidence, followed, epoch):
+        warm = min(max(epoch / self.warmup_epoch, 0.0), 1.0) if self.warmup_epoch > 0 else 1.0
+        return self.w * warm * self.k * (confidence - followed).clamp_min(0) * confidence
+
+
+def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h=0.333, t_alpha=0.01, adaptive_alpha=True,
+                 use_geom_margin=False, geom_margin_w=1.0, geom_margin_k=3.0, geom_margin_warmup_epoch=0, sample_rate=1.0) -> nn.Module:
+    """A header for (D = embedding_size, C = num_classes); see ``Header`` for what it returns.
+
+    method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or "AdaDistill" (moving average of teacher features).
+    loss: "MLLoss", "CosFace", "ArcFace" or "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.5, 0.4). s: scale of the logits.
+    h, t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha. geom_*: geometry margin, warm-up in epochs.
+    sample_rate: share of the other classes that enter the softmax.
+    Errors: InputError for unknown names and for combinations that make no sense.
+    """
+    for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
+        if name not in known:
+            near = get_close_matches(str(name), known, 1, 0.4)
+            raise InputError(f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" known: {', '.join(known)}")
+    if use_geom_margin and method == "standalone":
+        raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
+    if use_geom_margin and loss == "MLLoss":
+        raise InputError("use_geom_margin widens a margin and MLLoss has none: choose ArcFace, CosFace or AdaFace")
+    if not 0 < sample_rate <= 1:
+        raise InputError(f"sample_rate={sample_rate} is no share of the classes: it must be above 0 and at most 1")
+    if num_classes < distributed.world_size():
+        raise InputError(f"{num_classes} classes cannot be shared out over {distributed.world_size()} ranks")
+    m = MARGINS[loss].default_m if m is None else m
+    margin = AdaFace(m, h, t_alpha) if loss == "AdaFace" else MARGINS[loss](m)
+    geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch) if use_geom_margin else None
+    return Header(CENTERS[method](num_classes, embedding_size), margin, s, adaptive_alpha, geometry, sample_rate)
+
+
+def check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Refuse labels without a class, which no rank would own. On CPUs only: the data sets check them as well, and a GPU would have to stop and look."""
+    if labels.device.type == "cpu" and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+        raise InputError(f"label {int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())} is outside 0..{num_classes - 1}: num_classes is too small for this data set")

@@ -1,0 +1,389 @@
+"""RecordIO files as MXNet 1.9.1 writes them: the record, the index and the image header. Needs NumPy only.
+
+A record is ``uint32 magic, uint32 (3-bit cflag << 29 | 29-bit length), payload padded to 4 bytes``. A payload that
+contains the magic on a 4-byte boundary is cut there: cflag 1, 2, 3 mark its first, middle and last part, 0 a whole one.
+Source: dmlc-core ``recordio.h`` (the record), ``mxnet/recordio.py`` (the index and IRHeader), InsightFace
+``face2rec2.py`` (which keys are images).
+"""
+import logging
+import numbers
+import os
+import struct
+import warnings
+from array import array
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import InputError
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+WHOLE, FIRST, MIDDLE, LAST = range(4)
+LENGTH_BITS = 29
+LENGTH_MASK = (1 << LENGTH_BITS) - 1
+EXACT_IN_FLOAT32 = 1 << 24      # labels are float32: identity ranges above this would be rounded
+
+_FRAME = struct.Struct("<II")
+_HEADER = struct.Struct("<IfQQ")
+
+log = logging.getLogger(__name__)
+
+
+class RecordError(InputError):
+    """A record that is truncated or damaged. The message names the file, the key and the byte offset."""
+
+
+class IRHeader(NamedTuple):
+    """What precedes the image: number of float32 labels (0: the one here), label, the record's key, a second id (unused)."""
+
+    flag: int
+    label: float | np.ndarray
+    id: int
+    id2: int
+
+
+def pack(header: IRHeader, payload: bytes) -> bytes:
+    """Put ``header`` before ``payload``; a scalar label gives flag 0, a vector flag = its length. Source: mxnet.recordio.pack."""
+    flag, label, key, key2 = header
+    if isinstance(label, numbers.Number):
+        return _HEADER.pack(0, label, key, key2) + payload
+    vector = np.asarray(label, dtype="<f4")
+    return _HEADER.pack(vector.size, 0.0, key, key2) + vector.tobytes() + payload
+
+
+def unpack(record: bytes) -> tuple[IRHeader, bytes]:
+    """Split a record's payload into (IRHeader, image bytes); ``label`` is a float, or a float32 vector if flag > 0.
+
+    Accepts any bytes-like object and returns a slice of it. Errors: RecordError if the header does not fit.
+    Source: mxnet.recordio.unpack.
+    """
+    if len(record) < _HEADER.size:
+        raise RecordError(f"a payload of {len(record)} bytes has no room for the image header of {_HEADER.size}")
+    flag, label, key, key2 = _HEADER.unpack_from(record)
+    start = _HEADER.size + 4 * flag
+    if start > len(record):
+        raise RecordError(f"the image header promises {flag} labels, the payload has {len(record)} bytes")
+    if flag:
+        label = np.frombuffer(record, "<f4", flag, _HEADER.size)
+    return IRHeader(flag, label, key, key2), record[start:]
+
+
+def frame(payload: bytes) -> bytes:
+    """The bytes that store ``payload`` (under 2**29 bytes): frames, parts and padding. Source: dmlc RecordIOWriter."""
+    if len(payload) > LENGTH_MASK:
+        raise ValueError(f"a record holds less than {LENGTH_MASK + 1} bytes, got {len(payload)}")
+    parts, start = [], 0
+    for cut in _aligned_magics(payload):
+        parts.append(_FRAME.pack(MAGIC, ((FIRST if start == 0 else MIDDLE) << LENGTH_BITS) | (cut - start)))
+        parts.append(payload[start:cut])
+        start = cut + 4
+    cflag = LAST if start else WHOLE
+    parts.append(_FRAME.pack(MAGIC, (cflag << LENGTH_BITS) | (len(payload) - start)))
+    parts.append(payload[start:])
+    parts.append(bytes(-len(payload) % 4))
+    return b"".join(parts)
+
+
+def _aligned_magics(payload: bytes) -> list[int]:
+    """Offsets, multiples of 4, at which ``payload`` holds the magic."""
+    found, at = [], payload.find(MAGIC_BYTES)
+    while at >= 0:
+        if at % 4 == 0:
+            found.append(at)
+        at = payload.find(MAGIC_BYTES, at + 1)
+    return found
+
+
+@contextmanager
+def replacing(path: str, mode: str = "wb"):
+    """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block ends well, else it is removed."""
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        with open(temporary, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+class Glance(NamedTuple):
+    """The start of a record: where the next one begins, its header's id (-1: no header), first label, whether image bytes follow."""
+
+    end: int
+    id: int
+    label: float
+    has_image: bool
+
+
+class RecordFile:
+    """Random reads from a ``.rec`` by byte offset. Safe in threads, after fork and in pickles: every read names its position."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._file = None
+
+    def __getstate__(self) -> dict:
+        return {"path": self.path, "_file": None}
+
+    def pread(self, size: int, offset: int) -> bytes:
+        """Up to ``size`` bytes at ``offset``; fewer at the end of the file."""
+        if self._file is None:
+            self._file = open(self.path, "rb", buffering=0)
+        return os.pread(self._file.fileno(), size, offset)
+
+    def read(self, offset: int, name: str) -> bytes:
+        """The payload of the record at ``offset``; RecordError, saying ``name`` and the offset, if it is damaged."""
+        cflag, payload, end = self._part(offset, name)
+        if cflag == WHOLE:
+            return payload
+        if cflag != FIRST:
+            raise self._damaged(name, offset, f"it begins with part {cflag} of a split payload")
+        parts = [payload]
+        while cflag != LAST:
+            cflag, payload, end = self._part(end, name)
+            if cflag not in (MIDDLE, LAST):
+                raise self._damaged(name, offset, "its last part is missing")
+            parts.append(payload)
+        return MAGIC_BYTES.join(parts)
+
+    def _part(self, offset: int, name: str) -> tuple[int, bytes, int]:
+        """(cflag, bytes, offset after the padding) of the part at ``offset``."""
+        cflag, length = self._frame(self.pread(_FRAME.size, offset), offset, name)
+        payload = self.pread(length, offset + _FRAME.size)
+        if len(payload) < length:
+            raise self._damaged(name, offset, f"truncated, {len(payload)} of {length} bytes are there")
+        return cflag, payload, _after(offset, length)
+
+    def _frame(self, start: bytes, offset: int, name: str) -> tuple[int, int]:
+        """(cflag, length) from the bytes at ``offset``."""
+        if len(start) < _FRAME.size:
+            raise self._damaged(name, offset, "truncated, the file ends before it")
+        magic, word = _FRAME.unpack_from(start)
+        if magic != MAGIC:
+            raise self._damaged(name, offset, f"no record starts there (0x{magic:08x} instead of the magic)")
+        return word >> LENGTH_BITS, word & LENGTH_MASK
+
+    def _damaged(self, name: str, offset: int, reason: str) -> RecordError:
+        return RecordError(f"{self.path}: {name} at offset {offset}: {reason}")
+
+    def glance(self, offset: int, name: str) -> Glance:
+        """What the first bytes of the record at ``offset`` tell, without reading the image; RecordError as ``read``."""
+        wanted = _HEADER.size + 4
+        window = self.pread(_FRAME.size + wanted, offset)
+        cflag, length = self._frame(window, offset, name)
+        if cflag == WHOLE:
+            start, end = window[_FRAME.size:_FRAME.size + length], _after(offset, length)
+        else:
+            start, end = self.read(offset, name), self._end_of_split(offset, name)
+            length = len(start)
+        if length < _HEADER.size or len(start) < min(wanted, length):
+            return Glance(end, -1, float("nan"), False)
+        flag, label, key, _ = _HEADER.unpack_from(start)
+        labels_end = _HEADER.size + 4 * flag
+        if 0 < flag and labels_end <= length:
+            label = struct.unpack_from("<f", start, _HEADER.size)[0]
+        return Glance(end, key, label, length > labels_end)
+
+    def _end_of_split(self, offset: int, name: str) -> int:
+        """The offset after the last part of the split record at ``offset``."""
+        cflag = FIRST
+        while cflag != LAST:
+            cflag, length = self._frame(self.pread(_FRAME.size, offset), offset, name)
+            offset = _after(offset, length)
+        return offset
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _after(offset: int, length: int) -> int:
+    """The offset after a part of ``length`` bytes and its padding."""
+    return offset + _FRAME.size + (length + 3) // 4 * 4
+
+
+def read_index(idx_path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, offsets) of an ``.idx`` file, two int64 arrays in file order. InputError if a line is not ``key<tab>offset``."""
+    with open(idx_path, "rb") as file:
+        text = file.read()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)      # how NumPy reports text that is no number
+            numbers_read = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
+        pairs = numbers_read.reshape(-1, 2)
+    except (ValueError, DeprecationWarning):
+        raise InputError(f"{idx_path} is no RecordIO index (lines of key<tab>offset); delete it to have it rebuilt from the .rec") from None
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+
+
+def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx`` held.
+
+    The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's face2rec2 and this project
+    put it. Where ids are absent or repeat (a converter that left them 0), records are numbered as they come: from 0, or,
+    if the last one has labels and no image (InsightFace's record 0, written last), from 1 with key 0 for the last.
+    Errors: RecordError at the first record that is truncated or damaged.
+    """
+    size = os.path.getsize(records.path)
+    offsets, ids, glance, offset = array("q"), array("q"), None, 0
+    while offset < size:
+        glance = records.glance(offset, f"record {len(offsets)}")
+        if glance.end > size:
+            raise RecordError(f"{records.path}: record {len(offsets)} at offset {offset}: truncated, the file ends inside it")
+        offsets.append(offset)
+        ids.append(glance.id if glance.id < 1 << 62 else -1)        # beyond int64: noise, not a key
+        offset = glance.end
+    keys = np.arange(len(offsets), dtype=np.int64)
+    ids = np.array(ids, dtype=np.int64)
+    if len(np.unique(ids)) == len(ids) and (ids >= 0).all():
+        keys = ids
+    elif glance.id >= 0 and not glance.has_image:
+        keys = np.roll(keys, -1)
+    return keys, np.array(offsets, dtype=np.int64)
+
+
+class IndexedRecordIO:
+    """Records by integer key, as ``mxnet.recordio.MXIndexedRecordIO``: ``read_idx``, ``write_idx``, ``keys``, ``close``.
+
+    ``"r"``: a missing ``.idx`` is rebuilt by scanning (``scan_index``), logged, and saved if the folder is writable. A
+    reader may be shared by threads and forked or spawned workers; 24 bytes of index a record.
+    ``"w"``: both files get their names on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither.
+    Errors: InputError for a missing ``.rec`` or an unreadable ``.idx``; RecordError for a damaged record; KeyError for an unknown key.
+    """
+
+    def __init__(self, idx_path: str, rec_path: str, flag: str):
+        self.idx_path, self.rec_path = os.fspath(idx_path), os.fspath(rec_path)
+        self.writable = flag == "w"
+        if flag == "r":
+            self._open_reader()
+        elif flag == "w":
+            self._open_writer()
+        else:
+            raise ValueError(f'flag is "r" or "w", got {flag!r}')
+
+    def _open_reader(self) -> None:
+        if not os.path.isfile(self.rec_path):
+            raise InputError(f"no record file {os.path.abspath(self.rec_path)}; check the path or make one with data/make_rec.py")
+        self._records = RecordFile(self.rec_path)
+        if os.path.isfile(self.idx_path):
+            self._keys, self._offsets = read_index(self.idx_path)
+        else:
+            self._keys, self._offsets = self._rebuild_index()
+        self._order = np.argsort(self._keys, kind="stable")
+
+    def _rebuild_index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scan the ``.rec``; keep the result beside it for the next run where that is allowed."""
+        log.warning("%s is missing: rebuilding it by scanning %s", self.idx_path, self.rec_path)
+        keys, offsets = scan_index(self._records)
+        if os.access(os.path.dirname(os.path.abspath(self.idx_path)), os.W_OK):
+            _write_index(self.idx_path, keys, offsets)
+        log.warning("rebuilt the index of %s: %d records", self.rec_path, len(keys))
+        return keys, offsets
+
+    @property
+    def keys(self) -> np.ndarray:
+        """All keys, int64, in the order of the index file."""
+        return np.array(self._keys, dtype=np.int64) if self.writable else self._keys
+
+    def offset(self, key: int) -> int:
+        """Byte offset of the record ``key``; of a key listed twice the last one counts, as in MXNet."""
+        at = int(np.searchsorted(self._keys, key, side="right", sorter=self._order)) - 1
+        if at < 0 or self._keys[self._order[at]] != key:
+            raise KeyError(f"{self.rec_path} has no record with key {key}")
+        return int(self._offsets[self._order[at]])
+
+    def read_idx(self, key: int) -> bytes:
+        """The payload of the record ``key`` (for images: to be split by ``unpack``)."""
+        return self._records.read(self.offset(key), f"key {key}")
+
+    def glance(self, key: int) -> Glance:
+        """The start of the record ``key``, without reading the image."""
+        return self._records.glance(self.offset(key), f"key {key}")
+
+    def _open_writer(self) -> None:
+        self._keys, self._offsets = array("q"), array("q")      # 16 bytes a record where lists would take 72
+        self._position = 0
+        self._temporary = f"{self.rec_path}.tmp-{os.getpid()}"
+        self._file = open(self._temporary, "wb")
+
+    def write_idx(self, key: int, payload: bytes) -> None:
+        """Append ``payload`` under ``key``."""
+        framed = frame(payload)
+        self._file.write(framed)
+        self._keys.append(int(key))
+        self._offsets.append(self._position)
+        self._position += len(framed)
+
+    def close(self) -> None:
+        """Release the file; a writer gives its two files their names. A second call does nothing."""
+        if not self.writable:
+            self._records.close()
+        elif not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            # a crash between the two renames leaves a .rec without .idx, which readers mend; never one with a stale .idx
+            if os.path.exists(self.idx_path):
+                os.unlink(self.idx_path)
+            os.replace(self._temporary, self.rec_path)
+            _write_index(self.idx_path, self._keys, self._offsets)
+
+    def discard(self) -> None:
+        """Give up writing: remove what was written and keep the files that had the names before."""
+        self._file.close()
+        if os.path.exists(self._temporary):
+            os.unlink(self._temporary)
+
+    def __enter__(self) -> "IndexedRecordIO":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.writable and kind is not None:
+            self.discard()
+        else:
+            self.close()
+
+
+def _write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> None:
+    with replacing(idx_path, "w") as file:
+        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets))
+
+
+def write_property(root_dir: str, num_classes: int, image_size: tuple[int, int] = (112, 112)) -> None:
+    """Write ``root_dir/property``: ``classes,height,width``."""
+    with replacing(os.path.join(root_dir, "property"), "w") as file:
+        file.write(f"{num_classes},{image_size[0]},{image_size[1]}\n")
+
+
+def write_insightface(root_dir: str, groups: Iterable[Iterable[bytes]], image_size: tuple[int, int] = (112, 112)) -> int:
+    """Write a set in InsightFace's layout: ``train.rec``, ``train.idx``, ``property``; returns the number of images.
+
+    ``groups``: one iterable of encoded images (JPEG bytes) per identity, consumed as a stream; labels are 0, 1, ... in
+    that order. Keys: images 1 ... N; identities N+1 ..., each with label [first key, end); record 0, written last, with
+    label [N+1, end of the identities). Errors: InputError if the keys outgrow float32. Source: InsightFace face2rec2.py.
+    """
+    os.makedirs(root_dir, exist_ok=True)
+    paths = os.path.join(root_dir, "train.idx"), os.path.join(root_dir, "train.rec")
+    key, starts = 1, [1]
+    with IndexedRecordIO(*paths, "w") as writer:
+        for label, images in enumerate(groups):
+            for image in images:
+                writer.write_idx(key, pack(IRHeader(0, float(label), key, 0), image))
+                key += 1
+            starts.append(key)
+        end = key + len(starts) - 1
+        if end > EXACT_IN_FLOAT32:
+            raise InputError(f"{root_dir}: InsightFace's layout keeps keys as float32, exact to {EXACT_IN_FLOAT32} records, got {end}; "
+                             f"use the plain layout (data/make_rec.py --layout plain)")
+        for identity, span in enumerate(zip(starts, starts[1:])):
+            writer.write_idx(key + identity, pack(IRHeader(2, span, key + identity, 0), b""))
+        writer.write_idx(0, pack(IRHeader(2, (key, end), 0, 0), b""))
+    write_property(root_dir, len(starts) - 1, image_size)
+    return key - 1
