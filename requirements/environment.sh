@@ -39,9 +39,18 @@ launch() {
         rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK: 0 on the first machine}" --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine}"
                     --master_port "${MASTER_PORT:-29500}")
     fi
-    # all cores of the machine, shared out; SIGUSR1 (a scheduler's warning) reaches the processes as SIGTERM does, and they get time to save
+    # all cores of the machine, shared out; signals that reach torchrun itself are passed on, and the processes get time to save
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
     export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-    exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@"
+    # activations of a CPU step are tens of MB: keep them in the heap instead of asking the kernel for zeroed pages every time (a tenth of the step)
+    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@" &
+    torchrun=$!
+    # the signal goes to the training processes themselves: they finish the step, save and exit with 0, and so does torchrun
+    trap 'kill -TERM $(cat /proc/$torchrun/task/*/children 2>/dev/null) 2>/dev/null' TERM USR1 INT
+    local status=0
+    wait "$torchrun" || status=$?
+    while [ "$status" -gt 128 ] && kill -0 "$torchrun" 2>/dev/null; do status=0; wait "$torchrun" || status=$?; done
+    exit "$status"
 }

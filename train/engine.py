@@ -8,6 +8,7 @@ epoch: fractional; loss: 0-d; stats: named 0-d tensors for the log.
 
 import logging
 import math
+import signal
 import time
 from contextlib import nullcontext
 
@@ -18,13 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval import verification
-from train.setup import PRECISIONS, StopRequest
+from train.setup import STOP_SIGNALS, StopRequest
 from utils import checkpoint, distributed
 from utils.augment import augment
 from utils.dataset import init_worker, keep_batch
 from utils.errors import InputError
 from utils.images import to_input
 from utils.logging import RunLog
+from utils.precision import PRECISIONS
 from utils.sampler import EpochBatches, mirrored
 
 
@@ -34,6 +36,13 @@ def learning_rate(cfg, epoch: int, fraction: float) -> float:
     if epoch < cfg.warmup_epoch:
         return base * ((epoch + fraction + 1) / (cfg.warmup_epoch + 1)) ** 2
     return base * 0.1 ** sum(milestone - 1 <= epoch for milestone in cfg.milestones)
+
+
+def start_worker(worker_id: int) -> None:
+    """A signal that asks a run to stop reaches its whole process group: reading goes on until the step is finished and saved."""
+    init_worker(worker_id)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Engine:
@@ -49,9 +58,9 @@ class Engine:
         self.steps_per_epoch = len(dataset) // self.step_samples
         if self.steps_per_epoch == 0:
             raise InputError(f"the set has {len(dataset)} images, one step takes {self.step_samples} (batch_size x processes x accumulate): lower batch_size")
-        self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=keep_batch, num_workers=cfg.num_workers, worker_init_fn=init_worker,
+        self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=keep_batch, num_workers=cfg.num_workers, worker_init_fn=start_worker,
                                  pin_memory=run.device.type == "cuda", persistent_workers=cfg.num_workers > 0, generator=torch.Generator())
-        self.bad_records = {}
+        self.reading, self.bad_records = None, {}
 
         layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
         self.backbone, self.header = student.to(run.device, memory_format=layout), header.to(run.device)
@@ -76,9 +85,7 @@ class Engine:
     def wrap(self, backbone):
         network = torch.compile(backbone) if self.cfg.compile else backbone
         if self.world > 1:
-            # BatchNorm statistics are rank 0's; sync_buffers hands them out before they are used
-            network = DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True,
-                                              device_ids=[self.run.device] if self.run.device.type == "cuda" else None)
+            network = DistributedDataParallel(network, gradient_as_bucket_view=True, device_ids=[self.run.device] if self.run.device.type == "cuda" else None)
         dtype = PRECISIONS[self.run.precision]
 
         def student(images):
@@ -98,8 +105,11 @@ class Engine:
             self.validate()
         self.open_window()
         stopped = False
-        while self.epoch < self.cfg.num_epoch and not stopped:
-            stopped = self.train_epoch(stop)
+        try:
+            while self.epoch < self.cfg.num_epoch and not stopped:
+                stopped = self.train_epoch(stop)
+        finally:
+            self.end_workers()
         if self.epoch < self.cfg.num_epoch:
             logging.info("Stopped by a signal at step %d of %d; go on with --resume", self.step, self.total_steps)
         else:
@@ -155,7 +165,7 @@ class Engine:
     def read_batches(self):
         """Yield (images (B, 3, 112, 112) on the device, labels) of this epoch, mirrored and augmented as a function of the position alone."""
         cfg, device, samples = self.cfg, self.run.device, self.batches.samples
-        batches = iter(self.loader)
+        batches = self.reading = iter(self.loader)
         while True:
             started = time.monotonic()
             try:
@@ -172,6 +182,11 @@ class Engine:
                 images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
             samples += self.batches.global_batch
             yield images, batch.labels.to(device, non_blocking=True)
+
+    def end_workers(self) -> None:
+        """End the reading processes by the loader's own word: they ignore SIGTERM, by which the interpreter would end them at exit."""
+        if self.cfg.num_workers and self.reading is not None:
+            self.reading._shutdown_workers()
 
     # --- what is watched
 

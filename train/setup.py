@@ -17,8 +17,9 @@ from utils.checkpoint import RunFolder, load_backbone, read_kernel
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.logging import start_log
+from utils.precision import PRECISIONS, choose_precision
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Run(NamedTuple):
@@ -43,20 +44,13 @@ def start(cfg, resume: bool):
         distributed.barrier()
         start_log(cfg.output, append=resume_step > 0)
         if distributed.is_main():
+            folder.sweep()
             write_config(cfg, resume_step)
         logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
         torch.manual_seed(cfg.seed)
         yield Run(device, precision, folder, resume_step)
     finally:
         distributed.shutdown()
-
-
-def choose_precision(precision: str, device: torch.device) -> str:
-    """"auto" -> bf16 where the hardware multiplies it natively, else fp32."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return "bf16" if native else "fp32"
-    return precision
 
 
 def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> int:
@@ -166,7 +160,7 @@ class StopRequest:
     def __init__(self):
         self.received = False
         self.sum, self.pending = None, None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:

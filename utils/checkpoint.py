@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import re
+import struct
+import zipfile
 from pathlib import Path
 
 import torch
@@ -13,10 +15,11 @@ from safetensors.torch import load_file
 from backbones import NAMES, build_backbone
 from utils.errors import InputError
 
-# what torch.load raises for files that are cut off, no checkpoints at all, or made by another program
-UNREADABLE = (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeDecodeError)
-WRAPPERS = ("module.", "_orig_mod.")                    # DistributedDataParallel's and torch.compile's
+# what torch.load raises for files that are cut off, no checkpoints at all, made by another program, or not readable from the disk
+UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError, struct.error, OSError, SafetensorError)
+WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")      # DistributedDataParallel's and torch.compile's
 PUBLISHED_PREFIXES = ("model.net.", "model.", "")       # CVLFace, AdaFace, everybody else
+FRAMEWORK = re.compile(r"argparse\.Namespace$|(pytorch_)?lightning(_fabric)?\.")     # of which published .ckpt files mention classes
 
 
 def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
@@ -31,30 +34,50 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
     if not path.is_file():
         raise InputError(f"{what}: no file at {path.absolute()}" + (f"; {hint}" if hint else ""))
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        content = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks to load {name[1]}, which is code and no tensor" if name else "it holds more than tensors, or is no checkpoint"
         raise InputError(f"{what}: {path} was refused: {reason}") from error
-    except (*UNREADABLE, SafetensorError) as error:
-        raise InputError(f"{what}: {path} is no readable checkpoint ({str(error).splitlines()[0][:120]})") from error
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{what}: {path} is no readable checkpoint ({reason[:120]})") from error
     if not isinstance(content, dict):
         raise InputError(f"{what}: {path} holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 
+def load_pickled(path: Path):
+    """What ``torch.save`` wrote; classes of the training framework, which PyTorch Lightning's .ckpt files mention, become empty stand-ins."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    stand_ins = [(dict if name.endswith(".AttributeDict") else StandIn, name) for name in names if FRAMEWORK.match(name)]
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class StandIn:
+    """Takes whatever a pickle gives to an object of the training framework, keeps nothing and does nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_arguments):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
 def network_weights(content: dict) -> tuple[dict, str]:
-    """Bare network weights in a published checkpoint's dict, and the prefix their keys had ("model." AdaFace, "model.net." CVLFace, "")."""
+    """Bare network weights in a published checkpoint's dict, and the prefix their keys had ("model." AdaFace, "model.net." CVLFace, "").
+
+    Keys without the prefix stay as they are, so that a strict load refuses them, but for the class centres (``head.``) of AdaFace's files.
+    """
     state = content.get("state_dict", content)
     if not isinstance(state, dict):
         return {}, ""
-    for wrapper in WRAPPERS:
-        state = {key.removeprefix(wrapper): value for key, value in state.items()}
-    for prefix in PUBLISHED_PREFIXES:
-        found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        if found:
-            return found, prefix
-    return {}, ""
+    state = {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
+    prefix = next((prefix for prefix in PUBLISHED_PREFIXES if any(key.startswith(prefix) for key in state)), "")
+    return {key.removeprefix(prefix): value for key, value in state.items() if not (prefix == "model." and key.startswith("head."))}, prefix
 
 
 def load_backbone(network: torch.nn.Module, path: str | Path, what: str, hint: str = "") -> str:
@@ -65,8 +88,8 @@ def load_backbone(network: torch.nn.Module, path: str | Path, what: str, hint: s
     weights, prefix = network_weights(read_tensors(path, what, hint))
     expected = network.state_dict()
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    shapes = [f"{key} is {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}" for key in expected
-              if key in weights and isinstance(weights[key], torch.Tensor) and weights[key].shape != expected[key].shape]
+    shapes = [f"{key} is {shape_of(weights[key])} instead of {shape_of(expected[key])}" for key in expected
+              if key in weights and shape_of(weights[key]) != shape_of(expected[key])]
     differences = [f"{len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                    for name, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes)) if keys]
     if differences:
@@ -74,6 +97,11 @@ def load_backbone(network: torch.nn.Module, path: str | Path, what: str, hint: s
         raise InputError(f"{what}: {path} does not fit: {'; '.join(differences)}" + (f"; it looks like {look}" if look else ""))
     network.load_state_dict(weights)
     return prefix
+
+
+def shape_of(value):
+    """A tensor's shape as a tuple; the type's name of anything else."""
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def looks_like(weights: dict) -> str:
@@ -147,15 +175,17 @@ class RunFolder:
         return [step for step in self.steps("state") if self.file(step, "backbone").is_file() and self.file(step, "header").is_file()]
 
     def prepare(self) -> None:
-        """Make the folder and sweep what a killed run left half written. Errors: InputError if it cannot be written to."""
+        """Make the folder. Errors: InputError if it cannot be made or written to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / "writable.tmp"
-            probe.touch()
-            for leftover in self.path.glob("*.tmp"):
-                leftover.unlink()
+            (self.path / "training.log").touch()
         except OSError as error:
             raise InputError(f"output: cannot write to {self.path} ({error.strerror}); choose another folder with output=") from error
+
+    def sweep(self) -> None:
+        """Remove what a killed run left half written."""
+        for leftover in self.path.glob("*.tmp"):
+            leftover.unlink()
 
     def save(self, step: int, backbone: dict, header: dict, state: dict, keep_states: int) -> None:
         """Write one step, then drop states beyond the newest ``keep_states`` (and the weights of those that were no epoch's end)."""

@@ -1,5 +1,6 @@
 """What a run tells: training.log and the console in the field's format, metrics.jsonl and TensorBoard for programs."""
 
+import fcntl
 import json
 import logging
 import os
@@ -10,15 +11,26 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import is_main
+from utils.errors import InputError
 
 
 def start_log(output: str | Path, append: bool) -> None:
-    """Send the root logger to the console and <output>/training.log on rank 0; other ranks show warnings only."""
+    """Send the root logger to the console and <output>/training.log on rank 0; other ranks show warnings only.
+
+    training.log stays locked while the process lives. Errors: InputError if another process holds it: two runs would overwrite each other.
+    """
     root = logging.getLogger()
     root.handlers.clear()
     handlers = [logging.StreamHandler(sys.stdout)]
     if is_main():
-        handlers.append(logging.FileHandler(Path(output) / "training.log", mode="a" if append else "w"))
+        file = logging.FileHandler(Path(output) / "training.log", mode="a")
+        try:
+            fcntl.lockf(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(f"output: another process is training into {output}; wait for it, end it, or choose another folder with output=") from error
+        if not append:
+            file.stream.truncate(0)
+        handlers.append(file)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s"))
         root.addHandler(handler)

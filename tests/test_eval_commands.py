@@ -1,0 +1,213 @@
+"""The evaluation commands as users start them: figures, reports, what is skipped and what is refused."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backbones import build_backbone
+from commands import ROOT, run
+from data import make_synthetic
+from eval import evaluate, report, verification
+from eval.run_batch_eval import find_checkpoints, name_of
+from utils.checkpoint import load_backbone
+from utils.errors import InputError
+
+FULL, BATCH = ROOT / "eval" / "run_full_eval.py", ROOT / "eval" / "run_batch_eval.py"
+NETWORK = dict(network="mobilefacenet", embedding_size=32)
+HOW = ("--device", "cpu", "--precision", "fp32", "--val-batch-size", "7")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A folder with frontal.bin and lowres.bin, 20 pairs each; pose.bin, which the synthetic preset names too, is not there."""
+    folder = tmp_path_factory.mktemp("sets")
+    with make_synthetic.open_studio(1, seed=0, nuisance=1.0) as studio:
+        for name in ("frontal", "lowres"):
+            make_synthetic.write_pair_set(folder, studio, name, 20)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, sets):
+    """Two runs as training leaves them: student (steps 2 and 10, and the best) and teacher (step 5)."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, (name, stems) in enumerate({"student": ("10", "2", "best_"), "teacher": ("5",)}.items()):
+        (folder / name).mkdir()
+        for number, stem in enumerate(stems):
+            save_network(folder / name / f"{stem}backbone.pth", seed=10 * seed + number)
+        write_run_config(folder / name, val_rec=str(sets), val_targets=["frontal", "pose", "lowres"])
+    return folder
+
+
+def save_network(path: Path, seed: int = 0, **network) -> Path:
+    torch.manual_seed(seed)
+    network = NETWORK | network
+    torch.save(build_backbone(network["network"], network["embedding_size"]).state_dict(), path)
+    return path
+
+
+def write_run_config(folder: Path, **values) -> None:
+    (folder / "config.json").write_text(json.dumps(NETWORK | values))
+
+
+def expected(checkpoint: Path, sets: Path, names) -> dict:
+    network = build_backbone("mobilefacenet", 32)
+    load_backbone(network, checkpoint, "test")
+    return {name: verification.test(pairs, network, 7) for name, pairs in verification.load_targets(sets, names).items()}
+
+
+def assert_close(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for name, figures in wanted.items():
+        assert found[name] == pytest.approx(figures, rel=1e-4, abs=1e-9), name
+
+
+class HostilePayload:
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+# --- run_full_eval --------------------------------------------------------------------------------------------------------------
+
+def test_full_eval_figures_skipped_sets_and_json(runs, sets, tmp_path):
+    checkpoint, results = runs / "student" / "2backbone.pth", tmp_path / "new" / "results.json"
+    output = run(FULL, "--checkpoint", checkpoint, *HOW, "channels_last=False", "--results-json", results)
+    found = json.loads(results.read_text())
+    assert found.keys() == {"verification", "ijb", "tinyface"} and found["ijb"] == found["tinyface"] == {}
+    assert_close(found["verification"], expected(checkpoint, sets, ["frontal", "lowres"]))
+    assert f"skipped pose: no {sets / 'pose.bin'}" in output
+    assert f"{100 * found['verification']['frontal']['Accuracy-Flip']:.2f} ±" in output
+    assert [path.name for path in results.parent.iterdir()] == ["results.json"]
+
+
+def test_full_eval_on_two_ranks_gives_the_same_and_prints_once(runs, sets, tmp_path):
+    checkpoint, results = runs / "student" / "10backbone.pth", tmp_path / "results.json"
+    output = run(FULL, "--checkpoint", checkpoint, *HOW, "--results-json", results, ranks=2)
+    assert_close(json.loads(results.read_text())["verification"], expected(checkpoint, sets, ["frontal", "lowres"]))
+    assert output.count("Accuracy-Flip") == 1 and "on 2 x cpu" in output
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--val-targets", "frontal,pose"], "pose.bin not found; .bin files there: frontal.bin, lowres.bin"),
+    (["--ijb-root", "/ijb"], "unrecognized arguments: --ijb-root"),
+])
+def test_what_the_command_line_names_must_be_there(runs, arguments, message):
+    output = run(FULL, "--checkpoint", runs / "student" / "2backbone.pth", *arguments, expect="error")
+    assert message in output and "Traceback" not in output
+
+
+def test_hostile_checkpoint_is_refused_and_does_not_run(runs, sets, tmp_path):
+    target, hostile = tmp_path / "executed", tmp_path / "1backbone.pth"
+    torch.save({"weight": HostilePayload(target)}, hostile)
+    output = run(FULL, "--checkpoint", hostile, *HOW, "--val-data", sets, "--val-targets", "frontal", expect=1)
+    assert "error: checkpoint:" in output and "posix.system" in output and "Traceback" not in output
+    assert not target.exists()
+
+
+# --- the same path, without a process --------------------------------------------------------------------------------------------
+
+def evaluator(*arguments) -> evaluate.Evaluator:
+    parser = evaluate.argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return evaluate.Evaluator(parser.parse_intermixed_args([*HOW, *map(str, arguments)]))
+
+
+def test_named_folder_or_name_must_exist(runs, sets, tmp_path):
+    checkpoint = runs / "student" / "2backbone.pth"
+    for arguments in (["--val-data", sets], ["--val-data", tmp_path], ["--val-targets", "frontal", "nosuch"], [f"val_rec={tmp_path}"]):
+        with pytest.raises(InputError, match="not found"):
+            evaluator(*arguments).plan(checkpoint)
+
+
+def test_nothing_found_is_an_error_that_lists_the_paths(tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(f"from easydict import EasyDict\nconfig = EasyDict(val_rec={str(tmp_path)!r}, val_targets=['lfw', 'cfp_fp'])\n")
+    with pytest.raises(InputError, match=r"nothing to evaluate on.*lfw\.bin.*cfp_fp\.bin.*--val-data"):
+        evaluator("--config", config).plan(tmp_path / "1backbone.pth")
+
+
+def test_network_is_the_runs_and_sets_are_those_of_a_named_config(runs, sets, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(f"from easydict import EasyDict\nconfig = EasyDict(network='iresnet18', val_rec={str(sets)!r}, val_targets=['lowres', 'lfw'])\n")
+    tool = evaluator("--config", config)
+    job = tool.plan(runs / "student" / "2backbone.pth")
+    assert (job.network.network, job.network.embedding_size, list(job.sets)) == ("mobilefacenet", 32, ["lowres"])
+    assert tool.skipped == {sets / "lfw.bin": "lfw"}
+    assert tool.plan(runs / "teacher" / "5backbone.pth").sets["lowres"] is job.sets["lowres"], "read once"
+    assert tool.plan(tmp_path / "1backbone.pth").network.network == "iresnet18", "no config.json beside it"
+    assert list(evaluator("--val-data", sets, "--val-targets", "frontal,", "lowres").plan(tmp_path / "1backbone.pth").sets) == ["frontal", "lowres"]
+
+
+def test_wrong_network_says_which_it_is(sets, tmp_path):
+    tool = evaluator("--val-data", sets, "--val-targets", "frontal", "network=iresnet18")
+    with pytest.raises(InputError, match="it looks like mobilefacenet, embedding_size=32"):
+        tool.evaluate_checkpoint(tool.plan(save_network(tmp_path / "1backbone.pth")))
+
+
+def test_adaface_releases_see_bgr(sets, tmp_path):
+    plain = save_network(tmp_path / "plain.pth")
+    torch.save({"state_dict": {f"model.{key}": value for key, value in torch.load(plain).items()}}, tmp_path / "adaface.ckpt")
+    tool = evaluator("--val-data", sets, "--val-targets", "frontal", "network=mobilefacenet", "embedding_size=32")
+    images = torch.rand(2, 3, 112, 112)
+    rgb, bgr = (tool.load(tool.plan(path)) for path in (plain, tmp_path / "adaface.ckpt"))
+    torch.testing.assert_close(bgr(images), rgb(images.flip(1)))
+
+
+# --- run_batch_eval ---------------------------------------------------------------------------------------------------------------
+
+def test_batch_eval_reports(runs, sets, tmp_path):
+    reports = tmp_path / "reports"
+    output = run(BATCH, "--checkpoint-dir", runs, "--report-dir", reports, "--save-json", *HOW)
+    names = ["student_2backbone", "student_10backbone", "student_best_backbone", "teacher_5backbone"]
+    assert {path.name for path in reports.iterdir()} == {"summary.csv", "summary.md", "summary.png"} | {
+        name + end for name in names for end in ("_metrics.csv", ".json")}
+    assert "4 of 4 checkpoints evaluated" in output and output.count("skipped pose") == 1
+
+    results = json.loads((reports / "teacher_5backbone.json").read_text())
+    assert_close(results["verification"], expected(runs / "teacher" / "5backbone.pth", sets, ["frontal", "lowres"]))
+    header, *metrics = csv.reader((reports / "teacher_5backbone_metrics.csv").open())
+    assert header == ["metric", "value"] and metrics == sorted(metrics)
+    assert dict(metrics) == {f"verification.{name}.{key}": f"{value:.6f}" for name, figures in results["verification"].items() for key, value in figures.items()}
+
+    rows = list(csv.DictReader((reports / "summary.csv").open()))
+    assert [row["checkpoint"] for row in rows] == names and [row["step"] for row in rows] == ["2", "10", "", "5"]
+    assert rows[3]["verification.frontal.XNorm"] == dict(metrics)["verification.frontal.XNorm"]
+    best = max(float(row["verification.lowres.Accuracy-Flip"]) for row in rows)
+    bold = [line.split(" | ")[2].rstrip(" |") for line in (reports / "summary.md").read_text().splitlines() if "backbone" in line]
+    assert [cell.strip("*") == f"{100 * best:.2f}" for cell in bold] == [cell.startswith("**") for cell in bold]
+    assert (reports / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_bad_checkpoint_does_not_stop_the_others(sets, tmp_path):
+    good = save_network(tmp_path / "3backbone.pth")
+    (tmp_path / "1backbone.pth").write_bytes(good.read_bytes()[:5000])
+    write_run_config(tmp_path, val_rec=str(sets), val_targets=["frontal"])
+    output = run(BATCH, "--checkpoint-dir", tmp_path, *HOW, expect=1)
+    assert "error: 1 of 2 checkpoints could not be evaluated: 1backbone: checkpoint:" in output and "Traceback" not in output
+    assert {path.name for path in (tmp_path / "reports").iterdir()} == {"3backbone_metrics.csv", "summary.csv", "summary.md", "summary.png"}
+
+
+def test_no_checkpoint_is_an_error(tmp_path):
+    output = run(BATCH, "--checkpoint-dir", tmp_path, expect=1)
+    assert f"no file *backbone.pth in {tmp_path}" in output and not any(tmp_path.iterdir())
+
+
+def test_order_and_names(runs):
+    found = find_checkpoints(runs, "backbone.pth")
+    assert [name_of(path, runs) for path in found] == ["student_2backbone", "student_10backbone", "student_best_backbone", "teacher_5backbone"]
+    found = find_checkpoints(runs / "student", "0backbone.pth")
+    assert [name_of(path, runs / "student") for path in found] == ["10backbone"]
+
+
+def test_markdown_compares_numbers_not_words():
+    rows = [report.Row(name, "run", None, {} if value is None else {"verification.lfw.Accuracy-Flip": value}) for name, value in (("a", 0.9), ("b", 1.0), ("c", None))]
+    assert report.markdown(rows, ["verification.lfw.Accuracy-Flip"]).splitlines()[2:] == [
+        "| checkpoint | lfw |", "|---|---|", "| a | 90.00 |", "| b | **100.00** |", "| c |  |"]

@@ -1,0 +1,294 @@
+"""Whole runs in real processes: interrupted equals uninterrupted, 2 ranks equal 1, and one line for everything that can be wrong."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from data.make_synthetic import open_studio, write_pair_set, write_training_set
+from tests.commands import ROOT, command, environment, run, run_until
+from train.engine import learning_rate
+from utils.sampler import EpochBatches, mirrored
+
+STANDALONE, AMLDISTILL, ADADISTILL = (ROOT / "train" / f"train_{name}.py" for name in ("standalone", "AMLDistill", "AdaDistill"))
+INTERFERE = ROOT / "tests" / "interfere.py"
+SMALL = ["dataset=synthetic", "embedding_size=64", "batch_size=8", "num_epoch=2", "num_workers=1", "log_every=1", "lr=0.5", "val_batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """72 images of 9 people and two pair sets of 20 pairs."""
+    root = tmp_path_factory.mktemp("faces")
+    with open_studio(1, 3, 1.0) as studio:
+        write_training_set(root, studio, 9, 8)
+        for name in ("frontal", "pose"):
+            write_pair_set(root, studio, name, 20)
+    return root
+
+
+@pytest.fixture(scope="module")
+def teacher(faces, tmp_path_factory):
+    """A run of three steps: a teacher's backbone and header."""
+    output = tmp_path_factory.mktemp("teacher") / "run"
+    run(STANDALONE, *SMALL, f"rec={faces}", f"val_rec={faces}", "batch_size=24", "num_epoch=1", "val_targets=[]", f"output={output}")
+    return output / "3backbone.pth", output / "3header.pth"
+
+
+def options(faces, output, *more):
+    return [*SMALL, f"rec={faces}", f"val_rec={faces}", f"output={output}", *more]
+
+
+def everything(folder, step):
+    """All tensors of a step: weights, centres, statistics and momentum, by name."""
+    load = {part: torch.load(folder / f"{step}{part}.pth", weights_only=True) for part in ("backbone", "header", "state")}
+    momentum = {f"momentum/{key}": value["momentum_buffer"] for key, value in load["state"]["optimizer"]["state"].items()}
+    if load["state"]["header_momentum"] is not None:
+        momentum["momentum/header"] = load["state"]["header_momentum"]
+    return load["backbone"] | load["header"] | momentum
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
+
+
+METHODS = {"standalone": (STANDALONE, ["loss=ArcFace"]),
+           "AdaDistill": (ADADISTILL, ["loss=AdaFace", "use_geom_margin=True", "teacher=mobilefacenet"])}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_interrupted_run_equals_uninterrupted(method, ranks, faces, teacher, tmp_path):
+    """SIGKILL in the middle of an epoch, SIGTERM, SIGKILL in the middle of saving: each time --resume, and in the end the same bits."""
+    script, method_options = METHODS[method]
+    common = [*method_options, f"batch_size={8 // ranks}", "state_every=4", "val_targets=frontal", "eval_step=7", "augment=True"]
+    if method == "AdaDistill":
+        common.append(f"pretrained_teacher_path={teacher[0]}")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run(script, *options(faces, straight, *common), ranks=ranks)
+
+    arguments, log = options(faces, broken, *common), broken / "training.log"
+    assert run_until(script, *arguments, ranks=ranks, log=log, text="Global Step: 6 ") == -signal.SIGKILL
+    status = run_until(script, "--resume", *arguments, ranks=ranks, log=log, text="Global Step: 10 ", send=signal.SIGTERM)
+    assert ranks > 1 or status == 0             # torchrun itself reports the signal it was sent
+    assert "Stopped by a signal at step 1" in log.read_text() and "Resumed at step 4" in log.read_text()
+    run(INTERFERE, "kill:16state.pth", script, "--resume", *arguments, ranks=ranks, expect="error")
+    assert not (broken / "16state.pth").exists() and (broken / "16state.pth.tmp").exists()
+    run(script, "--resume", *arguments, ranks=ranks)
+
+    expected, ours = everything(straight, 18), everything(broken, 18)
+    assert expected.keys() == ours.keys()
+    assert [key for key in expected if not torch.equal(expected[key], ours[key])] == []
+    assert losses(straight) == losses(broken) and sorted(losses(straight)) == list(range(1, 19))
+    assert [row for row in rows(straight) if "validation" in row] == [row for row in rows(broken) if "validation" in row]
+    assert not list(broken.glob("*.tmp"))
+
+
+def test_resume_on_another_number_of_ranks_goes_on_from_the_same_image(faces, tmp_path):
+    arguments = options(faces, tmp_path / "run", "val_targets=[]", "state_every=4", "loss=AdaFace")
+    run_until(STANDALONE, *arguments, "batch_size=4", ranks=2, log=tmp_path / "run" / "training.log", text="Global Step: 6 ")
+    output = run(STANDALONE, "--resume", *arguments, "batch_size=8")
+    assert "Resumed at step 4, epoch 0, 32 of its images done" in output and "another batch_size: 8 instead of 4" in output
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 19))
+
+
+def test_torchrun_restart_resumes_by_itself(faces, tmp_path):
+    """A worker that dies once is restarted by torchrun and goes on from the newest state."""
+    output, flag = tmp_path / "run", tmp_path / "died"
+    script = tmp_path / "dies_once.py"
+    script.write_text(f"""
+import os, pathlib, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from train.engine import Engine
+step = Engine.train_step
+def dying(self, source):
+    if self.step == 6 and not pathlib.Path({str(flag)!r}).exists():
+        pathlib.Path({str(flag)!r}).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, source)
+Engine.train_step = dying
+sys.argv[0] = {str(STANDALONE)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    import subprocess
+    arguments = command(script, *options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1"), torchrun=True)
+    arguments.insert(arguments.index("--standalone"), "--max-restarts=1")
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Resumed at step 4" in done.stdout and (output / "9state.pth").exists()
+
+
+def test_files_and_figures_of_a_run(faces, tmp_path):
+    """What section "A run" promises is there; the best backbone is the one of the best verification."""
+    output = tmp_path / "run"
+    text = run(STANDALONE, *options(faces, output, "val_targets=frontal,pose", "eval_step=5", "run_eval_at_start=True", "state_every=4", "loss=AdaFace"))
+    assert "Speed" in text and "Global Step: 18" in text and "Required:" in text and "margin_scaler:" in text
+    names = {path.name for path in output.iterdir()}
+    assert names == {"training.log", "metrics.jsonl", "tb", "config.json", "best_backbone.pth", "9backbone.pth", "9header.pth",
+                     "16backbone.pth", "16header.pth", "16state.pth", "18backbone.pth", "18header.pth", "18state.pth"}
+    validations = {row["step"]: row["validation"] for row in rows(output) if "validation" in row}
+    assert list(validations) == [0, 5, 9, 10, 15, 18]
+    highest = {}
+    for figures in validations.values():
+        for name, values in figures.items():
+            highest[name] = max(highest.get(name, 0), values["Accuracy-Flip"])
+            assert values["Accuracy-Highest"] == highest[name] and values["XNorm"] > 0
+    means = {step: np.mean([figures[name]["Accuracy-Flip"] for name in figures]) for step, figures in validations.items()}
+    best = max(means, key=means.get)
+    if best in (9, 18):
+        weights = torch.load(output / f"{best}backbone.pth", weights_only=True)
+        assert all(torch.equal(value, weights[key]) for key, value in torch.load(output / "best_backbone.pth", weights_only=True).items())
+    config = json.loads((output / "config.json").read_text())
+    assert config["loss"] == "AdaFace" and config["num_classes"] == 9
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    board = EventAccumulator(str(output / "tb"))
+    board.Reload()
+    assert {"train/loss", "train/learning_rate", "train/margin_scaler", "val/frontal/Accuracy_Flip", "val/frontal/Accuracy_Highest", "val/pose/XNorm"} \
+        <= set(board.Tags()["scalars"])
+    assert [event.step for event in board.Scalars("val/frontal/Accuracy_Flip")] == [0, 5, 9, 10, 15, 18]
+    again = run(STANDALONE, *options(faces, output), expect=1)
+    assert "already holds checkpoints" in again
+
+
+def test_two_ranks_verify_as_one_and_only_rank_0_writes(faces, teacher, tmp_path):
+    """run_eval_at_start of the same weights gives the same figures; 20 pairs are 40 images, in batches of 16 over 2 ranks."""
+    common = ["val_targets=frontal,pose", "run_eval_at_start=True", "num_epoch=1", f"pretrained_teacher_header_path={teacher[1]}", "loss=CosFace", "precision=fp32"]
+    run(AMLDISTILL, *options(faces, tmp_path / "one", *common, "batch_size=24"))
+    run(INTERFERE, f"nowrite:{tmp_path}", AMLDISTILL, *options(faces, tmp_path / "two", *common, "batch_size=12"), ranks=2)
+    first, second = (next(row["validation"] for row in rows(tmp_path / name) if "validation" in row) for name in ("one", "two"))
+    for name in first:
+        assert first[name] == pytest.approx(second[name], rel=1e-5)
+    kernel = torch.load(teacher[1], weights_only=True)["kernel"]
+    assert torch.equal(torch.load(tmp_path / "two" / "3header.pth", weights_only=True)["kernel"], kernel)
+
+
+def test_an_error_on_one_rank_ends_all_with_its_message(faces, tmp_path):
+    text = run(INTERFERE, "fail:3", STANDALONE, *options(faces, tmp_path / "run", "val_targets=[]"), ranks=2, expect="error", timeout=120)
+    assert "error: rank 1 cannot go on" in text
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_precisions_accumulation_and_workers(precision, faces, tmp_path):
+    """A step of 2 x 4 images takes the data of a step of 8, and trains; fp16 with its loss scaler."""
+    output = tmp_path / "run"
+    run(STANDALONE, *options(faces, output, f"precision={precision}", "accumulate=2", "batch_size=4", "num_workers=2", "num_epoch=1", "val_targets=[]",
+                             "warmup_epoch=0", "channels_last=False"), ranks=2 if precision == "fp16" else 1)
+    steps = losses(output)
+    assert max(steps) == (9 if precision == "bf16" else 4) and all(np.isfinite(loss) for loss in steps.values())
+
+
+def test_non_finite_loss_stops_the_run(faces, tmp_path):
+    text = run(STANDALONE, *options(faces, tmp_path / "run", "lr=1e30", "val_targets=[]"), expect=1)
+    assert "not finite at step" in text and "learning rate" in text and "try a lower lr" in text
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+def test_damaged_records_are_replaced_until_there_are_too_many(faces, tmp_path):
+    from utils.recordio import IndexedRecordIO
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("train.idx", "property"):
+        (broken / name).write_bytes((faces / name).read_bytes())
+    data = bytearray((faces / "train.rec").read_bytes())
+    with IndexedRecordIO(faces / "train.idx", faces / "train.rec", "r") as records:
+        for key in (3, 10, 20):
+            start = records.offset(key) + 8 + 24
+            data[start:start + 40] = bytes(40)
+    (broken / "train.rec").write_bytes(data)
+    text = run(STANDALONE, *options(broken, tmp_path / "run", "val_targets=[]", "num_epoch=1"))
+    assert all(f"damaged record {key}, another one takes its place" in text for key in (3, 10, 20))
+    for ranks in (1, 2):
+        text = run(STANDALONE, *options(broken, tmp_path / f"refused{ranks}", "val_targets=[]", "num_epoch=1", "max_bad_records=2", f"batch_size={8 // ranks}"),
+                   ranks=ranks, expect="error")
+        assert "3 damaged records are more than max_bad_records=2: 10, 20, 3" in text
+
+
+def refused(script, *arguments, message, **more):
+    text = run(script, *arguments, expect=1, **more)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0], text[-3000:]
+    assert "Traceback" not in text
+
+
+def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
+    here = options(faces, tmp_path / "run", "val_targets=[]")
+    header = tmp_path / "header.pth"
+    torch.save({"kernel": torch.zeros(64, 10)}, header)
+    (tmp_path / "file").write_text("not a folder")
+    for script, extra, message in [
+        (STANDALONE, [f"rec={tmp_path}/none"], f"{tmp_path}/none"),
+        (STANDALONE, ["batch_size=73"], "lower batch_size"),
+        (STANDALONE, ["num_classes=8"], "num_classes=8 is smaller than the 9 classes"),
+        (STANDALONE, [f"output={tmp_path}/file/run"], "cannot write to"),
+        (STANDALONE, ["--resume"], "--resume: no complete state"),
+        (STANDALONE, ["global_step=5"], "global_step=5: no complete state"),
+        (STANDALONE, ["device=cuda"], "device=cuda asks for a GPU"),
+        (STANDALONE, ["val_targets=lfw"], "lfw.bin"),
+        (STANDALONE, ["use_geom_margin=True"], "use_geom_margin needs a teacher"),
+        (STANDALONE, ["network=resnet"], "unknown network 'resnet'"),
+        (ADADISTILL, [], "teacher: no path is set"),
+        (ADADISTILL, [f"pretrained_teacher_path={tmp_path}/none.pth"], f"teacher: no file at {tmp_path}/none.pth"),
+        (ADADISTILL, [f"pretrained_teacher_path={teacher[0]}", "teacher=iresnet18"], "it looks like mobilefacenet, embedding_size=64"),
+        (AMLDISTILL, [f"pretrained_teacher_header_path={header}"], "(64, 10)"),
+    ]:
+        refused(script, *here, *extra, message=message)
+    assert not list(tmp_path.rglob("*backbone.pth"))
+
+
+def test_full_disk_while_saving_keeps_the_previous_checkpoint(faces, tmp_path):
+    """ulimit -f stands for the full disk: the second checkpoint does not fit, the first can be resumed from."""
+    import subprocess
+    output = tmp_path / "run"
+    arguments = options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1")
+    run_until(STANDALONE, *arguments, log=output / "training.log", text="Global Step: 6 ")
+    before = {path.name: path.read_bytes() for path in output.glob("4*.pth")}
+    limited = " ".join(["ulimit -f 1000; exec", *command(STANDALONE, "--resume", *arguments)])
+    done = subprocess.run(["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and "error: cannot save" in done.stderr and "Traceback" not in done.stderr
+    assert {path.name: path.read_bytes() for path in output.glob("*.pth*")} == before
+    run(STANDALONE, "--resume", *arguments)
+
+
+# --- the pieces, without processes
+
+def test_learning_rate_follows_the_specification():
+    cfg = type("Cfg", (), dict(lr=0.1, batch_size=128, warmup_epoch=2, milestones=[8, 14]))
+    base = 0.1 / 512 * 128
+    assert learning_rate(cfg, 0, 0.0) == pytest.approx(base * (1 / 3) ** 2)
+    assert learning_rate(cfg, 1, 0.5) == pytest.approx(base * (2.5 / 3) ** 2)
+    assert learning_rate(cfg, 2, 0.9) == learning_rate(cfg, 6, 0.9) == pytest.approx(base)
+    assert learning_rate(cfg, 7, 0.0) == learning_rate(cfg, 12, 0.9) == pytest.approx(base * 0.1)
+    assert learning_rate(cfg, 13, 0.0) == pytest.approx(base * 0.01)
+
+
+def test_ranks_share_one_order_and_one_set_of_mirrors():
+    def global_batches(world, epoch, samples):
+        samplers = [EpochBatches(103, 12 // world, rank, world, seed=5) for rank in range(world)]
+        for sampler in samplers:
+            sampler.seek(epoch, samples)
+        return [sum(parts, []) for parts in zip(*samplers)]
+    assert global_batches(1, 3, 0) == global_batches(2, 3, 0) == global_batches(4, 3, 0)
+    assert global_batches(2, 3, 24) == global_batches(1, 3, 0)[2:] and global_batches(1, 4, 0) != global_batches(1, 3, 0)
+    seen = sum(global_batches(1, 0, 0), [])
+    assert len(seen) == len(set(seen)) == 96
+    assert torch.equal(mirrored(5, 1, 24, 12), mirrored(5, 1, 24, 12)) and not torch.equal(mirrored(5, 1, 24, 64), mirrored(5, 2, 24, 64))
+
+
+def test_local_rank_chooses_the_gpu(monkeypatch):
+    from utils import distributed
+    from utils.errors import InputError
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.init("auto") == distributed.init("cuda") == torch.device("cuda", 1) and chosen == [torch.device("cuda", 1)] * 2
+    assert distributed.init("cpu") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="2 GPUs"):
+        distributed.init("cuda")
