@@ -8,6 +8,8 @@ import argparse
 import ast
 import json
 import runpy
+import sys
+import traceback
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -96,29 +98,48 @@ def read_file(path: Path) -> tuple[dict, dict]:
     if not path.is_file():
         raise InputError(f"no configuration file at {path.absolute()}")
     if path.suffix == ".json":
-        try:
-            return json.loads(path.read_text()), {}
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON: {error}") from error
+        return read_json(path), {}
+    sys.modules.pop("config.config", None)      # a file that imports the defaults and edits them gets fresh ones
     try:
         found = runpy.run_path(str(path))
-    except (SyntaxError, NameError, AttributeError, ImportError) as error:
-        raise InputError(f"{path} does not run as Python: {type(error).__name__}: {error}") from error
-    if "config" not in found or not isinstance(found["config"], dict):
+    except Exception as error:                  # the file is a program of the user's: it can fail in every way
+        raise InputError(f"{where_it_failed(error, path)}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    values, datasets = found.get("config"), found.get("DATASETS", {})
+    if not isinstance(values, dict):
         raise InputError(f"{path} defines no `config`: copy config/config.py and edit it")
-    return dict(found["config"]), dict(found.get("DATASETS", {}))
+    if not isinstance(datasets, dict) or not all(isinstance(entry, dict) for entry in datasets.values()):
+        raise InputError(f"{path}: DATASETS must be a dict of dicts, as in config/config.py")
+    return dict(values), dict(datasets)
+
+
+def where_it_failed(error: Exception, path: Path) -> str:
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:                 # of syntax or encoding
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, not a dict of configuration values")
+    return values
 
 
 def parse_text(key: str, text: str):
     """The command line's words as the key's type: Python literals, bare words for strings, commas for lists."""
     kind = expected(key)
     if isinstance(kind, list) and not text.startswith("["):
-        return [kind[0](word) if kind[0] is str or word.lstrip("-").isdigit() else word for word in text.split(",") if word]
+        words = [word.strip() for word in text.split(",") if word.strip()]
+        return [kind[0](word) if kind[0] is str or word.lstrip("-").isdecimal() else word for word in words]
     if kind in (str, Path_) or isinstance(kind, tuple) and isinstance(kind[0], str):
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError):
         return text
 
 
@@ -140,7 +161,7 @@ def check_value(key: str, value, base: Path):
         return list(value)
     if isinstance(kind, tuple) and isinstance(kind[0], str):
         if value not in kind:
-            raise InputError(f"{key}={value!r} is unknown{nearest(str(value), kind)}; allowed: {', '.join(kind)}")
+            raise InputError(f"{key}={value!r} is unknown{nearest(value, kind)}; allowed: {', '.join(kind)}")
         return value
     kind, smallest = kind if isinstance(kind, tuple) else (kind, None)
     if kind is Path_:
@@ -164,8 +185,8 @@ def describe(kind) -> str:
     return "a path" if kind is Path_ else kind.__name__
 
 
-def nearest(word: str, known) -> str:
-    near = get_close_matches(word, known, 1, 0.5)
+def nearest(word, known) -> str:
+    near = get_close_matches(str(word), known, 1, 0.5)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
@@ -174,6 +195,8 @@ def check_combinations(values: dict) -> None:
     for key, instead in NOT_YET.items():
         if values[key]:
             raise InputError(f"{key} is not part of this version: {instead}")
+    if not values["output"]:
+        raise InputError("output is empty: name the folder of this run")
     if values["device"] not in ("auto", "cpu", "cuda") and not values["device"].removeprefix("cuda:").isdigit():
         raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda or cuda:N")
     if values["SE"] and not values["network"].startswith("iresnet"):

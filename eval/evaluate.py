@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the network always is that of the config.json beside the checkpoint, if there is one")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", help="auto, fp32, bf16 or fp16")
-    parser.add_argument("--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin")
+    parser.add_argument("--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin; all wanted must be there")
     parser.add_argument("--val-targets", dest="val_targets", metavar="NAME", nargs="+", help="pair sets, by spaces or commas: lfw cfp_fp agedb_30")
     parser.add_argument("--val-batch-size", dest="val_batch_size", metavar="N", help="images at a time on each rank")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other configuration values, e.g. network=iresnet50")
@@ -101,6 +101,9 @@ class Evaluator:
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The flags that were named, as key=value, after which come those of the command line itself."""
-    named = {key: getattr(arguments, key) for key in FLAGS if getattr(arguments, key) is not None}
-    return [f"{key}={','.join(value) if isinstance(value, list) else value}" for key, value in named.items()] + arguments.overrides
+    """The flags that were named, as key=value, and the command line's own, some of which --val-targets takes for names when they follow it."""
+    flags = {key: getattr(arguments, key) for key in FLAGS if getattr(arguments, key) is not None}
+    behind = [word for word in flags.get("val_targets", []) if "=" in word]
+    if "val_targets" in flags:
+        flags["val_targets"] = ",".join(word for word in flags["val_targets"] if "=" not in word)
+    return [f"{key}={value}" for key, value in flags.items()] + behind + arguments.overrides

@@ -1,6 +1,9 @@
 """Evaluate all checkpoints of a run, or of every run in a folder, and compare them.
 
     python eval/run_batch_eval.py --checkpoint-dir output/demo --checkpoint-suffix backbone.pth --save-json
+
+prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports, <name>_metrics.csv (and <name>.json) for each and
+summary.csv, summary.md and summary.png over all; a name is 600backbone, or student_600backbone for the run in the sub-folder student.
 """
 
 import argparse

@@ -1,6 +1,11 @@
 """Evaluate one checkpoint: accuracy on the pair sets (LFW, CFP-FP, AgeDB-30, ...).
 
     python eval/run_full_eval.py --checkpoint output/AdaDistill/600backbone.pth --config config/config.py --results-json results.json
+
+prints the network and how it was run, for each pair set accuracy ± standard deviation over the ten folds (in %) and the mean norm of the
+features, and "skipped <set>: no <path>" for each set that only the configuration names and that is not there.
+
+A set that --val-data or --val-targets names must be there. On several ranks: torchrun --nproc_per_node 4 eval/run_full_eval.py ...
 """
 
 import argparse

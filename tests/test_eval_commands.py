@@ -5,7 +5,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,6 +19,15 @@ from utils.errors import InputError
 FULL, BATCH = ROOT / "eval" / "run_full_eval.py", ROOT / "eval" / "run_batch_eval.py"
 NETWORK = dict(network="mobilefacenet", embedding_size=32)
 HOW = ("--device", "cpu", "--precision", "fp32", "--val-batch-size", "7")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the commands have here: threads that compete with other processes for the cores are many times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

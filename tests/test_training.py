@@ -3,6 +3,7 @@
 import json
 import signal
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
 from tests.commands import ROOT, command, environment, run, run_until
 from train.engine import learning_rate
+from utils.dataset import MXFaceDataset
 from utils.sampler import EpochBatches, mirrored
 
 STANDALONE, AMLDISTILL, ADADISTILL = (ROOT / "train" / f"train_{name}.py" for name in ("standalone", "AMLDistill", "AdaDistill"))
@@ -172,14 +174,28 @@ def test_an_error_on_one_rank_ends_all_with_its_message(faces, tmp_path):
     assert "error: rank 1 cannot go on" in text
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_precisions_accumulation_and_workers(precision, faces, tmp_path):
-    """A step of 2 x 4 images takes the data of a step of 8, and trains; fp16 with its loss scaler."""
-    output = tmp_path / "run"
-    run(STANDALONE, *options(faces, output, f"precision={precision}", "accumulate=2", "batch_size=4", "num_workers=2", "num_epoch=1", "val_targets=[]",
-                             "warmup_epoch=0", "channels_last=False"), ranks=2 if precision == "fp16" else 1)
-    steps = losses(output)
-    assert max(steps) == (9 if precision == "bf16" else 4) and all(np.isfinite(loss) for loss in steps.values())
+@pytest.fixture(scope="module")
+def folder(faces, tmp_path_factory):
+    """The same people as a folder of identities."""
+    root = tmp_path_factory.mktemp("folder")
+    dataset = MXFaceDataset(faces)
+    for index in range(len(dataset)):
+        image, label = dataset[index]
+        (root / str(label)).mkdir(exist_ok=True)
+        assert cv2.imwrite(str(root / str(label) / f"{index:03d}.png"), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return root
+
+
+@pytest.mark.parametrize("precision, ranks", [("fp16", 2), ("bf16", 1)])
+def test_precisions_accumulation_workers_and_folders(precision, ranks, folder, tmp_path):
+    """Two images of each identity; a step of 2 accumulated batches takes the images of both; fp16 with its loss scaler, whose skipped steps do no harm."""
+    arguments = options(folder, tmp_path / "run", "db_file_format=folder", f"data_path={folder}", "sample=2", f"precision={precision}", "accumulate=2",
+                        f"batch_size={4 // ranks}", "num_workers=2", "num_epoch=1", "val_targets=[]", "channels_last=False")
+    assert "18 images of 9 classes" in run(STANDALONE, *arguments, ranks=ranks)
+    steps = losses(tmp_path / "run")
+    assert list(steps) == [1, 2] and all(np.isfinite(loss) for loss in steps.values())
+    run(STANDALONE, "--resume", *arguments, "num_epoch=2", ranks=ranks)
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
 def test_non_finite_loss_stops_the_run(faces, tmp_path):

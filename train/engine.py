@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval import verification
-from train.setup import STOP_SIGNALS, StopRequest
+from train.setup import STOP_SIGNALS, StopRequest, write_config
 from utils import checkpoint, distributed
 from utils.augment import augment
 from utils.dataset import init_worker, keep_batch
@@ -98,6 +98,8 @@ class Engine:
 
     def train(self) -> None:
         """Train to the last epoch, or until a signal asks to stop; verifies and saves on the way."""
+        if distributed.is_main():
+            write_config(self.cfg, self.run.resume_step)
         self.log = RunLog(self.cfg.output, self.total_steps, self.step)
         self.bar = tqdm(total=self.total_steps, initial=self.step, disable=None if distributed.is_main() else True, unit="step", dynamic_ncols=True)
         stop = StopRequest()
@@ -108,13 +110,12 @@ class Engine:
         try:
             while self.epoch < self.cfg.num_epoch and not stopped:
                 stopped = self.train_epoch(stop)
+                self.save()
         finally:
             self.end_workers()
         if self.epoch < self.cfg.num_epoch:
             logging.info("Stopped by a signal at step %d of %d; go on with --resume", self.step, self.total_steps)
         else:
-            self.validate()
-            self.save()
             logging.info("Finished at step %d: %s", self.step, self.run.folder.file(self.step, "backbone"))
         self.bar.close()
         self.log.close()
@@ -130,15 +131,21 @@ class Engine:
             self.step, self.samples = self.step + 1, self.samples + self.step_samples
             ended = self.steps_left(self.samples) == 0
             self.record(epoch, loss, stats, ended)
-            if cfg.eval_step and self.step % cfg.eval_step == 0 or ended and cfg.val_eval_every_n_epoch and (epoch + 1) % cfg.val_eval_every_n_epoch == 0:
+            if self.wants_validation(epoch, ended):
                 self.validate()
             stopped = stop.agreed()
             if ended:
+                self.epoch, self.samples = epoch + 1, 0
                 break
-            if stopped or self.step % cfg.state_every == 0:
+            if self.step % cfg.state_every == 0:
                 self.save()
-        self.epoch, self.samples = (self.epoch, self.samples) if stopped and not ended else (self.epoch + 1, 0)
         return stopped
+
+    def wants_validation(self, epoch: int, ended: bool) -> bool:
+        """At every eval_step-th step, after every val_eval_every_n_epoch-th epoch, and at the end of the run."""
+        cfg = self.cfg
+        every = cfg.val_eval_every_n_epoch
+        return bool(cfg.eval_step and self.step % cfg.eval_step == 0) or ended and (epoch + 1 == cfg.num_epoch or bool(every) and (epoch + 1) % every == 0)
 
     def train_step(self, source):
         """One optimizer step; returns its loss and statistics, still on the device."""
@@ -269,8 +276,8 @@ class Engine:
         self.check_finite()
         self.saved = self.step
         optimizer, momentum = self.optimizer.state_dict(), None
-        if list(self.header.parameters()):
-            # the header's parameter is the last one; its momentum is stored whole, like the kernel
+        if len(self.weights) in optimizer["state"]:
+            # the header's parameter is the last one (absent before the first step that the scaler let through); stored whole, like the kernel
             momentum = self.header.centers.whole(optimizer["state"].pop(len(self.weights))["momentum_buffer"])
         rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if self.run.device.type == "cuda" else None)
         state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=optimizer, header_momentum=momentum,

@@ -45,7 +45,6 @@ def start(cfg, resume: bool):
         start_log(cfg.output, append=resume_step > 0)
         if distributed.is_main():
             folder.sweep()
-            write_config(cfg, resume_step)
         logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
         torch.manual_seed(cfg.seed)
         yield Run(device, precision, folder, resume_step)

@@ -5,7 +5,6 @@ import os
 import pickle
 import re
 import struct
-import zipfile
 from pathlib import Path
 
 import torch
@@ -49,7 +48,9 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
 
 def load_pickled(path: Path):
     """What ``torch.save`` wrote; classes of the training framework, which PyTorch Lightning's .ckpt files mention, become empty stand-ins."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"         # else by torch before 1.6: plain weights only
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     stand_ins = [(dict if name.endswith(".AttributeDict") else StandIn, name) for name in names if FRAMEWORK.match(name)]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)
