@@ -15,6 +15,7 @@ from pathlib import Path
 
 from easydict import EasyDict as edict
 
+from backbones import NAMES
 from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,6 +47,10 @@ KEYS = {
     "tinyface_flip": bool,
 }
 MAY_BE_NONE = {"m"}
+# what a DATASETS entry may set, and nothing else: the block of config.py has all other keys and would win
+DATASET_KEYS = {"db_file_format", "rec", "data_path", "sample", "num_classes", "num_image", "num_epoch", "warmup_epoch", "milestones", "val_rec", "val_targets"}
+# a configuration file is a program of the user's: whatever goes wrong in it is told with its line
+CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 NOT_YET = {     # keys whose machinery is not part of this version: saying so beats ignoring them
     "teacher_repo_id": "download the repository and set pretrained_teacher_path to its model.safetensors",
     "teacher_embeddings": "train with the live teacher",
@@ -75,22 +80,35 @@ def load_config(path: str | Path, overrides=()) -> edict:
         from_file, own_datasets = read_file(Path(path))
         values.update(from_file)
         datasets.update(own_datasets)
-    values = {key: check_value(key, value, ROOT) for key, value in values.items()}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise InputError(f"{override!r} is not key=value")
-        values[key] = check_value(key, parse_text(key, text), Path.cwd())
+    given = parse_overrides(overrides)
+    if Path(path).suffix == ".json" and given.get("dataset", values["dataset"]) != values["dataset"]:
+        # a run's config.json states the figures of its own set; another set brings its own
+        values = {key: value for key, value in values.items() if key not in DATASET_KEYS}
+    values = {key: check_value(key, value, ROOT) for key, value in values.items()} | given
 
     name = values["dataset"]
     if name not in datasets:
         raise InputError(f"unknown dataset {name!r}{nearest(name, datasets)}; DATASETS in config/config.py has: {', '.join(datasets)}")
+    misplaced = [key for key in datasets[name] if key in KEYS and key not in DATASET_KEYS]
+    if misplaced:
+        raise InputError(f"DATASETS[{name!r}] sets {', '.join(misplaced)}, which belongs above it as config.{misplaced[0]}; an entry may set {', '.join(sorted(DATASET_KEYS))}")
     values = {key: check_value(key, value, ROOT) for key, value in datasets[name].items()} | values
     missing = [key for key in KEYS if key not in values]
     if missing:
         raise InputError(f"the configuration has no {', '.join(missing)}: set it in config/config.py or in its DATASETS entry {values['dataset']!r}")
     check_combinations(values)
     return edict(values)
+
+
+def parse_overrides(overrides) -> dict:
+    """The command line's ``key=value`` words, checked, their relative paths made absolute from the current directory."""
+    values = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"{override!r} is not key=value")
+        values[key] = check_value(key, parse_text(key, text), Path.cwd())
+    return values
 
 
 def read_file(path: Path) -> tuple[dict, dict]:
@@ -102,7 +120,7 @@ def read_file(path: Path) -> tuple[dict, dict]:
     sys.modules.pop("config.config", None)      # a file that imports the defaults and edits them gets fresh ones
     try:
         found = runpy.run_path(str(path))
-    except Exception as error:                  # the file is a program of the user's: it can fail in every way
+    except CONFIG_ERRORS as error:
         raise InputError(f"{where_it_failed(error, path)}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     values, datasets = found.get("config"), found.get("DATASETS", {})
     if not isinstance(values, dict):
@@ -197,6 +215,9 @@ def check_combinations(values: dict) -> None:
             raise InputError(f"{key} is not part of this version: {instead}")
     if not values["output"]:
         raise InputError("output is empty: name the folder of this run")
+    for key, name in (("network", values["network"]), ("teacher", values["teacher"].removesuffix("_se"))):
+        if name not in NAMES:
+            raise InputError(f"{key}={name!r} is an unknown network{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     if values["device"] not in ("auto", "cpu", "cuda") and not values["device"].removeprefix("cuda:").isdigit():
         raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda or cuda:N")
     if values["SE"] and not values["network"].startswith("iresnet"):

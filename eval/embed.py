@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
 from utils.images import mirror, to_input
+from utils.precision import PRECISIONS
 
-_AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Images(Protocol):
@@ -37,15 +37,15 @@ def embed(backbone: nn.Module, images: Images, batch_size: int, *, device: torch
     All ranks call it together: each embeds a contiguous share and all receive everything. The backbone runs in eval mode
     and gets its mode back. Raises InputError for no images, an unknown precision, or a feature that is not finite.
     """
-    if precision not in _AUTOCAST_DTYPES:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(_AUTOCAST_DTYPES)}")
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if len(images) == 0:
         raise InputError("no images to embed")
     # DDP's forward broadcasts buffers, which would hang: ranks run different numbers of batches.
     backbone = backbone.module if isinstance(backbone, DistributedDataParallel) else backbone
     device = torch.device(device) if device is not None else _device_of(backbone)
     start, stop = (len(images) * part // world_size() for part in (rank(), rank() + 1))
-    autocast = torch.autocast(device.type, _AUTOCAST_DTYPES[precision], enabled=precision != "fp32")
+    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
     with _eval_mode(backbone), torch.inference_mode(), autocast:
         # With fewer images than ranks a share can be empty; one image then tells this rank the feature size.
         batches = [_embed_batch(backbone, images[first:min(first + batch_size, max(stop, first + 1))], device, channels_last)

@@ -13,10 +13,10 @@ from eval import verification
 from utils import distributed
 from utils.checkpoint import load_backbone
 from utils.errors import InputError
-from utils.precision import choose_precision
+from utils.precision import PRECISIONS, choose_precision
 from utils.teacher import Teacher
 
-FLAGS = ("device", "precision", "val_rec", "val_targets", "val_batch_size")      # each is another name of a configuration key
+FLAGS = ("device", "val_rec", "val_targets", "val_batch_size")      # each is another name of a configuration key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="configuration (default: config/config.py, and the validation sets of the run's config.json); "
                         "the network always is that of the config.json beside the checkpoint, if there is one")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help="default fp32: the same figures on every machine")
     parser.add_argument("--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin; all wanted must be there")
     parser.add_argument("--val-targets", dest="val_targets", metavar="NAME", nargs="+", help="pair sets, by spaces or commas: lfw cfp_fp agedb_30")
     parser.add_argument("--val-batch-size", dest="val_batch_size", metavar="N", help="images at a time on each rank")
@@ -51,7 +51,7 @@ class Evaluator:
         self.sets_named = any(override.startswith(("val_rec=", "val_targets=")) for override in self.overrides)
         self.cfg = load_config(arguments.config or ROOT / "config" / "config.py", self.overrides)
         self.device = distributed.init(self.cfg.device)
-        self.precision = choose_precision(self.cfg.precision, self.device)
+        self.precision = choose_precision(arguments.precision, self.device)
         self.loaded, self.skipped = {}, {}
 
     def plan(self, checkpoint: Path) -> Job:

@@ -246,7 +246,7 @@ def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
         (STANDALONE, ["device=cuda"], "device=cuda asks for a GPU"),
         (STANDALONE, ["val_targets=lfw"], "lfw.bin"),
         (STANDALONE, ["use_geom_margin=True"], "use_geom_margin needs a teacher"),
-        (STANDALONE, ["network=resnet"], "unknown network 'resnet'"),
+        (STANDALONE, ["network=resnet"], "network='resnet' is an unknown network"),
         (ADADISTILL, [], "teacher: no path is set"),
         (ADADISTILL, [f"pretrained_teacher_path={tmp_path}/none.pth"], f"teacher: no file at {tmp_path}/none.pth"),
         (ADADISTILL, [f"pretrained_teacher_path={teacher[0]}", "teacher=iresnet18"], "it looks like mobilefacenet, embedding_size=64"),

@@ -1,6 +1,8 @@
 """The one kind of error that users are meant to read, and the way entry scripts show it."""
 
+import os
 import sys
+import time
 
 
 class InputError(ValueError):
@@ -12,5 +14,7 @@ def run(main) -> None:
     try:
         main()
     except InputError as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)       # rank 0 speaks first; where all ranks fail alike, torchrun then ends this one and the line stands once
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

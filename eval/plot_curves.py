@@ -1,0 +1,100 @@
+"""Show several runs side by side: a table of their accuracies and one picture of their training curves.
+
+    python eval/plot_curves.py output/demo --metrics output/demo/reports/summary.csv --picture output/demo/curves.png
+
+reads metrics.jsonl of every run in the folder and the summary.csv of run_batch_eval.py; prints runs x pair sets (accuracy ± standard deviation
+of the folds, in %) and the paths of everything the runs wrote.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from utils.errors import InputError, run
+from utils.recordio import replacing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="a folder of runs")
+    parser.add_argument("--metrics", type=Path, required=True, metavar="CSV", help="summary.csv of run_batch_eval.py")
+    parser.add_argument("--picture", type=Path, required=True, metavar="PNG")
+    arguments = parser.parse_args()
+    curves = read_curves(arguments.folder)
+    accuracies = read_accuracies(arguments.metrics)
+    draw(curves, accuracies, arguments.picture)
+    print(format_table(accuracies))
+    print_paths(arguments.folder)
+
+
+def read_curves(folder: Path) -> dict[str, list[dict]]:
+    """{run: rows of its metrics.jsonl that hold a loss}."""
+    files = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise InputError(f"no run with a metrics.jsonl in {folder.absolute()}")
+    return {file.parent.name: [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row] for file in files}
+
+
+def read_accuracies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """{run: {set: (accuracy, standard deviation)}} in percent, of each run's last checkpoint; the best run first."""
+    if not path.is_file():
+        raise InputError(f"no {path.absolute()}; make it with eval/run_batch_eval.py")
+    accuracies = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            sets = [key.split(".")[1] for key in row if key.endswith(".Accuracy-Flip") and row[key]]
+            accuracies[row["run"]] = {name: tuple(100 * float(row[f"verification.{name}.Accuracy-{part}"]) for part in ("Flip", "Std")) for name in sets}
+    return dict(sorted(accuracies.items(), key=lambda item: -sum(accuracy for accuracy, _ in item[1].values())))
+
+
+def format_table(accuracies: dict) -> str:
+    sets = list(next(iter(accuracies.values())))
+    width = max(map(len, accuracies))
+    lines = [f"{'accuracy in %':{width}}" + "".join(f"{name:>16}" for name in sets)]
+    for name, figures in accuracies.items():
+        cells = "".join(f"{f'{mean:.2f} ± {std:.2f}':>16}" for mean, std in figures.values())
+        lines.append(f"{name:{width}}{cells}")
+    return "\n".join(lines)
+
+
+def draw(curves: dict, accuracies: dict, path: Path) -> None:
+    """Three panels: loss against step, how the student follows the teacher, accuracies with their deviations."""
+    from matplotlib.figure import Figure        # not pyplot: no display, no global state
+
+    colors = {name: f"C{index}" for index, name in enumerate(curves)}
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    losses, follows, bars = figure.subplots(1, 3)
+    for name, rows in curves.items():
+        steps = [row["step"] for row in rows]
+        losses.plot(steps, [row["loss"] for row in rows], color=colors[name], label=name)
+        for key, style in (("cos_st", "-"), ("alpha", ":")):
+            if rows and key in rows[0]:
+                follows.plot(steps, [row[key] for row in rows], style, color=colors[name], label=f"{name}: {key}")
+    losses.set(title="Training loss", xlabel="step", yscale="log")
+    follows.set(title="cosine student-teacher and weight alpha of the old centre", xlabel="step")
+    for index, (name, figures) in enumerate(accuracies.items()):
+        places = [place + 0.8 * index / len(accuracies) for place in range(len(figures))]
+        means, deviations = zip(*figures.values())
+        bars.bar(places, means, 0.8 / len(accuracies), yerr=deviations, color=colors.get(name, "grey"), label=name, capsize=2)
+        bars.set_xticks([place + 0.4 for place in range(len(figures))], figures)
+    bars.set(title="Accuracy on unseen people (%), deviation of the folds", ylim=(50, 100))
+    for axes in (losses, follows, bars):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="x-small")
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def print_paths(folder: Path) -> None:
+    print("\nWritten:")
+    for path in sorted(path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()):
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# From a fresh machine to a distilled student: set-up, synthetic faces, teacher, students, evaluation, one table and one picture.
+#   ./run_demo.sh            about a quarter of an hour on 2 CPU cores after the set-up; shows teacher > AdaDistill > standalone
+#   ./run_demo.sh --quick    the same stages in a few minutes, on too little data to promise any order
+# A GPU is used if there is one. The results go to output/demo (output/demo_quick), which is made anew.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/requirements/environment.sh"
+
+name=demo identities=300 images=11 pairs=500 teacher_epochs=4 teacher=iresnet18 batch=32
+case "${1:-}" in
+    --quick) name=demo_quick identities=40 images=8 pairs=40 teacher_epochs=1 teacher=mobilefacenet batch=16 ;;
+    "") ;;
+    *) fail "unknown argument $1; usage: ./run_demo.sh [--quick]" ;;
+esac
+
+set_up requirement.txt
+started=$SECONDS
+data=$root/data/$name output=$root/output/$name
+rm -rf "$output"                                 # the demo's own folder, nobody else writes there
+stage() { printf '\n=== %s (%d s)\n' "$*" $((SECONDS - started)); }
+
+stage "Synthetic faces: $identities identities x $images images, and pair sets of others"
+"$PYTHON" "$root/data/make_synthetic.py" --output "$data" --identities "$identities" --images "$images" --pairs "$pairs"
+
+# Every run: the same images, scale, margin and learning rate; students: the same initial weights (seed) and one epoch.
+# torch.compile halves a CPU step, but needs a C++ compiler and a minute to start, which a quick run never earns back.
+compile=False
+if [ "$name" = demo ] && command -v g++ >/dev/null; then compile=True; fi
+common=(dataset=synthetic "rec=$data" "val_rec=$data" "batch_size=$batch" lr=0.8 s=32 m=0.3 "compile=$compile" num_workers=1 "val_targets=[]" log_every=5)
+student=(network=mobilefacenet num_epoch=1)
+
+stage "Teacher: $teacher, $teacher_epochs epochs"
+"$root/run_standalone.sh" "${common[@]}" "network=$teacher" "num_epoch=$teacher_epochs" "milestones=$teacher_epochs" "output=$output/teacher"
+last=$(basename "$(ls "$output"/teacher/*state.pth | sort -V | tail -n 1)" state.pth)
+for weights in "$output"/teacher/*backbone.pth; do      # its earlier epochs would only lengthen the evaluation below
+    [ "$weights" = "$output/teacher/${last}backbone.pth" ] || rm "$weights"
+done
+taught=("teacher=$teacher" "pretrained_teacher_path=$output/teacher/${last}backbone.pth" "pretrained_teacher_header_path=$output/teacher/${last}header.pth")
+
+stage "Student on its own"
+"$root/run_standalone.sh" "${common[@]}" "${student[@]}" loss=ArcFace "output=$output/standalone"
+stage "Student by AMLDistill (ArcDistill)"
+"$root/run_AMLDistill.sh" "${common[@]}" "${student[@]}" "${taught[@]}" loss=ArcFace "output=$output/AMLDistill"
+stage "Student by AdaDistill (ArcFace, weighted alpha)"
+"$root/run_AdaDistill.sh" "${common[@]}" "${student[@]}" "${taught[@]}" loss=ArcFace adaptive_alpha=True "output=$output/AdaDistill_ArcFace"
+stage "Student by AdaDistill (AdaFace, geometry margin)"
+"$root/run_AdaDistill.sh" "${common[@]}" "${student[@]}" "${taught[@]}" loss=AdaFace use_geom_margin=True geom_margin_warmup_epoch=0.5 "output=$output/AdaDistill_AdaFace_geometry"
+
+stage "Evaluation on people nobody was trained on"
+"$PYTHON" "$root/eval/run_batch_eval.py" --checkpoint-dir "$output" --checkpoint-suffix backbone.pth --report-dir "$output/reports" --precision auto \
+    --val-data "$data" --val-targets frontal pose lowres
+
+stage "Results"
+"$PYTHON" "$root/eval/plot_curves.py" "$output" --metrics "$output/reports/summary.csv" --picture "$output/curves.png"
+echo "  $data/contact_sheet.png"
+echo "Finished after $((SECONDS - started)) s"

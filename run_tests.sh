@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Run the whole test suite; sets up .venv (and .venv-mxnet for the interoperability tests) first where needed.
+#   ./run_tests.sh                     everything
+#   ./run_tests.sh -k recordio -x      arguments go to pytest
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/requirements/environment.sh"
+set_up test.txt "pytest, pytest_timeout"
+# small networks: one thread each is as fast, and the same on all machines
+export OMP_NUM_THREADS=1
+cd "$root"
+exec "$PYTHON" -m pytest tests "$@"
