@@ -4,10 +4,9 @@
     python data/make_rec.py --pairs pairs.txt --images DIR --output lfw.bin
 
 ``DIR`` has one sub-folder per identity; sorted, they become the labels 0, 1, ... Images are aligned 112x112 crops; JPEG
-files of that size are copied byte for byte, all else is encoded as JPEG. ``--layout insightface`` (the default) keeps an
-identity's images together, as its index records require, in sorted order. ``--layout plain`` is im2rec's: every record an
-image, shuffled by ``--seed`` unless ``--no-shuffle``, for readers that stream a file in its own order (the training
-scripts shuffle either layout every epoch). ``pairs.txt`` has lines ``path1 path2 0|1`` (1: same person), paths below DIR,
+files of that size are copied byte for byte, all else is encoded as JPEG. ``--layout plain`` (the default) is im2rec's: every
+record an image, shuffled by ``--seed`` unless ``--no-shuffle``. ``--layout insightface`` keeps an identity's images
+together, as its index records require, in sorted order. The training scripts shuffle either layout every epoch. ``pairs.txt`` has lines ``path1 path2 0|1`` (1: same person), paths below DIR,
 tab-separated if they contain spaces. What was written is read back and compared before it gets its name.
 """
 import argparse
@@ -58,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", required=True, help="folder of identities, or the folder the pair list refers to")
     parser.add_argument("--output", required=True, help="folder for the records, or the .bin file")
     parser.add_argument("--pairs", help="pair list; writes a .bin instead of records")
-    parser.add_argument("--layout", choices=("insightface", "plain"), default="insightface")
+    parser.add_argument("--layout", choices=("insightface", "plain"), default="plain")
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, help="order of the plain layout (default: shuffled)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
     parser.add_argument("--quality", type=int, default=95, help="of re-encoded images, 1 ... 100")

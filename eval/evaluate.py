@@ -11,7 +11,7 @@ from backbones import build_backbone
 from config.schema import ROOT, load_config
 from eval import verification
 from utils import distributed
-from utils.checkpoint import load_backbone
+from utils.checkpoint import ADAFACE_PREFIX, load_backbone
 from utils.errors import InputError
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher import Teacher
@@ -92,7 +92,7 @@ class Evaluator:
         network = build_backbone(job.network.network, job.network.embedding_size, use_se=job.network.SE)
         prefix = load_backbone(network, job.checkpoint, "checkpoint")
         layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
-        return Teacher(network, bgr=prefix == "model.").to(self.device, memory_format=layout)
+        return Teacher(network, bgr=prefix == ADAFACE_PREFIX).to(self.device, memory_format=layout)
 
     def describe(self, job: Job) -> str:
         """The network and how it was run, in words."""

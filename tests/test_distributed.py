@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also starte
 import torch
 
 CASES = [(method, loss) for method in ("standalone", "AMLDistill", "AdaDistill") for loss in ("MLLoss", "CosFace", "ArcFace", "AdaFace")]
-STEPS, BATCH, SIZE, CLASSES = 6, 12, 16, 23                        # 23 classes: 12 on one rank, 11 on the other
+STEPS, BATCH, SIZE, CLASSES = 6, 12, 16, 23                        # 23 classes: 11 on one rank, 12 on the other
 
 
 def train_header(method, loss, out):

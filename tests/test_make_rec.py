@@ -82,7 +82,7 @@ def test_unreadable_image(layout, faces, tmp_path):
 
 def test_wrong_arguments(faces, tmp_path):
     assert_fails(make_rec("--images", tmp_path / "none", "--output", tmp_path / "out"), f"no folder {tmp_path}/none", tmp_path)
-    assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--shuffle"), "--layout plain", tmp_path)
+    assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--layout", "insightface", "--shuffle"), "--layout plain", tmp_path)
     assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--quality", 0), "--quality", tmp_path)
 
 

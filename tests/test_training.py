@@ -99,6 +99,24 @@ def test_resume_on_another_number_of_ranks_goes_on_from_the_same_image(faces, tm
     assert sorted(losses(tmp_path / "run")) == list(range(1, 19))
 
 
+def test_resume_with_a_batch_larger_than_the_rest_of_the_epoch(faces, tmp_path):
+    arguments = options(faces, tmp_path, "val_targets=[]", "num_epoch=1", "state_every=8")
+    run_until(STANDALONE, *arguments, log=tmp_path / "training.log", text="Global Step: 9 ")
+    (tmp_path / "9state.pth").unlink(missing_ok=True)
+    run(STANDALONE, "--resume", *arguments, "batch_size=16", "num_epoch=2")
+    assert max(losses(tmp_path)) == 8 + 4
+
+
+def test_going_back_to_an_earlier_step_forgets_the_later_ones(faces, tmp_path):
+    arguments = options(faces, tmp_path, "val_targets=[]", "state_every=4", "num_epoch=1", "keep_states=3")
+    run(STANDALONE, *arguments)
+    before = everything(tmp_path, 9)
+    text = run(STANDALONE, *arguments, "global_step=4")
+    assert "the states of steps 8, 9 are removed" in text and "Resumed at step 4" in text
+    after = everything(tmp_path, 9)
+    assert all(torch.equal(before[key], after[key]) for key in before) and list(losses(tmp_path)) == list(range(1, 10))
+
+
 def test_torchrun_restart_resumes_by_itself(faces, tmp_path):
     """A worker that dies once is restarted by torchrun and goes on from the newest state."""
     output, flag = tmp_path / "run", tmp_path / "died"

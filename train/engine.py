@@ -304,5 +304,7 @@ class Engine:
             if cuda is not None and self.run.device.type == "cuda":
                 torch.cuda.set_rng_state(cuda)
         self.step, self.epoch, self.samples = state["step"], state["epoch"], state["samples"]
+        if self.steps_left(self.samples) == 0:      # a larger global batch than before: what is left of the epoch fills no step
+            self.epoch, self.samples = self.epoch + 1, 0
         self.highest, self.best, self.validated, self.saved = state["highest"], state["best"], self.step, self.step
         logging.info("Resumed at step %d, epoch %d, %d of its images done", self.step, self.epoch, self.samples)

@@ -13,13 +13,13 @@ import torch
 from backbones import build_backbone
 from eval.verification import load_targets
 from utils import distributed
-from utils.checkpoint import RunFolder, load_backbone, read_kernel
+from utils.checkpoint import ADAFACE_PREFIX, RunFolder, load_backbone, read_kernel
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.logging import start_log
 from utils.precision import PRECISIONS, choose_precision
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Run(NamedTuple):
@@ -45,6 +45,8 @@ def start(cfg, resume: bool):
         start_log(cfg.output, append=resume_step > 0)
         if distributed.is_main():
             folder.sweep()
+            if later := folder.rewind(resume_step):
+                logging.warning("going back to step %d: the states of steps %s are removed", resume_step, ", ".join(map(str, later)))
         logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
         torch.manual_seed(cfg.seed)
         yield Run(device, precision, folder, resume_step)
@@ -103,10 +105,18 @@ def build_dataset(cfg):
 def build_student(cfg) -> torch.nn.Module:
     """The network to train, from ``cfg.pretrained_backbone_path`` if that is set."""
     student = build_backbone(cfg.network, cfg.embedding_size, use_se=cfg.SE)
-    if cfg.pretrained_backbone_path:
-        load_backbone(student, cfg.pretrained_backbone_path, "pretrained_backbone_path")
+    if cfg.pretrained_backbone_path and load_backbone(student, cfg.pretrained_backbone_path, "pretrained_backbone_path") == ADAFACE_PREFIX:
+        see_rgb(student)
+        logging.info("%s was trained on BGR images: its first layer now takes RGB", cfg.pretrained_backbone_path)
     logging.info("Student %s: %s parameters", cfg.network, f"{sum(p.numel() for p in student.parameters()):,}")
     return student
+
+
+@torch.no_grad()
+def see_rgb(network: torch.nn.Module) -> None:
+    """Turn a network trained on BGR images into the same network for RGB: the first convolution's input channels change places."""
+    first = next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
+    first.weight.copy_(first.weight.flip(1))
 
 
 def header_options(cfg) -> dict:
@@ -122,8 +132,10 @@ def load_pretrained_centers(header, cfg) -> None:
 
 
 def load_teacher_centers(header, cfg) -> None:
-    """Take the teacher's class centres, which AMLDistill never moves."""
-    load_centers(header, cfg, cfg.pretrained_teacher_header_path, "teacher header (pretrained_teacher_header_path)",
+    """Take the teacher's class centres, which AMLDistill never moves, from pretrained_teacher_header_path (or pretrained_header_path, not both)."""
+    if cfg.pretrained_header_path and cfg.pretrained_teacher_header_path:
+        raise InputError("AMLDistill's centres are the teacher's: set pretrained_teacher_header_path or pretrained_header_path, not both")
+    load_centers(header, cfg, cfg.pretrained_teacher_header_path or cfg.pretrained_header_path, "teacher header (pretrained_teacher_header_path)",
                  "train a teacher with run_standalone.sh and take its last <step>header.pth")
 
 
@@ -151,7 +163,7 @@ def load_validation(cfg) -> dict:
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR1 asks a run to finish its step and save; all ranks agree on the step.
+    """SIGTERM, SIGUSR1 or Ctrl-C asks a run to finish its step and save (a second Ctrl-C ends it at once); all ranks agree on the step.
 
     The ranks' flags are summed on the hosts while the next step computes, so the agreement costs no waiting and comes one step later.
     """
@@ -163,6 +175,8 @@ class StopRequest:
             signal.signal(number, self.receive)
 
     def receive(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = True
 
     def agreed(self) -> bool:

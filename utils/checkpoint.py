@@ -17,7 +17,8 @@ from utils.errors import InputError
 # what torch.load raises for files that are cut off, no checkpoints at all, made by another program, or not readable from the disk
 UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError, struct.error, OSError, SafetensorError)
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")      # DistributedDataParallel's and torch.compile's
-PUBLISHED_PREFIXES = ("model.net.", "model.", "")       # CVLFace, AdaFace, everybody else
+ADAFACE_PREFIX = "model."                               # of AdaFace's releases, whose networks see BGR images
+PUBLISHED_PREFIXES = ("model.net.", ADAFACE_PREFIX, "")       # CVLFace, AdaFace, everybody else
 FRAMEWORK = re.compile(r"argparse\.Namespace$|(pytorch_)?lightning(_fabric)?\.")     # of which published .ckpt files mention classes
 
 
@@ -78,7 +79,7 @@ def network_weights(content: dict) -> tuple[dict, str]:
         return {}, ""
     state = {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
     prefix = next((prefix for prefix in PUBLISHED_PREFIXES if any(key.startswith(prefix) for key in state)), "")
-    return {key.removeprefix(prefix): value for key, value in state.items() if not (prefix == "model." and key.startswith("head."))}, prefix
+    return {key.removeprefix(prefix): value for key, value in state.items() if not (prefix == ADAFACE_PREFIX and key.startswith("head."))}, prefix
 
 
 def load_backbone(network: torch.nn.Module, path: str | Path, what: str, hint: str = "") -> str:
@@ -187,6 +188,13 @@ class RunFolder:
         """Remove what a killed run left half written."""
         for leftover in self.path.glob("*.tmp"):
             leftover.unlink()
+
+    def rewind(self, step: int) -> list[int]:
+        """Forget the states after ``step``, from which a run that goes on from there turns away; their weights stay. Returns those steps."""
+        later = [other for other in self.steps("state") if other > step]
+        for other in later:
+            self.file(other, "state").unlink()
+        return later
 
     def save(self, step: int, backbone: dict, header: dict, state: dict, keep_states: int) -> None:
         """Write one step, then drop states beyond the newest ``keep_states`` (and the weights of those that were no epoch's end)."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from backbones import build_backbone
-from utils.checkpoint import load_backbone, sha256
+from utils.checkpoint import ADAFACE_PREFIX, load_backbone, sha256
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def load_teacher(network: str, path: str | Path, embedding_size: int, color_spac
     use_se = network.endswith("_se")
     backbone = build_backbone(network.removesuffix("_se"), embedding_size, use_se=use_se)
     prefix = load_backbone(backbone, path, "teacher", "train one with run_standalone.sh, or set pretrained_teacher_path to a published backbone")
-    bgr = color_space == "BGR" or color_space == "auto" and prefix == "model."
+    bgr = color_space == "BGR" or color_space == "auto" and prefix == ADAFACE_PREFIX
     parameters = sum(p.numel() for p in backbone.parameters())
     log.info("Teacher %s: %s parameters, %s input, %s, SHA-256 %s", network, f"{parameters:,}", "BGR" if bgr else "RGB", path, sha256(path))
     return Teacher(backbone, bgr)

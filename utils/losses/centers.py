@@ -22,9 +22,7 @@ class ClassCenters(nn.Module):
     def __init__(self, num_classes: int, embedding_size: int):
         super().__init__()
         self.num_classes = num_classes
-        self.per_rank = -(-num_classes // distributed.world_size())
-        self.start = min(num_classes, distributed.rank() * self.per_rank)
-        self.stop = min(num_classes, self.start + self.per_rank)
+        self.start, self.stop = (num_classes * number // distributed.world_size() for number in (distributed.rank(), distributed.rank() + 1))
         weight = draw_rows(self.start, self.stop, embedding_size)
         if self.learned:
             self.weight = nn.Parameter(weight)

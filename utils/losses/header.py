@@ -80,13 +80,16 @@ class Header(nn.Module):
         """{"kernel": (D, C), and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
         return {"kernel": self.centers.whole(self.centers.weight), **self.margin.state_dict()}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take back what ``state_dict`` gives, whole, on any number of ranks. Errors: InputError naming keys or shapes that differ."""
+    def load_state_dict(self, state: dict, strict: bool = True) -> None:
+        """Take back what ``state_dict`` gives, whole, on any number of ranks; strict=False takes a published kernel without AdaFace's statistics.
+
+        Errors: InputError naming keys or shapes that differ.
+        """
         expected = {"kernel", *self.margin.state_dict()}
-        if set(state) != expected:
+        if set(state) - expected or strict and set(state) != expected or "kernel" not in state:
             raise InputError(f"a header with keys {sorted(expected)} was expected, this one has {sorted(state)}")
         self.load_kernel(state["kernel"])
-        self.margin.load_state_dict({key: value for key, value in state.items() if key != "kernel"})
+        self.margin.load_state_dict({key: value for key, value in state.items() if key != "kernel"}, strict=strict)
 
     @torch.no_grad()
     def load_kernel(self, kernel: torch.Tensor) -> None:
@@ -121,7 +124,7 @@ def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
         if name not in known:
             near = get_close_matches(str(name), known, 1, 0.4)
-            raise InputError(f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f" known: {', '.join(known)}")
+            raise InputError(f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f"; known: {', '.join(known)}")
     if use_geom_margin and method == "standalone":
         raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
     if use_geom_margin and loss == "MLLoss":
