@@ -42,7 +42,7 @@ config.pretrained_header_path = ""         # start the class centres from a head
 # --- loss
 config.loss = "ArcFace"                    # MLLoss, CosFace, ArcFace, AdaFace
 config.s = 64.0                            # scale of the logits
-config.m = None                            # margin; None: ArcFace 0.5, CosFace 0.35, AdaFace 0.4
+config.m = None                            # margin; None: ArcFace 0.45, CosFace 0.35, AdaFace 0.4
 config.h = 0.333                           # AdaFace: how much of the norm's spread the margin uses
 config.t_alpha = 0.01                      # AdaFace: momentum of the norm statistics
 config.adaptive_alpha = True               # AdaDistill: weight alpha by the teacher's confidence

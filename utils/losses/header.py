@@ -116,7 +116,7 @@ def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h
     """A header for (D = embedding_size, C = num_classes); see ``Header`` for what it returns.
 
     method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or "AdaDistill" (moving average of teacher features).
-    loss: "MLLoss", "CosFace", "ArcFace" or "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.5, 0.4). s: scale of the logits.
+    loss: "MLLoss", "CosFace", "ArcFace" or "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.45, 0.4). s: scale of the logits.
     h, t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha. geom_*: geometry margin, warm-up in epochs.
     sample_rate: share of the other classes that enter the softmax.
     Errors: InputError for unknown names and for combinations that make no sense.

@@ -42,7 +42,7 @@ class ArcFace(MLLoss):
     Written as cos(theta) cos(m) - sin(theta) sin(m): acos has an infinite slope at +-1, the square root is bounded instead.
     """
 
-    default_m = 0.5
+    default_m = 0.45      # as AdaDistill trains; InsightFace takes 0.5
 
     def forward(self, cosine, norms, geom):
         m = torch.as_tensor(widened(self.m, geom), dtype=cosine.dtype, device=cosine.device)
