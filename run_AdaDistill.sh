@@ -4,5 +4,5 @@
 #   ./run_AdaDistill.sh --resume output=output/cos
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/requirements/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
 launch train/train_AdaDistill.py "$@"

@@ -4,7 +4,7 @@
 #   ./run_demo.sh --quick    the same stages in a few minutes, on too little data to promise any order
 # A GPU is used if there is one. The results go to output/demo (output/demo_quick), which is made anew.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/requirements/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
 
 name=demo identities=300 images=11 pairs=500 teacher_epochs=4 teacher=iresnet18 batch=32
 case "${1:-}" in

@@ -22,28 +22,28 @@ ROOT = Path(__file__).resolve().parents[1]
 LOSSES = ("MLLoss", "CosFace", "ArcFace", "AdaFace")
 
 
-class Path_(str):
+class PathText(str):
     """A path: made absolute against the repository root or, from the command line, the current directory."""
 
 
 # key: type, (type, smallest value), or a tuple of the allowed words
 KEYS = {
-    "dataset": str, "output": Path_, "seed": (int, 0), "device": str, "global_step": (int, 0),
-    "network": str, "embedding_size": (int, 1), "SE": bool, "pretrained_backbone_path": Path_, "pretrained_header_path": Path_,
+    "dataset": str, "output": PathText, "seed": (int, 0), "device": str, "global_step": (int, 0),
+    "network": str, "embedding_size": (int, 1), "SE": bool, "pretrained_backbone_path": PathText, "pretrained_header_path": PathText,
     "loss": LOSSES, "s": (float, 1e-9), "m": (float, 0), "h": (float, 0), "t_alpha": (float, 0), "adaptive_alpha": bool,
     "use_geom_margin": bool, "geom_margin_w": (float, 0), "geom_margin_k": (float, 0), "geom_margin_warmup_epoch": (float, 0), "sample_rate": (float, 0),
-    "teacher": str, "pretrained_teacher_path": Path_, "pretrained_teacher_header_path": Path_, "teacher_repo_id": str, "teacher_cache": Path_,
-    "teacher_embeddings": Path_, "color_space": ("auto", "RGB", "BGR"),
-    "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 0), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),
+    "teacher": str, "pretrained_teacher_path": PathText, "pretrained_teacher_header_path": PathText, "teacher_repo_id": str, "teacher_cache": PathText,
+    "teacher_embeddings": PathText, "color_space": ("auto", "RGB", "BGR"),
+    "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 1e-12), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),
     "precision": ("auto", "fp32", "bf16", "fp16"), "channels_last": bool, "compile": bool,
-    "db_file_format": ("rec", "folder"), "rec": Path_, "data_path": Path_, "sample": (int, 0), "num_classes": (int, 0), "num_image": (int, 0),
+    "db_file_format": ("rec", "folder"), "rec": PathText, "data_path": PathText, "sample": (int, 0), "num_classes": (int, 0), "num_image": (int, 0),
     "rec_backend": ("native", "mxnet"), "num_workers": (int, 0), "shuffle": bool, "flip": bool, "augment": bool, "max_bad_records": (int, 0),
     "num_epoch": (int, 1), "warmup_epoch": (int, 0), "milestones": [int],
     "log_every": (int, 1), "state_every": (int, 1), "keep_states": (int, 1),
-    "val_rec": Path_, "val_targets": [str], "eval_step": (int, 0), "val_eval_every_n_epoch": (int, 0), "val_batch_size": (int, 1),
+    "val_rec": PathText, "val_targets": [str], "eval_step": (int, 0), "val_eval_every_n_epoch": (int, 0), "val_batch_size": (int, 1),
     "run_eval_at_start": bool, "eval_every_n_epoch": (int, 0),
-    "eval_ijb": bool, "ijb_root": Path_, "ijb_targets": [str], "ijb_batch_size": (int, 1), "ijb_num_workers": (int, 0), "ijb_flip": bool,
-    "eval_tinyface": bool, "tinyface_root": Path_, "tinyface_targets": [str], "tinyface_batch_size": (int, 1), "tinyface_num_workers": (int, 0),
+    "eval_ijb": bool, "ijb_root": PathText, "ijb_targets": [str], "ijb_batch_size": (int, 1), "ijb_num_workers": (int, 0), "ijb_flip": bool,
+    "eval_tinyface": bool, "tinyface_root": PathText, "tinyface_targets": [str], "tinyface_batch_size": (int, 1), "tinyface_num_workers": (int, 0),
     "tinyface_flip": bool,
 }
 MAY_BE_NONE = {"m"}
@@ -59,14 +59,17 @@ NOT_YET = {     # keys whose machinery is not part of this version: saying so be
 }
 
 
-def parse_arguments(description: str, default: Path = ROOT / "config" / "config.py") -> tuple[edict, bool]:
-    """Read the training scripts' command line: (resolved configuration, resume?)."""
+def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
+    """Read a training script's command line: (resolved configuration, resume?). Errors: as ``load_config``, and what makes no sense for the method."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=str(default), metavar="FILE", help="configuration file (default: config/config.py)")
+    parser.add_argument("--config", default=str(ROOT / "config" / "config.py"), metavar="FILE", help="configuration file (default: config/config.py)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete state in the output folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. loss=CosFace m=0.35")
     arguments = parser.parse_intermixed_args()
-    return load_config(arguments.config, arguments.overrides), arguments.resume
+    cfg = load_config(arguments.config, arguments.overrides)
+    if cfg.use_geom_margin and method == "standalone":
+        raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
+    return cfg, arguments.resume
 
 
 def load_config(path: str | Path, overrides=()) -> edict:
@@ -154,7 +157,7 @@ def parse_text(key: str, text: str):
     if isinstance(kind, list) and not text.startswith("["):
         words = [word.strip() for word in text.split(",") if word.strip()]
         return [kind[0](word) if kind[0] is str or word.lstrip("-").isdecimal() else word for word in words]
-    if kind in (str, Path_) or isinstance(kind, tuple) and isinstance(kind[0], str):
+    if kind in (str, PathText) or isinstance(kind, tuple) and isinstance(kind[0], str):
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
@@ -183,7 +186,7 @@ def check_value(key: str, value, base: Path):
             raise InputError(f"{key}={value!r} is unknown{nearest(value, kind)}; allowed: {', '.join(kind)}")
         return value
     kind, smallest = kind if isinstance(kind, tuple) else (kind, None)
-    if kind is Path_:
+    if kind is PathText:
         if not isinstance(value, (str, Path)):
             raise wrong
         return str(base / Path(value).expanduser()) if str(value) else ""
@@ -201,7 +204,7 @@ def describe(kind) -> str:
         if isinstance(kind[0], str):
             return " or ".join(kind)
         return f"{kind[0].__name__} of at least {kind[1]:g}"
-    return "a path" if kind is Path_ else kind.__name__
+    return "a path" if kind is PathText else kind.__name__
 
 
 def nearest(word, known) -> str:
@@ -221,6 +224,13 @@ def check_combinations(values: dict) -> None:
             raise InputError(f"{key}={name!r} is an unknown network{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
     if values["device"] not in ("auto", "cpu", "cuda") and not values["device"].removeprefix("cuda:").isdigit():
         raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda or cuda:N")
+    if values["use_geom_margin"] and values["loss"] == "MLLoss":
+        raise InputError("use_geom_margin widens a margin and MLLoss has none: choose ArcFace, CosFace or AdaFace")
+    if any(milestone < 1 for milestone in values["milestones"]):
+        raise InputError(f"milestones={values['milestones']}: epochs are counted from 1")
+    for key in ("momentum", "t_alpha"):
+        if values[key] > 1:
+            raise InputError(f"{key}={values[key]} must be at most 1")
     if values["SE"] and not values["network"].startswith("iresnet"):
         raise InputError(f"SE=True needs an iresnet, not network={values['network']}")
     if values["db_file_format"] == "folder" and not values["data_path"]:

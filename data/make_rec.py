@@ -181,10 +181,11 @@ def write_pairs(pairs_path: str, encode: Callable[[str], bytes], output: str) ->
     if os.path.isdir(output):
         raise InputError(f"--output {output} is a folder; name the .bin file to write")
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
+    content = pickle.dumps((images, same), protocol=4)
     with replacing(output, "w+b") as file:
-        pickle.dump((images, same), file, protocol=4)
+        file.write(content)
         file.seek(0)
-        if pickle.load(file) != (images, same):         # our own bytes of a moment ago, so the plain unpickler is safe
+        if file.read() != content:
             raise InputError(f"{output} differs from what was written; check the disk")
     return len(pairs)
 
@@ -194,7 +195,7 @@ def read_pairs(path: str) -> list[tuple[str, str, bool]]:
     if not os.path.isfile(path):
         raise InputError(f"no pair list {os.path.abspath(path)}")
     pairs = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:      # as file names come
         for number, line in enumerate(file, start=1):
             line = line.strip()
             if not line or line.startswith("#"):

@@ -15,7 +15,6 @@ from utils.images import mirror, to_input
 from utils.precision import PRECISIONS
 
 
-
 class Images(Protocol):
     """N images of one size: an array or tensor (N, H, W, 3) uint8 RGB, a list of (H, W, 3), or anything that behaves so.
 

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the network always is that of the config.json beside the checkpoint, if there is one")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help="default fp32: the same figures on every machine")
-    parser.add_argument("--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin; all wanted must be there")
-    parser.add_argument("--val-targets", dest="val_targets", metavar="NAME", nargs="+", help="pair sets, by spaces or commas: lfw cfp_fp agedb_30")
+    parser.add_argument("--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin")
+    parser.add_argument("--val-targets", dest="val_targets", metavar="NAME", nargs="+", help="pair sets, by spaces or commas: lfw cfp_fp agedb_30; all named must be there")
     parser.add_argument("--val-batch-size", dest="val_batch_size", metavar="N", help="images at a time on each rank")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other configuration values, e.g. network=iresnet50")
 
@@ -48,7 +48,8 @@ class Evaluator:
     def __init__(self, arguments: argparse.Namespace):
         self.overrides = overrides_of(arguments)
         self.config_named = arguments.config is not None
-        self.sets_named = any(override.startswith(("val_rec=", "val_targets=")) for override in self.overrides)
+        self.sets_named = any(override.startswith("val_targets=") for override in self.overrides)
+        self.folder_named = any(override.startswith("val_rec=") for override in self.overrides)
         self.cfg = load_config(arguments.config or ROOT / "config" / "config.py", self.overrides)
         self.device = distributed.init(self.cfg.device)
         self.precision = choose_precision(arguments.precision, self.device)
@@ -66,6 +67,8 @@ class Evaluator:
 
     def load_sets(self, root: Path, names: list[str]) -> dict[str, verification.DataSet]:
         """Read the pair sets that are there, each once however many checkpoints need it."""
+        if self.folder_named and not root.is_dir():
+            raise InputError(f"--val-data: no folder {root}")
         paths = {name: root / f"{name}.bin" for name in names}
         found = [name for name, path in paths.items() if path.is_file() or self.sets_named]
         self.skipped |= {path: name for name, path in paths.items() if name not in found}

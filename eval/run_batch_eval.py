@@ -23,12 +23,10 @@ def main() -> None:
     checkpoints = find_checkpoints(arguments.checkpoint_dir, arguments.checkpoint_suffix)
     folder = arguments.report_dir or arguments.checkpoint_dir / "reports"
     report.prepare_folder(folder, "--report-dir")
-    try:
-        evaluator = evaluate.Evaluator(arguments)
-        jobs = [evaluator.plan(checkpoint) for checkpoint in checkpoints]
-        evaluate_all(evaluator, jobs, arguments, folder)
-    finally:
-        distributed.shutdown()
+    evaluator = evaluate.Evaluator(arguments)
+    jobs = [evaluator.plan(checkpoint) for checkpoint in checkpoints]
+    evaluate_all(evaluator, jobs, arguments, folder)
+    distributed.shutdown()
 
 
 def find_checkpoints(folder: Path, suffix: str) -> list[Path]:

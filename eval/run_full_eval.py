@@ -16,23 +16,23 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate, report
 from utils import distributed
-from utils.errors import run
+from utils.errors import InputError, run
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.results_json:
         report.prepare_folder(arguments.results_json.absolute().parent, "--results-json")
-    try:
-        evaluator = evaluate.Evaluator(arguments)
-        job = evaluator.plan(arguments.checkpoint)
-        results = evaluator.evaluate_checkpoint(job)
-        if distributed.is_main():
-            print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{report.format_verification(results)}\n{report.format_skipped(evaluator.skipped)}", end="")
-            if arguments.results_json:
-                report.write_json(arguments.results_json, results)
-    finally:
-        distributed.shutdown()
+    if not arguments.checkpoint.is_file():
+        raise InputError(f"--checkpoint: no file at {arguments.checkpoint.absolute()}")
+    evaluator = evaluate.Evaluator(arguments)
+    job = evaluator.plan(arguments.checkpoint)
+    results = evaluator.evaluate_checkpoint(job)
+    if distributed.is_main():
+        print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{report.format_verification(results)}\n{report.format_skipped(evaluator.skipped)}", end="")
+        if arguments.results_json:
+            report.write_json(arguments.results_json, results)
+    distributed.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -16,6 +16,7 @@ from utils.images import decode, resize_and_crop
 ACCURACY_THRESHOLDS = np.arange(0, 4, 0.01)     # squared L2 distance of unit vectors lies in 0…4
 VAL_THRESHOLDS = np.arange(0, 4, 0.001)
 VAL_FAR = 1e-3
+FOLDS = 10
 
 DataSet = tuple[np.ndarray, np.ndarray]         # images (2N, H, W, 3) uint8 RGB, issame (N,) bool
 
@@ -53,10 +54,14 @@ def load_targets(root: str | Path, names: Sequence[str], image_size: tuple[int, 
         if not (root / f"{name}.bin").is_file():
             present = ", ".join(sorted(path.name for path in root.glob("*.bin"))) or "none"
             raise InputError(f"validation set {name}: {root.resolve() / f'{name}.bin'} not found; .bin files there: {present}")
-    return {name: load_bin(root / f"{name}.bin", image_size) for name in names}
+    sets = {name: load_bin(root / f"{name}.bin", image_size) for name in names}
+    for name, (_, issame) in sets.items():
+        if len(issame) < FOLDS:
+            raise InputError(f"{root / f'{name}.bin'} has {len(issame)} pairs, fewer than the {FOLDS} folds of the protocol")
+    return sets
 
 
-def test(data_set: DataSet, backbone: nn.Module, batch_size: int, nfolds: int = 10, *, device: torch.device | str | None = None,
+def test(data_set: DataSet, backbone: nn.Module, batch_size: int, nfolds: int = FOLDS, *, device: torch.device | str | None = None,
          precision: str = "fp32", channels_last: bool = False) -> dict[str, float]:
     """Verification accuracy of a network on a pair set, images and mirror images added; all ranks call it together.
 
@@ -75,7 +80,7 @@ def test(data_set: DataSet, backbone: nn.Module, batch_size: int, nfolds: int = 
     }
 
 
-def evaluate(embeddings: np.ndarray, actual_issame: np.ndarray, nrof_folds: int = 10
+def evaluate(embeddings: np.ndarray, actual_issame: np.ndarray, nrof_folds: int = FOLDS
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float, float]:
     """Ten-fold verification as in InsightFace's and FaceNet's ``verification.py``.
 

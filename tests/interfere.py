@@ -1,7 +1,7 @@
 """Run a training script with one thing going wrong: ``interfere.py WHAT script arguments…``.
 
 kill:NAME        this process is SIGKILLed when it is about to give a file its final name NAME
-fail:STEP        rank 1 raises an InputError in its STEP-th training step
+fail:STEP        rank 1 raises an InputError in its STEP-th training step, or with STEP 0 when it reads the data set
 nowrite:FOLDER   every rank but 0 dies if it opens anything below FOLDER for writing
 """
 
@@ -26,9 +26,16 @@ if what == "kill":
         replace(source, destination)
     os.replace = killing_replace
 elif what == "fail" and RANK == 1:
+    from train import setup
     from train.engine import Engine
     from utils.errors import InputError
-    train_step = Engine.train_step
+    train_step, build_dataset = Engine.train_step, setup.build_dataset
+
+    def failing_dataset(cfg):
+        if value == "0":
+            raise InputError("rank 1 cannot go on")
+        return build_dataset(cfg)
+    setup.build_dataset = failing_dataset
 
     def failing_step(self, source):
         if self.step + 1 == int(value):

@@ -69,6 +69,11 @@ def test_two_ranks_equal_one(method, loss, results):
     assert torch.equal(one["state"]["kernel"], one["start"]) == (method == "AMLDistill")
 
 
+def test_a_share_without_positives_still_takes_part(results):
+    """8 classes on 2 ranks, of which 10 % are sampled: one rank holds no class of the batch."""
+    assert (results / "2" / "sampled.txt").read_text() == "finite"
+
+
 def test_more_ranks_than_classes_is_refused(results):
     assert "cannot be shared out over 2 ranks" in (results / "2" / "refused.txt").read_text()
 
@@ -82,6 +87,9 @@ if __name__ == "__main__":
     folder.mkdir(exist_ok=True)
     for method, loss in CASES:
         train_header(method, loss, folder / f"{method}-{loss}.pt")
+    loss, _ = build_header("standalone", "ArcFace", SIZE, 8, sample_rate=0.1)(torch.randn(4, SIZE), torch.zeros(4, dtype=torch.int64))
+    if distributed.rank() == 0:
+        (folder / "sampled.txt").write_text("finite" if torch.isfinite(loss) else "not finite")
     if distributed.world_size() > 1:
         try:
             build_header("standalone", "ArcFace", SIZE, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from backbones import build_backbone
-from commands import ROOT, run
+from tests.commands import ROOT, run
 from data import make_synthetic
 from eval import evaluate, report, verification
 from eval.run_batch_eval import find_checkpoints, name_of
@@ -130,9 +130,17 @@ def evaluator(*arguments) -> evaluate.Evaluator:
 
 def test_named_folder_or_name_must_exist(runs, sets, tmp_path):
     checkpoint = runs / "student" / "2backbone.pth"
-    for arguments in (["--val-data", sets], ["--val-data", tmp_path], ["--val-targets", "frontal", "nosuch"], [f"val_rec={tmp_path}"]):
-        with pytest.raises(InputError, match="not found"):
+    for arguments, message in ((["--val-data", tmp_path / "none"], "no folder"), (["--val-targets", "frontal", "nosuch"], "nosuch.bin not found"),
+                               (["--val-data", tmp_path], "nothing to evaluate on"), ([f"val_rec={tmp_path}"], "nothing to evaluate on")):
+        with pytest.raises(InputError, match=message):
             evaluator(*arguments).plan(checkpoint)
+
+
+def test_sets_of_the_configuration_that_a_named_folder_lacks_are_skipped(runs, sets, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text("from easydict import EasyDict\nconfig = EasyDict(val_targets=['lowres', 'lfw'])\n")
+    tool = evaluator("--config", config, "--val-data", sets)
+    assert list(tool.plan(runs / "student" / "2backbone.pth").sets) == ["lowres"] and tool.skipped == {sets / "lfw.bin": "lfw"}
 
 
 def test_nothing_found_is_an_error_that_lists_the_paths(tmp_path):

@@ -1,16 +1,22 @@
 """Whole runs in real processes: interrupted equals uninterrupted, 2 ranks equal 1, and one line for everything that can be wrong."""
 
 import json
+import pickle
 import signal
+import subprocess
+import time
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from backbones import build_backbone
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
 from tests.commands import ROOT, command, environment, run, run_until
 from train.engine import learning_rate
+from train.setup import see_rgb
+from utils.augment import augment
 from utils.dataset import MXFaceDataset
 from utils.sampler import EpochBatches, mirrored
 
@@ -80,7 +86,7 @@ def test_interrupted_run_equals_uninterrupted(method, ranks, faces, teacher, tmp
     assert ranks > 1 or status == 0             # torchrun itself reports the signal it was sent
     assert "Stopped by a signal at step 1" in log.read_text() and "Resumed at step 4" in log.read_text()
     run(INTERFERE, "kill:16state.pth", script, "--resume", *arguments, ranks=ranks, expect="error")
-    assert not (broken / "16state.pth").exists() and (broken / "16state.pth.tmp").exists()
+    assert not (broken / "16state.pth").exists() and list(broken.glob("16state.pth.tmp-*"))
     run(script, "--resume", *arguments, ranks=ranks)
 
     expected, ours = everything(straight, 18), everything(broken, 18)
@@ -88,14 +94,17 @@ def test_interrupted_run_equals_uninterrupted(method, ranks, faces, teacher, tmp
     assert [key for key in expected if not torch.equal(expected[key], ours[key])] == []
     assert losses(straight) == losses(broken) and sorted(losses(straight)) == list(range(1, 19))
     assert [row for row in rows(straight) if "validation" in row] == [row for row in rows(broken) if "validation" in row]
-    assert not list(broken.glob("*.tmp"))
+    assert not list(broken.glob("*.tmp*"))
 
 
 def test_resume_on_another_number_of_ranks_goes_on_from_the_same_image(faces, tmp_path):
     arguments = options(faces, tmp_path / "run", "val_targets=[]", "state_every=4", "loss=AdaFace")
     run_until(STANDALONE, *arguments, "batch_size=4", ranks=2, log=tmp_path / "run" / "training.log", text="Global Step: 6 ")
-    output = run(STANDALONE, "--resume", *arguments, "batch_size=8")
+    output = run(STANDALONE, "--resume", *arguments, "batch_size=8", "weight_decay=0.001")
     assert "Resumed at step 4, epoch 0, 32 of its images done" in output and "another batch_size: 8 instead of 4" in output
+    assert "another weight_decay: 0.001 instead of 0.0005" in output
+    state = torch.load(tmp_path / "run" / "18state.pth", weights_only=True)
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.001
     assert sorted(losses(tmp_path / "run")) == list(range(1, 19))
 
 
@@ -135,7 +144,6 @@ Engine.train_step = dying
 sys.argv[0] = {str(STANDALONE)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    import subprocess
     arguments = command(script, *options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1"), torchrun=True)
     arguments.insert(arguments.index("--standalone"), "--max-restarts=1")
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
@@ -187,8 +195,9 @@ def test_two_ranks_verify_as_one_and_only_rank_0_writes(faces, teacher, tmp_path
     assert torch.equal(torch.load(tmp_path / "two" / "3header.pth", weights_only=True)["kernel"], kernel)
 
 
-def test_an_error_on_one_rank_ends_all_with_its_message(faces, tmp_path):
-    text = run(INTERFERE, "fail:3", STANDALONE, *options(faces, tmp_path / "run", "val_targets=[]"), ranks=2, expect="error", timeout=120)
+@pytest.mark.parametrize("step", [0, 3])
+def test_an_error_on_one_rank_ends_all_with_its_message(step, faces, tmp_path):
+    text = run(INTERFERE, f"fail:{step}", STANDALONE, *options(faces, tmp_path / "run", "val_targets=[]"), ranks=2, expect="error", timeout=120)
     assert "error: rank 1 cannot go on" in text
 
 
@@ -236,6 +245,7 @@ def test_damaged_records_are_replaced_until_there_are_too_many(faces, tmp_path):
     (broken / "train.rec").write_bytes(data)
     text = run(STANDALONE, *options(broken, tmp_path / "run", "val_targets=[]", "num_epoch=1"))
     assert all(f"damaged record {key}, another one takes its place" in text for key in (3, 10, 20))
+    run(STANDALONE, *options(broken, tmp_path / "both", "val_targets=[]", "max_bad_records=3", "batch_size=4"), ranks=2)      # each counts once, whoever meets it
     for ranks in (1, 2):
         text = run(STANDALONE, *options(broken, tmp_path / f"refused{ranks}", "val_targets=[]", "num_epoch=1", "max_bad_records=2", f"batch_size={8 // ranks}"),
                    ranks=ranks, expect="error")
@@ -254,6 +264,8 @@ def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
     header = tmp_path / "header.pth"
     torch.save({"kernel": torch.zeros(64, 10)}, header)
     (tmp_path / "file").write_text("not a folder")
+    images, issame = pickle.loads((faces / "frontal.bin").read_bytes())
+    (tmp_path / "few.bin").write_bytes(pickle.dumps((images[:10], issame[:5])))
     for script, extra, message in [
         (STANDALONE, [f"rec={tmp_path}/none"], f"{tmp_path}/none"),
         (STANDALONE, ["batch_size=73"], "lower batch_size"),
@@ -263,6 +275,7 @@ def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
         (STANDALONE, ["global_step=5"], "global_step=5: no complete state"),
         (STANDALONE, ["device=cuda"], "device=cuda asks for a GPU"),
         (STANDALONE, ["val_targets=lfw"], "lfw.bin"),
+        (STANDALONE, ["val_targets=few", f"val_rec={tmp_path}"], "few.bin has 5 pairs, fewer than the 10 folds"),
         (STANDALONE, ["use_geom_margin=True"], "use_geom_margin needs a teacher"),
         (STANDALONE, ["network=resnet"], "network='resnet' is an unknown network"),
         (ADADISTILL, [], "teacher: no path is set"),
@@ -274,9 +287,22 @@ def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
     assert not list(tmp_path.rglob("*backbone.pth"))
 
 
+def test_run_script_prints_one_line_for_bad_input_and_passes_signals_on(faces, tmp_path):
+    """The shell script, torchrun and the training process together: no traceback under the message, and SIGUSR1 saves and exits with 0."""
+    script = [str(ROOT / "run_standalone.sh")]
+    done = subprocess.run([*script, "losss=ArcFace"], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "error: unknown configuration key 'losss', did you mean 'loss'?\n"
+    process = subprocess.Popen([*script, *options(faces, tmp_path / "run", "val_targets=[]", "num_epoch=50")], env=environment(), stdout=subprocess.PIPE, text=True)
+    while "Global Step: 3 " not in (tmp_path / "run" / "training.log").read_text() if (tmp_path / "run" / "training.log").exists() else True:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGUSR1)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Stopped by a signal" in text and list((tmp_path / "run").glob("*state.pth"))
+
+
 def test_full_disk_while_saving_keeps_the_previous_checkpoint(faces, tmp_path):
     """ulimit -f stands for the full disk: the second checkpoint does not fit, the first can be resumed from."""
-    import subprocess
     output = tmp_path / "run"
     arguments = options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1")
     run_until(STANDALONE, *arguments, log=output / "training.log", text="Global Step: 6 ")
@@ -326,3 +352,21 @@ def test_local_rank_chooses_the_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="2 GPUs"):
         distributed.init("cuda")
+
+
+def test_augmentation_depends_on_its_seed_alone_and_stays_in_range():
+    images = torch.rand(200, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first, again, other = (augment(images.clone(), seed) for seed in ([1, 2, 3], [1, 2, 3], [1, 2, 4]))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == images.shape and first.min() >= -1 and first.max() <= 1
+    changed = (first != images).flatten(1).any(1).float().mean()
+    assert 0.35 < changed < 0.65                # 1 - 0.8^3 = 0.488
+
+
+def test_a_student_started_from_adafaces_bgr_weights_sees_rgb():
+    network = build_backbone("mobilefacenet", 32).eval()
+    images = torch.rand(2, 3, 112, 112)
+    with torch.no_grad():
+        expected = network(images.flip(1))
+        see_rgb(network)
+        assert torch.allclose(network(images), expected, atol=1e-5)

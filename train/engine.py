@@ -60,7 +60,7 @@ class Engine:
             raise InputError(f"the set has {len(dataset)} images, one step takes {self.step_samples} (batch_size x processes x accumulate): lower batch_size")
         self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=keep_batch, num_workers=cfg.num_workers, worker_init_fn=start_worker,
                                  pin_memory=run.device.type == "cuda", persistent_workers=cfg.num_workers > 0, generator=torch.Generator())
-        self.reading, self.bad_records = None, {}
+        self.reading, self.bad_records, self.shared_bad_records = None, {}, 0
 
         layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
         self.backbone, self.header = student.to(run.device, memory_format=layout), header.to(run.device)
@@ -99,13 +99,15 @@ class Engine:
     def train(self) -> None:
         """Train to the last epoch, or until a signal asks to stop; verifies and saves on the way."""
         if distributed.is_main():
+            if later := self.run.folder.rewind(self.step):
+                logging.warning("going back to step %d: the states of steps %s are removed", self.step, ", ".join(map(str, later)))
             write_config(self.cfg, self.run.resume_step)
         self.log = RunLog(self.cfg.output, self.total_steps, self.step)
         self.bar = tqdm(total=self.total_steps, initial=self.step, disable=None if distributed.is_main() else True, unit="step", dynamic_ncols=True)
         stop = StopRequest()
+        self.open_window()
         if self.cfg.run_eval_at_start and self.step == 0:
             self.validate()
-        self.open_window()
         stopped = False
         try:
             while self.epoch < self.cfg.num_epoch and not stopped:
@@ -154,20 +156,21 @@ class Engine:
         lr = learning_rate(cfg, self.epoch, fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total = 0.0
+        total, means = 0.0, {}
         for part in range(cfg.accumulate):
             images, labels = next(source)
             with self.student.no_sync() if part < cfg.accumulate - 1 else nullcontext():
                 loss, stats = self.loss_of(self.student, images, labels, self.epoch + fraction)
                 self.scaler.scale(loss / cfg.accumulate).backward()
             total = total + loss.detach() / cfg.accumulate
+            means = {name: means.get(name, 0.0) + value / cfg.accumulate for name, value in stats.items()}
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.grad_clip or math.inf)
         self.note_finite(total, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, stats
+        return total, means
 
     def read_batches(self):
         """Yield (images (B, 3, 112, 112) on the device, labels) of this epoch, mirrored and augmented as a function of the position alone."""
@@ -202,7 +205,12 @@ class Engine:
 
         With the fp16 scaler an infinite gradient is normal: that step is skipped and the scale halved.
         """
-        bad = ~torch.isfinite(loss) if self.scaler.is_enabled() else ~(torch.isfinite(loss) & torch.isfinite(norm))
+        finite = torch.isfinite(loss)
+        if not self.scaler.is_enabled():
+            finite = finite & torch.isfinite(norm)
+            for parameter in self.header.parameters():
+                finite = finite & torch.isfinite(parameter.grad.sum())
+        bad = ~finite
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         if self.run.device.type == "cpu":
             self.check_finite()
@@ -226,6 +234,15 @@ class Engine:
     def refuse_bad_records(self, bad: dict) -> None:
         raise InputError(f"{len(bad)} damaged records are more than max_bad_records={self.cfg.max_bad_records}: {', '.join(map(str, sorted(bad, key=str)))}")
 
+    def share_bad_records(self) -> None:
+        """Let every rank know the damaged records that others have met, and stop all together when there are too many."""
+        fresh = len(self.bad_records) - self.shared_bad_records
+        if distributed.all_reduce(torch.tensor(float(fresh))).item():
+            self.bad_records = {key: reason for found in distributed.all_gather_object(self.bad_records) for key, reason in found.items()}
+        self.shared_bad_records = len(self.bad_records)
+        if len(self.bad_records) > self.cfg.max_bad_records:
+            self.refuse_bad_records(self.bad_records)
+
     def open_window(self) -> None:
         """Start the figures of the next log line."""
         self.window_started, self.window_steps, self.waited = time.monotonic(), 0, 0.0
@@ -244,8 +261,7 @@ class Engine:
         seconds = time.monotonic() - self.window_started
         self.log.train(self.step, epoch, means.pop("loss"), self.optimizer.param_groups[0]["lr"], self.window_steps * self.step_samples / seconds,
                        self.waited / seconds, means)
-        if distributed.all_reduce(torch.tensor(float(len(self.bad_records)))).item() > self.cfg.max_bad_records:
-            self.refuse_bad_records({key: reason for found in distributed.all_gather_object(self.bad_records) for key, reason in found.items()})
+        self.share_bad_records()
         self.open_window()
 
     # --- verification and checkpoints
@@ -254,6 +270,7 @@ class Engine:
         """Verify on all ranks together, log with this step, and keep the best student so far."""
         if not self.validation_sets or self.validated == self.step:
             return
+        started = time.monotonic()
         self.check_finite()
         self.validated = self.step
         distributed.sync_buffers(self.backbone)
@@ -267,12 +284,13 @@ class Engine:
             self.best = mean
             if distributed.is_main():
                 checkpoint.save(self.backbone.state_dict(), self.run.folder.path / "best_backbone.pth")
-        self.open_window()
+        self.window_started += time.monotonic() - started       # no part of the training speed
 
     def save(self) -> None:
         """Write weights and state of this step; a collective, written by rank 0."""
         if self.saved == self.step:
             return
+        started = time.monotonic()
         self.check_finite()
         self.saved = self.step
         optimizer, momentum = self.optimizer.state_dict(), None
@@ -281,11 +299,12 @@ class Engine:
             momentum = self.header.centers.whole(optimizer["state"].pop(len(self.weights))["momentum_buffer"])
         rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if self.run.device.type == "cuda" else None)
         state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=optimizer, header_momentum=momentum,
-                     scaler=self.scaler.state_dict(), rng=distributed.all_gather_object(rng), highest=self.highest, best=self.best)
+                     scaler=self.scaler.state_dict(), rng=distributed.all_gather_object(rng), highest=self.highest, best=self.best,
+                     bad_records=list(self.bad_records.items()))
         header = self.header.state_dict()
         if distributed.is_main():
             self.run.folder.save(self.step, self.backbone.state_dict(), header, state, self.cfg.keep_states)
-        self.open_window()
+        self.window_started += time.monotonic() - started
 
     def resume(self, step: int) -> None:
         """Take up everything that ``save`` wrote; on another number of ranks, go on from the same step and image."""
@@ -297,7 +316,11 @@ class Engine:
         if state["header_momentum"] is not None:
             optimizer["state"][len(self.weights)] = dict(momentum_buffer=self.header.centers.shard(state["header_momentum"]))
         self.optimizer.load_state_dict(optimizer)
-        self.scaler.load_state_dict(state["scaler"])
+        for group in self.optimizer.param_groups:       # the configuration's values count, also where they have changed
+            group.update(momentum=self.cfg.momentum, weight_decay=self.cfg.weight_decay)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        self.bad_records = dict(state["bad_records"])
         if len(state["rng"]) == self.world:
             cpu, cuda = state["rng"][self.rank]
             torch.set_rng_state(cpu)

@@ -18,6 +18,7 @@ from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.logging import start_log
 from utils.precision import PRECISIONS, choose_precision
+from utils.recordio import replacing
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -35,23 +36,22 @@ class Run(NamedTuple):
 def start(cfg, resume: bool):
     """Join the other ranks, take the device, prepare ``cfg.output``, start the log and seed the weights; leave the ranks at the end."""
     device = distributed.init(cfg.device)
-    try:
-        precision = choose_precision(cfg.precision, device)
-        folder = RunFolder(cfg.output)
-        resume_step = where_to_resume(folder, cfg.global_step, resume)
-        if distributed.is_main():
-            folder.prepare()
-        distributed.barrier()
-        start_log(cfg.output, append=resume_step > 0)
-        if distributed.is_main():
-            folder.sweep()
-            if later := folder.rewind(resume_step):
-                logging.warning("going back to step %d: the states of steps %s are removed", resume_step, ", ".join(map(str, later)))
-        logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
-        torch.manual_seed(cfg.seed)
-        yield Run(device, precision, folder, resume_step)
-    finally:
-        distributed.shutdown()
+    precision = choose_precision(cfg.precision, device)
+    folder = RunFolder(cfg.output)
+    resume_step = where_to_resume(folder, cfg.global_step, resume)
+    found = distributed.all_gather_object(resume_step)
+    if len(set(found)) > 1:
+        raise InputError(f"output: the ranks find different newest states in {folder.path} ({', '.join(map(str, found))}): all machines must see one shared folder")
+    if distributed.is_main():
+        folder.prepare()
+    distributed.barrier()
+    start_log(cfg.output, append=resume_step > 0)
+    if distributed.is_main():
+        folder.sweep()
+    logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
+    torch.manual_seed(cfg.seed)
+    yield Run(device, precision, folder, resume_step)
+    distributed.shutdown()      # not after an error: closing the connections would end the other ranks before this one has said why
 
 
 def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> int:
@@ -82,9 +82,8 @@ def write_config(cfg, resume_step: int) -> None:
         for key, value in cfg.items():
             if before.get(key) != value and key != "global_step":
                 logging.warning("resumed with another %s: %r instead of %r", key, value, before.get(key))
-    temporary = path.with_name("config.json.tmp")
-    temporary.write_text(json.dumps(dict(cfg), indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(dict(cfg), indent=2) + "\n").encode())
 
 
 def build_dataset(cfg):
@@ -92,7 +91,7 @@ def build_dataset(cfg):
     if cfg.db_file_format == "folder":
         dataset = FaceDatasetFolder(cfg.data_path, cfg.sample or None)
     else:
-        dataset = MXFaceDataset(cfg.rec, cfg.rec_backend)
+        dataset = MXFaceDataset(cfg.rec, cfg.rec_backend, cfg.num_classes or None)
     if cfg.num_classes and cfg.num_classes < dataset.num_classes:
         raise InputError(f"num_classes={cfg.num_classes} is smaller than the {dataset.num_classes} classes of {dataset.root_dir}")
     if cfg.num_image and cfg.num_image != len(dataset):

@@ -21,7 +21,7 @@ from utils.teacher import load_teacher
 
 
 def main():
-    cfg, resume = parse_arguments(__doc__)
+    cfg, resume = parse_arguments(__doc__, "AdaDistill")
     with setup.start(cfg, resume) as run:
         dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)

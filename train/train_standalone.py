@@ -20,7 +20,7 @@ from utils.losses import build_header
 
 
 def main():
-    cfg, resume = parse_arguments(__doc__)
+    cfg, resume = parse_arguments(__doc__, "standalone")
     with setup.start(cfg, resume) as run:
         dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)

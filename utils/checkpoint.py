@@ -1,7 +1,7 @@
 """Weights and resume states on disk: read without running code, loaded strictly, written by write-then-rename."""
 
 import hashlib
-import os
+import logging
 import pickle
 import re
 import struct
@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from backbones import NAMES, build_backbone
 from utils.errors import InputError
+from utils.recordio import replacing
 
 # what torch.load raises for files that are cut off, no checkpoints at all, made by another program, or not readable from the disk
 UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError, struct.error, OSError, SafetensorError)
@@ -145,15 +146,10 @@ def save(content: dict, path: Path) -> None:
 
     Errors: InputError if the disk is full or the folder not writable; the temporary file is gone then.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot save {path} ({error}); earlier checkpoints are untouched, go on with --resume") from error
 
 
@@ -186,8 +182,9 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed run left half written."""
-        for leftover in self.path.glob("*.tmp"):
-            leftover.unlink()
+        for leftover in self.path.glob("*.tmp-*"):
+            if re.fullmatch(r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)\.tmp-\d+", leftover.name):
+                leftover.unlink()
 
     def rewind(self, step: int) -> list[int]:
         """Forget the states after ``step``, from which a run that goes on from there turns away; their weights stay. Returns those steps."""
@@ -202,7 +199,11 @@ class RunFolder:
         save(header, self.file(step, "header"))
         save(state, self.file(step, "state"))
         for old in self.complete_steps()[:-keep_states]:
-            epoch_end = read_tensors(self.file(old, "state"), "old state")["samples"] == 0
+            try:
+                epoch_end = read_tensors(self.file(old, "state"), "old state")["samples"] == 0
+            except InputError as error:         # damaged on the disk since: the step just saved is what counts, the old weights stay
+                logging.warning("%s", error)
+                epoch_end = True
             self.file(old, "state").unlink()
             if not epoch_end:
                 self.file(old, "backbone").unlink()

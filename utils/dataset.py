@@ -163,7 +163,7 @@ class MXFaceDataset(FaceImages):
 
     def _image_keys(self) -> np.ndarray:
         """Keys of the records that are images, ascending: the same whether the index was found or rebuilt."""
-        keys = np.sort(self._index.keys)
+        keys = np.sort(self._index.key_array)
         if len(keys) == 0 or keys[0] != 0:
             return keys
         glance = self._index.glance(0)
@@ -175,6 +175,8 @@ class MXFaceDataset(FaceImages):
         path = os.path.join(self.root_dir, "property")
         stored = read_property(path) if os.path.isfile(path) else None
         if asked is not None:
+            if stored is not None and stored > asked:
+                raise InputError(f"num_classes={asked} is smaller than the {stored} classes of {self.root_dir}")
             if stored is not None and stored != asked:
                 log.warning("%s says %d classes, num_classes=%d is used", path, stored, asked)
             return asked
@@ -200,10 +202,12 @@ class MXFaceDataset(FaceImages):
 
 def read_property(path: str) -> int:
     """Number of classes of a ``property`` file (``classes,height,width``); InputError if it holds something else."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         text = file.read().strip()
     try:
         num_classes, height, width = (int(field) for field in text.split(","))
+        if num_classes < 1:
+            raise ValueError
     except ValueError:
         raise InputError(f"{path} holds {text[:40]!r} instead of classes,height,width; delete it to have it rebuilt") from None
     if (height, width) != IMAGE_SIZE:

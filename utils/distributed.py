@@ -27,6 +27,8 @@ def init(device: str = "auto") -> torch.device:
     if device == "cpu" or not torch.cuda.is_available():
         chosen = torch.device("cpu")
     else:
+        if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+            raise InputError(f"device={device} names one GPU for several processes: set device=cuda, each takes its own, or NPROC_PER_NODE=1")
         index = int(device.split(":")[1]) if ":" in device else local_rank
         if index >= torch.cuda.device_count():
             raise InputError(f"rank {os.environ.get('RANK', 0)} needs cuda:{index}, but this machine has {torch.cuda.device_count()} GPUs; "

@@ -1,8 +1,13 @@
 """The one kind of error that users are meant to read, and the way entry scripts show it."""
 
+import errno
 import os
+import signal
 import sys
 import time
+
+# an OSError of these kinds tells of the user's disk or folders, not of a bug
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
 
 
 class InputError(ValueError):
@@ -10,11 +15,24 @@ class InputError(ValueError):
 
 
 def run(main) -> None:
-    """Call ``main()``; an InputError becomes one line on stderr and exit status 1, everything else is a bug and keeps its traceback."""
+    """Call ``main()``; an InputError or a full or forbidden disk becomes one line on stderr and exit status 1, all else is a bug and keeps its traceback."""
     try:
         main()
     except InputError as error:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(2)       # rank 0 speaks first; where all ranks fail alike, torchrun then ends this one and the line stands once
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        fail(f"{error.filename or 'a file'}: {error.strerror}")
+
+
+def fail(message: str) -> None:
+    """Print the line and end this process; the ranks that wait for it in a collective are ended by torchrun."""
+    if int(os.environ.get("RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)       # rank 0 speaks first; where all ranks fail alike, torchrun ends this one meanwhile and the line stands once
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(1)         # leaving the other ranks in an orderly way would wait for them
+    sys.exit(1)

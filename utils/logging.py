@@ -1,9 +1,9 @@
 """What a run tells: training.log and the console in the field's format, metrics.jsonl and TensorBoard for programs."""
 
+import errno
 import fcntl
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import is_main
 from utils.errors import InputError
+from utils.recordio import replacing
 
 
 def start_log(output: str | Path, append: bool) -> None:
@@ -26,7 +27,9 @@ def start_log(output: str | Path, append: bool) -> None:
         file = logging.FileHandler(Path(output) / "training.log", mode="a")
         try:
             fcntl.lockf(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise InputError(f"output: {output} is on a file system without locks ({error.strerror}); choose a folder on another one with output=") from error
             raise InputError(f"output: another process is training into {output}; wait for it, end it, or choose another folder with output=") from error
         if not append:
             file.stream.truncate(0)
@@ -45,7 +48,11 @@ class RunLog:
         self.active = is_main()
         self.started, self.first_step = time.monotonic(), resumed_step
         if self.active:
-            keep_rows_until(self.path, resumed_step)
+            if resumed_step:
+                keep_rows_until(self.path, resumed_step)
+            else:       # what a run left that ended before its first checkpoint
+                for old in (self.path, *Path(output).glob("tb/events.out.tfevents.*")):
+                    old.unlink(missing_ok=True)
             self.board = SummaryWriter(str(Path(output) / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
 
     def train(self, step: int, epoch: int, loss: float, lr: float, samples_per_sec: float, data_wait: float, stats: dict) -> None:
@@ -54,8 +61,8 @@ class RunLog:
             return
         hours = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step) / 3600
         named = "".join(f"{name}: {value:.4f}   " for name, value in stats.items())
-        logging.info("Speed %.1f samples/sec   Loss %.4f   LearningRate %.6f   %sEpoch: %d   Global Step: %d   Data: %.0f%%   Required: %s",
-                     samples_per_sec, loss, lr, named, epoch, step, 100 * data_wait, f"{hours:.0f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes")
+        logging.info("Speed %.1f samples/sec   Loss %.4f   LearningRate %.6f   Data: %.0f%%   %sEpoch: %d   Global Step: %d   Required: %.0f hours",
+                     samples_per_sec, loss, lr, 100 * data_wait, named, epoch, step, hours)
         self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, samples_per_sec=samples_per_sec, data_wait=data_wait, **stats))
         for name, value in dict(loss=loss, learning_rate=lr, samples_per_sec=samples_per_sec, data_wait=data_wait, **stats).items():
             self.board.add_scalar(f"train/{name}", value, step)
@@ -93,6 +100,5 @@ def keep_rows_until(path: Path, step: int) -> None:
             break
         if row["step"] <= step:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write("".join(kept).encode())

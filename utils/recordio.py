@@ -220,6 +220,8 @@ def read_index(idx_path: str) -> tuple[np.ndarray, np.ndarray]:
         pairs = numbers_read.reshape(-1, 2)
     except (ValueError, DeprecationWarning):
         raise InputError(f"{idx_path} is no RecordIO index (lines of key<tab>offset); delete it to have it rebuilt from the .rec") from None
+    if len(pairs) and pairs.min() < 0:
+        raise InputError(f"{idx_path} names a negative key or offset; delete it to have it rebuilt from the .rec")
     return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
 
 
@@ -288,9 +290,14 @@ class IndexedRecordIO:
         return keys, offsets
 
     @property
-    def keys(self) -> np.ndarray:
-        """All keys, int64, in the order of the index file."""
-        return np.array(self._keys, dtype=np.int64) if self.writable else self._keys
+    def keys(self) -> list[int]:
+        """All keys in the order of the index file, a new list as in MXNet; for millions of records see ``key_array``."""
+        return self._keys.tolist()
+
+    @property
+    def key_array(self) -> np.ndarray:
+        """All keys, int64, in the order of the index file; readers only."""
+        return self._keys
 
     def offset(self, key: int) -> int:
         """Byte offset of the record ``key``; of a key listed twice the last one counts, as in MXNet."""

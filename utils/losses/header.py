@@ -50,7 +50,8 @@ class Header(nn.Module):
                 geom = stats["geom"] = self.geometry(confidence, followed, epoch)
             if adaptive:
                 alpha = (followed * confidence if self.adaptive_alpha else followed).clamp(1e-6, 1)
-                self.centers.update(teacher, alpha, rows, columns)
+                if self.training:
+                    self.centers.update(teacher, alpha, rows, columns)
                 stats.update(alpha=alpha, lam=confidence, cos_st=followed)
             weight, columns = self.sampled(columns)
             loss = MarginSoftmaxLoss.apply(features, F.normalize(weight), rows, columns,
@@ -63,7 +64,7 @@ class Header(nn.Module):
         return target
 
     def sampled(self, columns):
-        """All centres of this rank, or with sample_rate < 1 those in the batch and a random share of the others (Partial FC, An et al. 2022).
+        """All centres of this rank, or with sample_rate < 1 that share of them: those in the batch and others drawn at random (Partial FC, An et al. 2022).
 
         Returns the chosen rows of ``weight`` and the columns of the batch among them.
         """
@@ -73,23 +74,30 @@ class Header(nn.Module):
             return weight, columns
         chance = torch.rand(len(weight), device=weight.device)
         chance[columns] = 2.0                                        # the positives always come along
-        chosen = chance.topk(max(wanted, len(columns.unique()))).indices.sort().values
+        chosen = chance.topk(max(wanted, len(columns.unique()), 1)).indices.sort().values
         return weight[chosen], torch.searchsorted(chosen, columns)
 
-    def state_dict(self) -> dict:
+    def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
         """{"kernel": (D, C), and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
-        return {"kernel": self.centers.whole(self.centers.weight), **self.margin.state_dict()}
+        state = {} if destination is None else destination
+        state[prefix + "kernel"] = self.centers.whole(self.centers.weight)
+        return self.margin.state_dict(destination=state, prefix=prefix, keep_vars=keep_vars)
 
-    def load_state_dict(self, state: dict, strict: bool = True) -> None:
-        """Take back what ``state_dict`` gives, whole, on any number of ranks; strict=False takes a published kernel without AdaFace's statistics.
+    def load_state_dict(self, state: dict, strict: bool = True):
+        """Take back what ``state_dict`` gives, whole, on any number of ranks; strict=False passes over missing statistics and over keys of other headers.
 
-        Errors: InputError naming keys or shapes that differ.
+        Returns (missing_keys, unexpected_keys). Errors: InputError naming keys or shapes that differ.
         """
-        expected = {"kernel", *self.margin.state_dict()}
-        if set(state) - expected or strict and set(state) != expected or "kernel" not in state:
+        expected = ["kernel", *self.margin.state_dict()]
+        missing, unexpected = [key for key in expected if key not in state], [key for key in state if key not in expected]
+        if "kernel" in missing or strict and (missing or unexpected):
             raise InputError(f"a header with keys {sorted(expected)} was expected, this one has {sorted(state)}")
         self.load_kernel(state["kernel"])
-        self.margin.load_state_dict({key: value for key, value in state.items() if key != "kernel"}, strict=strict)
+        for key, buffer in self.margin.named_buffers():
+            if key in state and state[key].numel() != 1:
+                raise InputError(f"the header's {key} is {tuple(state[key].shape)}, but it is one number")
+            buffer.copy_(state[key].reshape(1)) if key in state else None
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     @torch.no_grad()
     def load_kernel(self, kernel: torch.Tensor) -> None:
@@ -118,7 +126,7 @@ def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h
     method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or "AdaDistill" (moving average of teacher features).
     loss: "MLLoss", "CosFace", "ArcFace" or "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.45, 0.4). s: scale of the logits.
     h, t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha. geom_*: geometry margin, warm-up in epochs.
-    sample_rate: share of the other classes that enter the softmax.
+    sample_rate: share of the classes that enter the softmax of a step, those of the batch always among them.
     Errors: InputError for unknown names and for combinations that make no sense.
     """
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):

@@ -4,7 +4,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-has_packages() { "$1" -c "import torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib${2:+, $2}" 2>/dev/null; }
+has_packages() {
+    "$1" -c "import sys, torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib${2:+, $2}
+sys.exit(sys.version_info < (3, 10) or tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null
+}
 
 # find_python [MODULES]: PYTHON = .venv's or the caller's python, whichever has the packages (and MODULES)
 find_python() {
@@ -33,8 +36,9 @@ set_up() {
 # launch SCRIPT ARGUMENTS: torchrun on this machine's GPUs, or as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE say
 launch() {
     find_python || fail "the packages are not installed: pip install -r requirements/requirement.txt (run_demo.sh does it)"
-    local script=$1 processes rendezvous=(--standalone); shift
-    processes=${NPROC_PER_NODE:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+    local script=$1 processes=${NPROC_PER_NODE:-} rendezvous=(--standalone); shift
+    case " $* " in *" device=cpu "* | *" device=cuda:"*) processes=${processes:-1} ;; esac      # one device is named: one process
+    processes=${processes:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     if [ "${NNODES:-1}" != 1 ]; then
         rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK: 0 on the first machine}" --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine}"
                     --master_port "${MASTER_PORT:-29500}")
@@ -45,7 +49,7 @@ launch() {
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
     # activations of a CPU step are tens of MB: keep them in the heap instead of asking the kernel for zeroed pages every time (a tenth of the step)
     export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
-    "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@" &
+    "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@" &
     torchrun=$!
     # the signal goes to the training processes themselves: they finish the step, save and exit with 0, and so does torchrun
     trap 'kill -TERM $(cat /proc/$torchrun/task/*/children 2>/dev/null) 2>/dev/null' TERM USR1 INT

@@ -1,0 +1,21 @@
+"""torchrun, without the report that it prints below a message the training script has already given."""
+
+import logging
+import signal
+import sys
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    logging.disable(logging.ERROR)      # of the launcher only: the training processes log for themselves
+    try:
+        main()
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:        # killed: it could say nothing itself
+            print(f"error: the training process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; go on with --resume", file=sys.stderr)
+        sys.exit(1)
+    except SignalException as stopped:
+        sys.exit(128 + int(stopped.sigval))
