@@ -55,7 +55,7 @@ stage "Student by AdaDistill (AdaFace, geometry margin)"
 "$root/run_AdaDistill.sh" "${common[@]}" "${student[@]}" "${taught[@]}" loss=AdaFace use_geom_margin=True geom_margin_warmup_epoch=0.5 "output=$output/AdaDistill_AdaFace_geometry"
 
 stage "Evaluation on people nobody was trained on"
-"$PYTHON" "$root/eval/run_batch_eval.py" --checkpoint-dir "$output" --checkpoint-suffix backbone.pth --report-dir "$output/reports" --precision auto \
+"$PYTHON" "$root/eval/run_batch_eval.py" --checkpoint-dir "$output" --checkpoint-suffix backbone.pth --report-dir "$output/reports" --precision auto --val-batch-size 32 \
     --val-data "$data" --val-targets frontal pose lowres
 
 stage "Results"

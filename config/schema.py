@@ -34,7 +34,7 @@ KEYS = {
     "use_geom_margin": bool, "geom_margin_w": (float, 0), "geom_margin_k": (float, 0), "geom_margin_warmup_epoch": (float, 0), "sample_rate": (float, 0),
     "teacher": str, "pretrained_teacher_path": PathText, "pretrained_teacher_header_path": PathText, "teacher_repo_id": str, "teacher_cache": PathText,
     "teacher_embeddings": PathText, "color_space": ("auto", "RGB", "BGR"),
-    "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 1e-12), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),
+    "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 0), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),
     "precision": ("auto", "fp32", "bf16", "fp16"), "channels_last": bool, "compile": bool,
     "db_file_format": ("rec", "folder"), "rec": PathText, "data_path": PathText, "sample": (int, 0), "num_classes": (int, 0), "num_image": (int, 0),
     "rec_backend": ("native", "mxnet"), "num_workers": (int, 0), "shuffle": bool, "flip": bool, "augment": bool, "max_bad_records": (int, 0),

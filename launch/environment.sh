@@ -2,6 +2,9 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# activations of a network on a CPU are tens of MB: keep them in the heap instead of asking the kernel for zeroed pages every time (a tenth of a step)
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
+
 fail() { echo "error: $*" >&2; exit 1; }
 
 has_packages() {
@@ -47,8 +50,6 @@ launch() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
     export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-    # activations of a CPU step are tens of MB: keep them in the heap instead of asking the kernel for zeroed pages every time (a tenth of the step)
-    export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-17179869184} MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
     "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@" &
     torchrun=$!
     # the signal goes to the training processes themselves: they finish the step, save and exit with 0, and so does torchrun

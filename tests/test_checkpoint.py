@@ -288,10 +288,10 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_half_written_files_are_swept(tmp_path):
-    for name in ("5backbone.pth", "10backbone.pth.tmp"):
+    for name in ("5backbone.pth", "10backbone.pth.tmp-77", "somebody's.pth.tmp-77"):
         (tmp_path / name).touch()
     RunFolder(tmp_path).sweep()
-    assert files(tmp_path) == {"5backbone.pth"}
+    assert files(tmp_path) == {"5backbone.pth", "somebody's.pth.tmp-77"}
 
 
 def files(folder: Path) -> set[str]:

@@ -30,7 +30,7 @@ def assert_fails(result, message, folder):
 
 
 def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
-    result = make_rec("--images", "faces", "--output", "out", cwd=tmp_path)
+    result = make_rec("--images", "faces", "--output", "out", "--layout", "insightface", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "8 images of 3 identities" in result.stdout
     assert sorted(os.listdir(tmp_path / "out")) == ["property", "train.idx", "train.lst", "train.rec"]
@@ -42,7 +42,7 @@ def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
 
 
 def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
-    common = "--images", faces, "--layout", "plain", "--output"
+    common = "--images", faces, "--output"          # plain and shuffled is the default
     for name, arguments in {"a": (), "b": (), "other": ("--seed", 1), "sorted": ("--no-shuffle",)}.items():
         assert make_rec(*common, tmp_path / name, *arguments).returncode == 0
     lists = {name: (tmp_path / name / "train.lst").read_text() for name in ("a", "b", "other", "sorted")}

@@ -176,12 +176,15 @@ def test_contents_that_are_no_pair_set(tmp_path, content, message):
 def test_missing_files_are_named_with_what_is_there(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.bin"):
         load_bin(tmp_path / "nowhere.bin")
-    write(tmp_path / "lfw.bin", ([encode(image) for image in faces(2)], [True]))
+    write(tmp_path / "lfw.bin", ([encode(image) for image in faces(2)] * 10, [True] * 10))
     assert list(load_targets(tmp_path, ["lfw"])) == ["lfw"]
     with pytest.raises(InputError, match=r"agedb_30\.bin not found; \.bin files there: lfw\.bin"):
         load_targets(tmp_path, ["lfw", "agedb_30"])
     with pytest.raises(InputError, match="none"):
         load_targets(tmp_path / "absent", ["lfw"])
+    write(tmp_path / "few.bin", ([encode(image) for image in faces(2)], [True]))
+    with pytest.raises(InputError, match=r"few\.bin has 1 pairs, fewer than the 10 folds"):
+        load_targets(tmp_path, ["few"])
 
 
 # --- the protocol -----------------------------------------------------------------------------------------------------------
