@@ -8,7 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
 
 name=demo identities=300 images=11 pairs=500 teacher_epochs=4 teacher=iresnet18 batch=32
 case "${1:-}" in
-    --quick) name=demo_quick identities=40 images=8 pairs=40 teacher_epochs=1 teacher=mobilefacenet batch=16 ;;
+    --quick) name=demo_quick identities=70 images=10 pairs=40 teacher_epochs=3 teacher=mobilefacenet batch=16 ;;
     "") ;;
     *) fail "unknown argument $1; usage: ./run_demo.sh [--quick]" ;;
 esac
