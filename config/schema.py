@@ -91,6 +91,8 @@ def load_config(path: str | Path, overrides=()) -> edict:
     values = {key: check_value(key, value, ROOT) for key, value in values.items()} | given
 
     name = values["dataset"]
+    if Path(path).suffix == ".json" and DATASET_KEYS <= values.keys():
+        datasets.setdefault(name, {})       # the set of a run whose DATASETS entry stood in another file; the json says all of it
     if name not in datasets:
         raise InputError(f"unknown dataset {name!r}{nearest(name, datasets)}; DATASETS in config/config.py has: {', '.join(datasets)}")
     misplaced = [key for key in datasets[name] if key in KEYS and key not in DATASET_KEYS]

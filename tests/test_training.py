@@ -149,6 +149,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Resumed at step 4" in done.stdout and (output / "9state.pth").exists()
+    again = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+    assert again.returncode != 0 and "Resumed" not in again.stdout, "a refused start must not resume the other run when it is restarted"
+    assert again.stderr.count("already holds checkpoints") == 2
 
 
 def test_files_and_figures_of_a_run(faces, tmp_path):

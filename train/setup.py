@@ -48,30 +48,43 @@ def start(cfg, resume: bool):
     start_log(cfg.output, append=resume_step > 0)
     if distributed.is_main():
         folder.sweep()
-    logging.info("%d process%s on %s, %s, output %s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output)
+    logging.info("%d process%s on %s, %s, output %s%s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output,
+                 launch_name())
     torch.manual_seed(cfg.seed)
     yield Run(device, precision, folder, resume_step)
     distributed.shutdown()      # not after an error: closing the connections would end the other ranks before this one has said why
 
 
 def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> int:
-    """The step to go on from, 0 for a fresh start; a restart by torchrun resumes by itself.
+    """The step to go on from, 0 for a fresh start; processes that torchrun has restarted take the newest state of their own run.
 
     Errors: InputError if a state was asked for and is not there, or if a fresh start would overwrite another run's checkpoints.
     """
     steps = folder.complete_steps()
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if global_step:
-        if global_step not in steps:
-            raise InputError(f"global_step={global_step}: no complete state in {folder.path} (complete: {', '.join(map(str, steps)) or 'none'})")
-        return max([step for step in steps if step >= global_step]) if restarted else global_step
-    if resume and not steps and not restarted:
-        raise InputError(f"--resume: no complete state (<step>backbone.pth, <step>header.pth, <step>state.pth) in {folder.path}; start without --resume")
-    if resume or restarted:
+    if was_restarted(folder.path / "training.log"):
         return steps[-1] if steps else 0
+    if global_step and global_step not in steps:
+        raise InputError(f"global_step={global_step}: no complete state in {folder.path} (complete: {', '.join(map(str, steps)) or 'none'})")
+    if global_step:
+        return global_step
+    if resume and not steps:
+        raise InputError(f"--resume: no complete state (<step>backbone.pth, <step>header.pth, <step>state.pth) in {folder.path}; start without --resume")
+    if resume:
+        return steps[-1]
     if folder.steps("backbone"):
         raise InputError(f"output: {folder.path} already holds checkpoints of a run; go on with --resume or choose another folder with output=")
     return 0
+
+
+def launch_name() -> str:
+    """A name that torchrun's processes keep over restarts; "" without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f", launch {name}" if name else ""
+
+
+def was_restarted(log: Path) -> bool:
+    """Whether torchrun has restarted this process and the run in the folder is its own: one that was refused must not resume another's when it is restarted."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and log.is_file() and f"{launch_name()}\n" in log.read_text()
 
 
 def write_config(cfg, resume_step: int) -> None:
