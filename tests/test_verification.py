@@ -82,7 +82,7 @@ def test_old_numpy_module_names(tmp_path):
     pixels = faces(2)
     data = pickle.dumps(([np.frombuffer(encode(image), np.uint8) for image in pixels], [np.bool_(True)]), 2)
     old = data.replace(b"numpy._core.", b"numpy.core.")
-    assert old != data
+    assert b"numpy.core." in old          # NumPy 1 writes these names itself
     np.testing.assert_array_equal(load_bin(write(tmp_path / "set.bin", old))[0], pixels)
 
 
