@@ -10,13 +10,12 @@ import json
 import runpy
 import sys
 import traceback
-from difflib import get_close_matches
 from pathlib import Path
 
 from easydict import EasyDict as edict
 
 from backbones import NAMES
-from utils.errors import InputError
+from utils.errors import InputError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = ("MLLoss", "CosFace", "ArcFace", "AdaFace")
@@ -207,11 +206,6 @@ def describe(kind) -> str:
             return " or ".join(kind)
         return f"{kind[0].__name__} of at least {kind[1]:g}"
     return "a path" if kind is PathText else kind.__name__
-
-
-def nearest(word, known) -> str:
-    near = get_close_matches(str(word), known, 1, 0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def check_combinations(values: dict) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
 from utils.images import mirror, to_input
-from utils.precision import PRECISIONS
+from utils.precision import PRECISIONS, autocast
 
 
 class Images(Protocol):
@@ -44,8 +44,7 @@ def embed(backbone: nn.Module, images: Images, batch_size: int, *, device: torch
     backbone = backbone.module if isinstance(backbone, DistributedDataParallel) else backbone
     device = torch.device(device) if device is not None else _device_of(backbone)
     start, stop = (len(images) * part // world_size() for part in (rank(), rank() + 1))
-    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
-    with _eval_mode(backbone), torch.inference_mode(), autocast:
+    with _eval_mode(backbone), torch.inference_mode(), autocast(device, precision):
         # With fewer images than ranks a share can be empty; one image then tells this rank the feature size.
         batches = [_embed_batch(backbone, images[first:min(first + batch_size, max(stop, first + 1))], device, channels_last)
                    for first in range(start, max(stop, start + 1), batch_size)]

@@ -26,7 +26,7 @@ from utils.dataset import init_worker, keep_batch
 from utils.errors import InputError
 from utils.images import to_input
 from utils.logging import RunLog
-from utils.precision import PRECISIONS
+from utils.precision import autocast
 from utils.sampler import EpochBatches, mirrored
 
 
@@ -86,10 +86,9 @@ class Engine:
         network = torch.compile(backbone) if self.cfg.compile else backbone
         if self.world > 1:
             network = DistributedDataParallel(network, gradient_as_bucket_view=True, device_ids=[self.run.device] if self.run.device.type == "cuda" else None)
-        dtype = PRECISIONS[self.run.precision]
 
         def student(images):
-            with torch.autocast(self.run.device.type, dtype, enabled=dtype is not None):
+            with autocast(self.run.device, self.run.precision):
                 return network(images)
         student.no_sync = getattr(network, "no_sync", nullcontext)
         return student

@@ -17,7 +17,7 @@ from utils.checkpoint import ADAFACE_PREFIX, RunFolder, load_backbone, read_kern
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.logging import start_log
-from utils.precision import PRECISIONS, choose_precision
+from utils.precision import autocast, choose_precision
 from utils.recordio import replacing
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -161,10 +161,9 @@ def place_teacher(teacher, cfg, run: Run):
     """The teacher on this process's device, compiled like the student, as a function images -> (B, D) float32 features."""
     teacher = teacher.to(run.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     network = torch.compile(teacher) if cfg.compile else teacher
-    dtype = PRECISIONS[run.precision]
 
     def features(images):
-        with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+        with autocast(run.device, run.precision):
             return network(images)
     return features
 

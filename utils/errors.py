@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from difflib import get_close_matches
 
 # an OSError of these kinds tells of the user's disk or folders, not of a bug
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
@@ -12,6 +13,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPER
 
 class InputError(ValueError):
     """Wrong or missing input. The message is one line: what, where it was looked for, how to mend it."""
+
+
+def nearest(word, known) -> str:
+    """", did you mean 'x'?" for the known name most like ``word``, "" if none is."""
+    near = get_close_matches(str(word), known, 1, 0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def run(main) -> None:

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import torch
 
-from utils.errors import InputError
+from utils import dataset
 
 
 def decode(buffer: bytes | bytearray | np.ndarray) -> np.ndarray:
@@ -12,14 +12,7 @@ def decode(buffer: bytes | bytearray | np.ndarray) -> np.ndarray:
 
     Returns (H, W, 3) uint8 RGB. Raises InputError when the bytes are no readable image.
     """
-    data = np.frombuffer(buffer, np.uint8)
-    try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR)
-    except cv2.error:                   # no bytes at all, or a damaged header that asks for gigapixels
-        image = None
-    if image is None:
-        raise InputError(f"unreadable image of {data.size} bytes")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(dataset.decode(buffer), cv2.COLOR_BGR2RGB)
 
 
 def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -5,6 +5,12 @@ import torch
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}      # autocast's dtype; None: no autocast
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which networks on ``device`` compute in "fp32", "bf16" or "fp16"."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
 def choose_precision(precision: str, device: torch.device) -> str:
     """"auto" -> bf16 where the hardware multiplies it natively, else fp32."""
     if precision == "auto":

@@ -1,6 +1,5 @@
 """Header = where the class centres come from (centers.py) x what the margin does to the own cosine (margins.py)."""
 
-from difflib import get_close_matches
 from functools import partial
 
 import torch
@@ -8,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import distributed
-from utils.errors import InputError
+from utils.errors import InputError, nearest
 from utils.losses.centers import CENTERS, AdaptiveCenters, cosine_to_own_center
 from utils.losses.margins import MARGINS, AdaFace
 from utils.losses.softmax import MarginSoftmaxLoss
@@ -131,8 +130,7 @@ def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h
     """
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
         if name not in known:
-            near = get_close_matches(str(name), known, 1, 0.4)
-            raise InputError(f"unknown {what} {name!r}" + (f", did you mean {near[0]!r}?" if near else "") + f"; known: {', '.join(known)}")
+            raise InputError(f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     if use_geom_margin and method == "standalone":
         raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
     if use_geom_margin and loss == "MLLoss":
