@@ -1,0 +1,229 @@
+"""Sets as CVLFace publishes them: a ``save_to_disk`` folder of Hugging Face's ``datasets`` with aligned images, and ``metadata.pt`` beside it.
+
+Rows are put in the order of the column ``index``; what metadata.pt lists for image i belongs to index i. Nothing is fetched, written or run:
+metadata.pt is read as tensors and plain values, with stand-ins for numpy's own functions, for those trust what a file tells them.
+"""
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from eval.set_folder import check_aligned, fingerprint, scan
+from utils.checkpoint import UNREADABLE
+from utils.errors import InputError
+from utils.images import decode
+
+STATE, INFO, SPLITS, METADATA = "state.json", "dataset_info.json", "dataset_dict.json", "metadata.pt"
+# what datasets and pyarrow raise for folders that lack files, are cut off, damaged or written by another program
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
+SCHEMA = {"image": "image", "index": "whole number", "path": "string"}
+WHOLE_NUMBERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``datasets`` wrote this folder, or a part of what it writes is there."""
+    return any((folder / name).is_file() for name in (STATE, INFO, SPLITS))
+
+
+def saved_fingerprint(folder: Path) -> str:
+    """SHA-256 of state.json (which holds the library's own fingerprint of all rows), metadata.pt, and the Arrow files' names and sizes."""
+    sizes = sorted((name, size) for name, (size, _) in scan(folder).items() if name.endswith(".arrow"))
+    return fingerprint((folder / STATE, folder / METADATA), sizes)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------------
+
+class Records(Dataset):
+    """Aligned images of a saved folder, in the order of ``index``: ``ds[i]`` -> (112, 112, 3) uint8 RGB, decoded by whoever asks.
+
+    ``table``: the folder's ``datasets.Dataset``, images still encoded. ``rows``: (N,) row of each index. ``names``: N paths, or None.
+    Raises InputError naming the record if it is unreadable or not 112 x 112.
+    """
+
+    def __init__(self, folder: Path, table, rows: np.ndarray, names: list[str] | None):
+        self.folder, self.table, self.rows, self.names = folder, table, rows, names
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        row, name = int(self.rows[index]), self.name_of(index)
+        try:
+            record = self.table[row]["image"]
+            if record["bytes"] is None and not record["path"]:
+                raise InputError("the record holds neither an image nor the path of one")
+            image = decode((self.folder / record["path"]).read_bytes() if record["bytes"] is None else record["bytes"])
+        except DAMAGED as error:
+            raise InputError(f"{name}: {error}") from error
+        return check_aligned(image, name)
+
+    def name_of(self, index: int) -> str:
+        """The folder and the record's index and path, for messages."""
+        return f"{self.folder}: image {index}" + (f" ({self.names[index]})" if self.names else "")
+
+
+def open_records(folder: Path, with_paths: bool = False) -> Records:
+    """Open a saved folder and check its schema; ``with_paths``: it has a column of paths too, which become ``names``.
+
+    Errors: InputError for a folder of several splits, one that is damaged or has other columns, an ``index`` that does not number the rows.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{folder} is a folder of Hugging Face's datasets library, which cannot be loaded ({first_line(error)}): "
+                         "pip install -r requirements/requirement.txt") from error
+    if (folder / SPLITS).is_file():
+        raise InputError(f"{folder} holds several splits ({SPLITS}), not one set; save the split that is the set, or name its folder")
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_from_disk(str(folder.absolute()))
+        check_schema(folder, table, ("image", "index", "path") if with_paths else ("image", "index"))
+        rows = order_rows(folder, table.data.column("index").to_numpy())
+        paths = table.data.column("path").to_pylist() if with_paths else None
+        images = table.cast_column("image", datasets.Image(decode=False)).select_columns(["image"]).with_format(None)
+    except InputError:
+        raise
+    except DAMAGED as error:
+        raise InputError(f"{folder} is no readable folder of datasets' save_to_disk ({type(error).__name__}: {first_line(error)})") from error
+    return Records(folder, images, rows, paths and [paths[row] for row in rows])
+
+
+def check_schema(folder: Path, table, columns: tuple[str, ...]) -> None:
+    found = {column: str(table.data.column(column).type) for column in table.column_names}
+    fits = {"image": getattr(table.features.get("image"), "_type", "") == "Image", "index": found.get("index", "") in WHOLE_NUMBERS,
+            "path": found.get("path") in ("string", "large_string")}
+    empty = [column for column in columns if column in found and table.data.column(column).null_count]
+    if not all(fits[column] for column in columns) or empty:
+        there = ", ".join(f"{column} ({'image' if column == 'image' and fits[column] else kind})" for column, kind in found.items())
+        raise InputError(f"{folder} is no set of aligned images: its columns are {there}{'; rows without ' + ', '.join(empty) if empty else ''}; "
+                         f"expected are {', '.join(f'{column} ({kind})' for column, kind in SCHEMA.items() if column in columns)}")
+
+
+def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
+    """(N,) row of each index. Errors: InputError unless ``index`` is a permutation of 0 ... N - 1."""
+    rows = np.argsort(index, kind="stable")
+    wrong = np.flatnonzero(index[rows] != np.arange(len(index)))
+    if len(wrong) or not len(index):
+        found = f"sorted, {index[rows[wrong[0]]]} stands where {wrong[0]} should" if len(wrong) else "it is empty"
+        raise InputError(f"{folder}: the column 'index' must number the {len(index)} images 0, 1, 2, ...: {found}")
+    return rows
+
+
+# --- metadata.pt ------------------------------------------------------------------------------------------------------------
+
+def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
+    """The named entries of a folder's metadata.pt, whether tensors, numpy arrays or lists.
+
+    ``keys``: name -> int for (n,) int64, float for (n,) float32, str for a list of strings.
+    Errors: InputError if the file is missing, damaged, lacks a key, holds something else, or asks for code (refused, named, not run).
+    """
+    path = folder / METADATA
+    if not path.is_file():
+        raise InputError(f"{folder}: no {METADATA}, which lists {', '.join(keys)}")
+    content = load_plain(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dict of {', '.join(keys)}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(map(str, content)) or 'nothing'}")
+    return {key: (to_texts if kind is str else to_vector)(content[key], kind, f"{path}: {key}") for key, kind in keys.items()}
+
+
+def load_plain(path: Path):
+    """What torch.save wrote, with ``Array`` in place of numpy arrays."""
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError as error:
+        raise InputError(f"{path} was refused: {error}") from error
+    except pickle.UnpicklingError as error:
+        name, reason = re.search(r"GLOBAL ([\w.]+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        if name:
+            raise InputError(f"{path} was refused: it asks to load {name[1]}, which is code and no tensor") from error
+        raise InputError(f"{path} is no file that torch.save wrote by default ({reason[1][:150] if reason else 'damaged'})") from error
+    except UNREADABLE as error:
+        raise InputError(f"{path} is no readable file of torch.save ({first_line(error)})") from error
+
+
+def to_vector(value, kind: type, where: str) -> np.ndarray:
+    """(n,) int64 or float32 from a tensor, array or list of numbers."""
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.double().numpy() if value.is_floating_point() else value.numpy()
+        array = np.asarray(value.values if isinstance(value, Array) else value)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where} is no list of numbers ({first_line(error)})") from error
+    is_vector, fits = array.size == max(array.shape, default=0), array.dtype.kind in ("biu" if kind is int else "biuf")
+    if array.size and not (is_vector and fits):
+        raise InputError(f"{where} is {array.dtype} of shape {array.shape}; expected is a list of {'whole ' if kind is int else ''}numbers")
+    return np.array(array.reshape(-1), np.int64 if kind is int else np.float32)
+
+
+def to_texts(value, kind: type, where: str) -> list[str]:
+    """A list of strings from a list or array of them."""
+    value = value.values if isinstance(value, Array) else value
+    texts = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} is no list of strings")
+    return list(texts)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:150]
+
+
+class Dtype:
+    """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could declare its bytes to be pointers."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, name, *_):
+        if not re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", str(name)):
+            raise InputError(f"it holds a numpy array of {name}; numbers and strings are expected")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state):
+        if state[1] == ">":
+            raise InputError("it holds big-endian numpy arrays")
+
+
+class Array:
+    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards. ``values``: an array, or the list that an array of objects is."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, *_):
+        self.values = np.empty(0)
+
+    def __setstate__(self, state):
+        _version, shape, dtype, _is_fortran, content = state
+        self.values = from_content(content, dtype, shape)
+
+
+def from_content(content, dtype: Dtype, shape: tuple):
+    if dtype.dtype == object:       # strings, at best: the unpickler has let only plain values pass
+        if not isinstance(content, list):
+            raise InputError("it holds a numpy array of objects that is no list")
+        return content
+    if not isinstance(content, (bytes, bytearray)):
+        raise InputError("it holds a numpy array that is not made of bytes")
+    return np.frombuffer(content, dtype.dtype).reshape(shape)
+
+
+def reconstruct(*_type_and_shape) -> Array:
+    return Array()
+
+
+def scalar(dtype: Dtype, content):
+    """A single number or string, as Python's."""
+    return from_content(content, dtype, (1,))[0].item()
+
+
+# the names that files hold, as numpy 1 (core) and numpy 2 (_core) write them
+STAND_INS = [(Dtype, "numpy.dtype"), (Array, "numpy.ndarray")] + [
+    (function, f"numpy.{core}.{name}") for core in ("core", "_core")
+    for function, name in ((reconstruct, "multiarray._reconstruct"), (scalar, "multiarray.scalar"))]

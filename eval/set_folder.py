@@ -1,0 +1,100 @@
+"""Folders that hold a benchmark set: where it is, which files it has, and its image files as a Dataset."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from utils.align import SIZE, align
+from utils.errors import InputError
+from utils.images import decode
+
+BLOCK = 1 << 20     # bytes read at a time: the files of pairs have hundreds of megabytes
+
+log = logging.getLogger(__name__)
+
+
+def find_set(root: str | Path, target: str, suffix: str) -> Path:
+    """The folder ``root/target``, or else ``root/target + suffix``, as CVLFace names it. Errors: InputError listing the folders that are there."""
+    root = Path(root)
+    names = [target] if target.endswith(suffix) else [target, target + suffix]
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else None
+    found = "which is no folder itself" if there is None else f"folders there: {', '.join(there[:20]) or 'none'}"
+    raise InputError(f"{target}: no folder {' or '.join(names)} in {root.absolute()}, {found}")
+
+
+def scan(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (bytes, modification time in ns) of all files in a folder, without those hidden by a leading dot."""
+    with os.scandir(folder) as entries:
+        stats = {entry.name: entry.stat() for entry in entries if entry.is_file() and not entry.name.startswith(".")}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def fingerprint(files: Iterable[Path], listing: Iterable[tuple]) -> str:
+    """SHA-256 (hex) over the bytes of ``files`` and over ``listing``, what is known of files that are too many to be read."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    digest.update("\n".join(map(repr, listing)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def first_of(items: list, what: str) -> str:
+    """"3 images, the first a.jpg": how messages name many things."""
+    return f"{len(items)} {what}, the first {items[0]}"
+
+
+def warn_if_not_as_published(name: str, found: dict[str, int], published: dict[str, int]) -> None:
+    """Say so if a set has other sizes than the papers' (both: what -> number): a download that ended early, or a stand-in."""
+    if found != published:
+        log.warning("%s has %s, the published set %s: its figures cannot be compared with papers", name,
+                    *(", ".join(f"{count:,} {what}" for what, count in sizes.items()) for sizes in (found, published)))
+
+
+def check_aligned(image: np.ndarray, name: str) -> np.ndarray:
+    """Return (112, 112, 3) ``image``. Errors: InputError naming an image of another size, for scaling it would give plausible, wrong features."""
+    height, width = image.shape[:2]
+    if (height, width) != (SIZE, SIZE):
+        raise InputError(f"{name}: the image is {width}x{height}; the images of this set must be aligned to {SIZE}x{SIZE} first")
+    return image
+
+
+class ImageFiles(Dataset):
+    """Images in files: ``ds[i]`` -> (112, 112, 3) uint8 RGB, decoded and, with points, aligned by whoever asks: the DataLoader's workers.
+
+    ``names``: N paths relative to ``folder``. ``points``: (N, 5, 2) float32, (x, y) in pixels of the file's image, or None: all are aligned.
+    Raises InputError naming the file if it cannot be read, is no image, has another size, or its points do not suit.
+    """
+
+    def __init__(self, folder: Path, names: list[str], points: np.ndarray | None = None):
+        self.folder, self.names, self.points = folder, names, points
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        path = self.name_of(index)
+        try:
+            with open(path, "rb") as file:
+                image = decode(file.read())
+            if self.points is not None:
+                return align(image, self.points[index])
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        return check_aligned(image, path)
+
+    def name_of(self, index: int) -> str:
+        """The file's path, for messages."""
+        return os.path.join(self.folder, self.names[index])
