@@ -3,22 +3,26 @@
     python data/make_synthetic.py --output data/synthetic --identities 200 --images 20 --pairs 600 --seed 0
 
 writes train.rec, train.idx and property (InsightFace layout), the pair sets frontal.bin, pose.bin and lowres.bin of people who are
-not in the training set (10 folds that share no identity), contact_sheet.png to look at, and synthetic.json, which says how it was made.
+not in the training set (10 folds that share no identity), contact_sheet.png to look at, and synthetic.json, which says how it was made;
+of further people, for the evaluations that take more than pairs,
+
+    ijb/IJBsynth/                                 like IJB-B and IJB-C: loose crops with five points, templates, 1:1 and 1:N lists
+    ijb_arrow/IJBsynth_gt_aligned/                the same, aligned, in CVLFace's layout
+    tinyface/Testing_Set/                         like TinyFace: probes, their mates in the gallery, distractors, all of them small
+    tinyface_arrow/tinyface_aligned_pad_0.1/      the same in CVLFace's layout
+
+(--ijb-subjects 0 and --tinyface-identities 0 leave them out). With the defaults 839 and 420 images, 5 s on two cores.
 The same arguments give the same bytes, whatever --workers is. --nuisance scales everything that changes between two photographs of
 one person (pose, expression, light, occlusion, background, quality): 0 makes all photographs of one person equal, 2 is very hard.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
 import pickle
 import sys
 import time
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -26,9 +30,10 @@ if __name__ == "__main__":
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
-from data.synthetic_faces import draw_identity, draw_nuisance, encode, render
+from data.synthetic_benchmarks import IJB_FOLDERS, TINYFACE_FOLDERS, check_folders, sample_rows, write_ijb, write_tinyface
+from data.synthetic_drawing import SIZE
+from data.synthetic_studio import Photograph, open_studio, show_progress, take
 from utils.errors import InputError, run
 from utils.recordio import replacing, write_insightface
 
@@ -36,36 +41,6 @@ TRAIN = 0  # random stream of the training identities; each pair set has its own
 # pair set: random stream, kinds of photograph of the left and the right image (names of synthetic_faces.VIEWS)
 PAIR_SETS = {"frontal": (1, "frontal", "frontal"), "pose": (2, "frontal", "turned"), "lowres": (3, "frontal", "small")}
 FOLDS = 10
-CHUNK = 16  # images a worker takes at once: enough to hide the cost of passing them on
-
-
-class Photograph(NamedTuple):
-    """Names one image of one person; with the seed and the nuisance scale this decides every byte of it."""
-
-    split: int
-    identity: int
-    number: int  # 1 ...; the person is drawn with number 0
-    view: str = "any"
-
-
-def take(photograph: Photograph, seed: int, nuisance: float) -> bytes:
-    """Draw one photograph and return it as JPEG bytes."""
-    split, identity, number, view = photograph
-    who = draw_identity(np.random.default_rng([seed, split, identity, 0]))
-    look = draw_nuisance(np.random.default_rng([seed, split, identity, number]), nuisance, view)
-    return encode(render(who, look), look.quality)
-
-
-@contextmanager
-def open_studio(workers: int, seed: int, nuisance: float):
-    """Yield a function that maps an iterable of Photographs to an iterator of JPEG bytes, in order, using ``workers`` processes."""
-    shoot = partial(take, seed=seed, nuisance=nuisance)
-    if workers == 1:
-        yield partial(map, shoot)
-        return
-    # spawn: a fork would copy the locks of whatever threads the caller runs
-    with multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (0,)) as pool:
-        yield partial(pool.imap, shoot, chunksize=CHUNK)
 
 
 def write_training_set(output: Path, studio, identities: int, images: int) -> int:
@@ -99,51 +74,63 @@ def write_pair_set(output: Path, studio, name: str, pairs: int) -> int:
     return len(faces)
 
 
-def write_contact_sheet(output: Path, seed: int, nuisance: float, identities: int, images: int, pairs: int) -> None:
-    """Write ``contact_sheet.png``: a row per training identity, first without nuisance, then two rows of pairs of each set."""
+def write_contact_sheet(output: Path, args: argparse.Namespace) -> None:
+    """Write ``contact_sheet.png``: a row per training identity, first without nuisance, then two rows of pairs of each set, then the benchmarks."""
     columns = 10
     rows, titles = [], []
-    for identity in range(min(identities, 8)):
-        photographs = [Photograph(TRAIN, identity, number) for number in range(1, min(images, columns - 1) + 1)]
-        rows.append([take(photographs[0], seed, 0.0)] + [take(photograph, seed, nuisance) for photograph in photographs])
+    for identity in range(min(args.identities, 8)):
+        photographs = [Photograph(TRAIN, identity, number) for number in range(1, min(args.images, columns - 1) + 1)]
+        rows.append([take(photographs[0], args.seed, 0.0)] + [take(photograph, args.seed, args.nuisance) for photograph in photographs])
         titles.append([f"id {identity}, plain"])
     for name in PAIR_SETS:
-        photographs, issame = list_pairs(name, pairs)
+        photographs, issame = list_pairs(name, args.pairs)
         for answer in (True, False):
             chosen = [k for k, same in enumerate(issame) if same == answer][:columns // 2]
-            rows.append([take(photographs[2 * k + side], seed, nuisance) for k in chosen for side in (0, 1)])
+            rows.append([take(photographs[2 * k + side], args.seed, args.nuisance) for k in chosen for side in (0, 1)])
             titles.append([f"{name}: {'same' if answer else 'different'}", ""] * len(chosen))
+    with open_studio(1, args.seed, args.nuisance) as studio:
+        for title, faces in sample_rows(studio, args.seed, args.ijb_subjects, args.tinyface_identities, columns):
+            rows.append(faces)
+            titles.append([title])
     sheet = np.vstack([paste_row(faces, names, columns) for faces, names in zip(rows, titles)])
     with replacing(output / "contact_sheet.png") as file:
         file.write(cv2.imencode(".png", sheet)[1].tobytes())
 
 
 def paste_row(faces: list[bytes], titles: list[str], columns: int) -> np.ndarray:
-    """Lay JPEGs side by side (BGR) under a strip with their titles, padded with white to ``columns``."""
-    tiles = [cv2.imdecode(np.frombuffer(face, np.uint8), cv2.IMREAD_COLOR) for face in faces]
-    height, width = tiles[0].shape[:2]
-    row = np.full((height + 14, columns * width, 3), 255, np.uint8)
-    row[14:, :len(tiles) * width] = np.hstack(tiles)
+    """Lay encoded images side by side (BGR) under a strip with their titles, padded with white to ``columns``."""
+    tiles = [fit_tile(cv2.imdecode(np.frombuffer(face, np.uint8), cv2.IMREAD_COLOR)) for face in faces]
+    row = np.full((SIZE + 14, columns * SIZE, 3), 255, np.uint8)
+    row[14:, :len(tiles) * SIZE] = np.hstack(tiles)
     for k, title in enumerate(titles):
-        cv2.putText(row, title, (k * width + 3, 11), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(row, title, (k * SIZE + 3, 11), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (0, 0, 0), 1, cv2.LINE_AA)
     return row
 
 
-def show_progress(faces, total: int, name: str):
-    """Wrap an iterator in a progress bar where a terminal watches."""
-    return tqdm(faces, total=total, desc=name, unit="img", disable=None, leave=False)
+def fit_tile(image: np.ndarray) -> np.ndarray:
+    """Shrink a bigger image into (SIZE, SIZE, 3), with white beside it."""
+    scale = SIZE / max(image.shape[:2])
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    rows, columns = SIZE - image.shape[0], SIZE - image.shape[1]
+    borders = rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+    return cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot work, and a folder that holds a training set of another origin."""
-    for name, low, high in (("identities", 2, 10**6), ("images", 1, 10**5), ("seed", 0, 2**32 - 1), ("workers", 1, 1024), ("nuisance", 0, 3)):
+    """Refuse numbers that cannot work, and a folder that holds sets of another origin."""
+    for name, low, high in (("identities", 2, 10**6), ("images", 1, 10**5), ("seed", 0, 2**32 - 1), ("workers", 1, 1024), ("nuisance", 0, 3),
+                            ("ijb_subjects", 0, 1000), ("tinyface_identities", 0, 10**5)):
         value = getattr(args, name)
         if not low <= value <= high:
-            raise InputError(f"--{name} must lie in {low} .. {high}, got {value}")
+            raise InputError(f"--{name.replace('_', '-')} must lie in {low} .. {high}, got {value}")
+    if args.ijb_subjects == 1:
+        raise InputError("--ijb-subjects must be 0 (leave the set out) or at least 2 (one for each gallery), got 1")
     if args.pairs < 2 * FOLDS or args.pairs % (2 * FOLDS):
         raise InputError(f"--pairs must be a positive multiple of {2 * FOLDS} ({FOLDS} folds, half same and half different), got {args.pairs}")
     if (args.output / "train.rec").exists() and not (args.output / "synthetic.json").exists():
         raise InputError(f"--output {args.output} holds a train.rec that this script did not write; choose another folder")
+    check_folders(args.output, (IJB_FOLDERS if args.ijb_subjects else ()) + (TINYFACE_FOLDERS if args.tinyface_identities else ()))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -153,6 +140,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--identities", type=int, default=200, help="people in the training set (%(default)s)")
     parser.add_argument("--images", type=int, default=20, help="images of each (%(default)s)")
     parser.add_argument("--pairs", type=int, default=600, help="pairs in each pair set, a multiple of 20 (%(default)s)")
+    parser.add_argument("--ijb-subjects", type=int, default=40, help="people in the IJB-like set; 0: no such set (%(default)s)")
+    parser.add_argument("--tinyface-identities", type=int, default=60, help="people in the TinyFace-like set; 0: no such set (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other people (%(default)s)")
     parser.add_argument("--nuisance", type=float, default=1.0, help="how much photographs of one person differ, 0 .. 3 (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s: all cores)")
@@ -177,8 +166,12 @@ def main() -> None:
         for name in PAIR_SETS:
             count += write_pair_set(args.output, studio, name, args.pairs)
             print(f"{args.output}/{name}.bin: {args.pairs} pairs in {FOLDS} folds")
+        if args.ijb_subjects:
+            count += write_ijb(args.output, studio, args.seed, args.nuisance, args.ijb_subjects)
+        if args.tinyface_identities:
+            count += write_tinyface(args.output, studio, args.seed, args.nuisance, args.tinyface_identities)
     seconds = time.perf_counter() - start
-    write_contact_sheet(args.output, args.seed, args.nuisance, args.identities, args.images, args.pairs)
+    write_contact_sheet(args.output, args)
     print(f"{args.output}/contact_sheet.png: what they look like")
     print(f"{count} images in {seconds:.1f} s, {count / seconds:.0f} images/s with {args.workers} workers")
 

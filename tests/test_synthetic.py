@@ -15,16 +15,18 @@ from utils.recordio import IndexedRecordIO, unpack
 
 SCRIPT = Path(make_synthetic.__file__)
 IDENTITIES, IMAGES, PAIRS = 3, 4, 40
+BENCHMARKS = ["ijb/IJBsynth", "ijb_arrow/IJBsynth_gt_aligned", "tinyface/Testing_Set", "tinyface_arrow/tinyface_aligned_pad_0.1"]
 
 
 def make(output, **options):
-    options = {"identities": IDENTITIES, "images": IMAGES, "pairs": PAIRS, "seed": 0, "workers": 1} | options
-    flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    few = {"identities": IDENTITIES, "images": IMAGES, "pairs": PAIRS, "ijb_subjects": 2, "tinyface_identities": 2}
+    options = few | {"seed": 0, "workers": 1} | options
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     return subprocess.run([sys.executable, SCRIPT, "--output", output, *flags], capture_output=True, text=True, cwd=output.parent, timeout=120)
 
 
 def read_all(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,17 @@ def test_same_bytes_with_one_and_two_workers(made, tmp_path):
 
 def test_another_seed_gives_other_images(made, tmp_path):
     assert make(tmp_path / "other", seed=1).returncode == 0
-    first, second = read_all(made), read_all(tmp_path / "other")
-    assert first.keys() == second.keys()
-    assert [name for name in first if first[name] == second[name]] == ["property"]
+    first, second = ({name: data for name, data in read_all(folder).items() if name.count("/") == 0 or name.endswith((".jpg", ".arrow"))}
+                     for folder in (made, tmp_path / "other"))
+    assert [name for name in first if first[name] == second.get(name)] == ["property"]
+    assert not set(first.values()) - {first["property"]} & set(second.values())
+
+
+def test_without_the_benchmarks_all_else_is_the_same(made, tmp_path):
+    assert make(tmp_path / "set", ijb_subjects=0, tinyface_identities=0).returncode == 0
+    full, plain = read_all(made), read_all(tmp_path / "set")
+    assert {name for name in full if name.count("/") == 0} == plain.keys()
+    assert {name for name in plain if plain[name] != full[name]} == {"synthetic.json", "contact_sheet.png"}
 
 
 def test_training_set_has_insightface_layout(made):
@@ -122,7 +132,7 @@ def test_faces_are_drawn_at_any_nuisance(view):
 
 @pytest.mark.parametrize("options, words", [
     ({"pairs": 30}, "multiple of 20"), ({"identities": 0}, "--identities"), ({"seed": -1}, "--seed"), ({"workers": 0}, "--workers"),
-    ({"nuisance": "nan"}, "--nuisance"),
+    ({"nuisance": "nan"}, "--nuisance"), ({"ijb_subjects": 1}, "--ijb-subjects"), ({"tinyface_identities": -1}, "--tinyface-identities"),
 ])
 def test_bad_arguments_are_one_line(tmp_path, options, words):
     result = make(tmp_path / "set", **options)
@@ -142,3 +152,14 @@ def test_a_real_training_set_is_not_overwritten(tmp_path):
     result = make(tmp_path / "set")
     assert result.returncode == 1 and "another folder" in result.stderr and result.stderr.count("\n") == 1
     assert read_all(tmp_path / "set") == {"train.rec": b"precious"}
+
+
+@pytest.mark.parametrize("folder", BENCHMARKS)
+def test_a_real_benchmark_is_not_overwritten(tmp_path, folder):
+    (tmp_path / "set" / folder).mkdir(parents=True)
+    (tmp_path / "set" / "synthetic.json").write_text("{}")      # other sets in this folder are ours
+    (tmp_path / "set" / folder / "photograph.jpg").write_bytes(b"precious")
+    before = read_all(tmp_path / "set")
+    result = make(tmp_path / "set")
+    assert result.returncode == 1 and f"holds a {folder}" in result.stderr and result.stderr.count("\n") == 1
+    assert read_all(tmp_path / "set") == before
