@@ -1,0 +1,183 @@
+"""Curves that several benchmarks share: ROC of pairs (1:1 verification), ranks and CMC of probes (1:N identification)."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import InputError
+
+FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+PROBES_AT_A_TIME = 256      # against TinyFace's 157,871 gallery images: 160 MB of scores
+
+
+class Roc(NamedTuple):
+    """(K,) float64 each, FPR rising: the share of impostor and of genuine pairs with score >= threshold; starts with (0, 0, inf)."""
+
+    fpr: np.ndarray
+    tpr: np.ndarray
+    thresholds: np.ndarray
+    genuine: int        # pairs of the same person
+    impostor: int
+
+
+class Separation(NamedTuple):
+    """How far apart the scores of genuine and impostor pairs lie."""
+
+    edges: np.ndarray           # (B + 1,) of the histogram's bins, from the lowest to the highest score
+    genuine: np.ndarray         # (B,) pairs in each bin
+    impostor: np.ndarray        # (B,)
+    false_accepts: np.ndarray   # (<= k,) indices of the impostor pairs with the highest scores, highest first
+    false_rejects: np.ndarray   # (<= k,) indices of the genuine pairs with the lowest scores, lowest first
+
+
+class Search(NamedTuple):
+    """What each probe found in a gallery, (P,) each; a mate is a gallery entry of the probe's subject."""
+
+    ranks: np.ndarray           # of the best mate, 1 = first: 1 + the non-mates that score at least as high; G + 1 where the gallery has no mate
+    mates: np.ndarray           # gallery index of the best mate, -1 where the gallery has none
+    mate_scores: np.ndarray     # -inf where the gallery has none
+    others: np.ndarray          # gallery index of the best non-mate, -1 where the gallery has none
+    other_scores: np.ndarray    # -inf where the gallery has none
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------------
+
+def roc_curve(scores: np.ndarray, label: np.ndarray) -> Roc:
+    """ROC of P pairs: the points that ``sklearn.metrics.roc_curve(label, scores)`` keeps with its defaults.
+
+    ``scores``: (P,), higher for more alike; ``label``: (P,) 1 (or True) for the same person, else 0.
+    There is a point for each distinct score, except where the curve runs straight on from the point before to the one after.
+    Raises InputError for unequal lengths, other labels, a score that is not finite, no genuine or no impostor pair.
+    """
+    scores, same = _check_pairs(scores, label)
+    thresholds, true_accepts, false_accepts = _count_accepts(scores, same)
+    kept = np.ones(len(thresholds), bool)
+    kept[1:-1] = (np.diff(true_accepts, 2) != 0) | (np.diff(false_accepts, 2) != 0)
+    genuine, impostor = int(true_accepts[-1]), int(false_accepts[-1])
+    return Roc(np.append(0.0, false_accepts[kept] / impostor), np.append(0.0, true_accepts[kept] / genuine),
+               np.append(np.inf, thresholds[kept].astype(np.float64)), genuine, impostor)
+
+
+def tpr_at(roc: Roc, fprs: tuple[float, ...] = FPRS) -> tuple[np.ndarray, np.ndarray]:
+    """TPR (fractions) and threshold, (F,) each, at the points of the curve whose FPR is nearest to ``fprs``; of equally near ones the larger TPR.
+
+    A threshold is infinite where nothing is accepted at that point.
+    """
+    last = len(roc.fpr) - 1
+    nearest = [last - int(np.argmin(np.abs(roc.fpr[::-1] - fpr))) for fpr in fprs]     # backwards: the first of equals has the largest TPR
+    return roc.tpr[nearest], roc.thresholds[nearest]
+
+
+def resolves(fpr: float, impostor: int) -> bool:
+    """Whether ``impostor`` pairs can show this FPR: at least one false accept is expected at it."""
+    return fpr * impostor > 1 - 1e-9        # 1, but for rounding
+
+
+def separate(scores: np.ndarray, label: np.ndarray, k: int = 12, bins: int = 100) -> Separation:
+    """Histograms of the genuine and the impostor scores, and the k pairs of each kind that are hardest to tell apart.
+
+    Arguments and errors as in ``roc_curve``. Of equal scores the pair that comes first counts as harder.
+    """
+    scores, same = _check_pairs(scores, label)
+    low, high = scores.min(), scores.max()
+    edges = np.linspace(*((low, high) if low < high else (low - 0.5, high + 0.5)), bins + 1, dtype=scores.dtype)
+    genuine, impostor = np.flatnonzero(same), np.flatnonzero(~same)
+    return Separation(edges, _histogram(scores[genuine], edges), _histogram(scores[impostor], edges),
+                      impostor[_smallest(-scores[impostor], k)], genuine[_smallest(scores[genuine], k)])
+
+
+def check_labels(label: np.ndarray, pairs: int) -> np.ndarray:
+    """(P,) bool. Errors: InputError if there are not as many labels as pairs, if one is not 0 or 1, or if one of the two kinds is absent."""
+    label = np.asarray(label)
+    if label.shape != (pairs,):
+        raise InputError(f"{pairs} pairs, but labels of shape {label.shape}: one a pair is needed")
+    same = label == 1
+    known = same | (label == 0)
+    if not known.all():
+        first = int(np.argmin(known))
+        raise InputError(f"the label of pair {first} is {label[first]}: 1 (same person) or 0 is needed")
+    if not same.any() or same.all():
+        kind = "impostor" if same.any() else "genuine"
+        raise InputError(f"no {kind} pair among {pairs}: a ROC needs pairs of the same person (label 1) and of different people (label 0)")
+    return same
+
+
+def _check_pairs(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    scores = np.asarray(scores)
+    scores = scores.astype(np.result_type(scores, np.float32), copy=False)
+    if scores.ndim != 1:
+        raise InputError(f"scores of shape {scores.shape}: one a pair is needed")
+    same = check_labels(label, len(scores))
+    finite = np.isfinite(scores)
+    if not finite.all():
+        raise InputError(f"the score of pair {int(np.argmin(finite))} is not finite (NaN or infinite)")
+    return scores, same
+
+
+def _count_accepts(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The K distinct scores, falling, and how many genuine and how many impostor pairs score at least that much, (K,) each."""
+    rising = np.sort(scores)
+    first = np.flatnonzero(np.append(True, rising[1:] != rising[:-1]))     # where each distinct score begins
+    distinct = rising[first]
+    genuine = np.bincount(np.searchsorted(distinct, np.sort(scores[same])), minlength=len(distinct))
+    true_accepts = np.cumsum(genuine[::-1])
+    return distinct[::-1], true_accepts, (len(scores) - first)[::-1] - true_accepts
+
+
+def _histogram(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """``np.histogram(scores, edges)[0]`` by sorting, which is quicker for millions of float32."""
+    below = np.searchsorted(np.sort(scores), edges)
+    below[-1] = len(scores)         # the last bin holds its upper edge
+    return np.diff(below)
+
+
+def _smallest(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices of the k smallest values (all if there are fewer), smallest first, of equals the first ones."""
+    k = min(k, len(values))
+    candidates = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1]) if k else np.arange(0)
+    return candidates[np.argsort(values[candidates], kind="stable")][:k]
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------------
+
+def search(probes: np.ndarray, gallery: np.ndarray, probe_subjects: np.ndarray, gallery_subjects: np.ndarray) -> Search:
+    """Compare every probe with every gallery entry by dot product.
+
+    ``probes``: (P, D) and ``gallery``: (G, D) float32, of unit length; subjects: (P,) and (G,) int.
+    A non-mate that scores as high as the best mate ranks before it: a network that gives every image the same feature finds nobody.
+    """
+    found = []
+    for start in range(0, len(probes), PROBES_AT_A_TIME):
+        scores = probes[start:start + PROBES_AT_A_TIME] @ gallery.T
+        found += [_rank(row, gallery_subjects == subject) for row, subject in zip(scores, probe_subjects[start:])]
+    return Search(*map(np.array, zip(*found)))
+
+
+def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:
+    """Cumulative match characteristic, (up_to,): the fraction of probes whose mate is at rank 1, … up_to or better."""
+    return np.bincount(ranks, minlength=up_to + 1)[1:up_to + 1].cumsum() / len(ranks)
+
+
+def _rank(scores: np.ndarray, is_mate: np.ndarray) -> tuple[int, int, float, int, float]:
+    """The fields of Search for one probe: ``scores`` (G,), overwritten, ``is_mate`` (G,) bool."""
+    mate, mate_score = other, other_score = -1, -np.inf
+    mates = np.flatnonzero(is_mate)
+    if len(mates):
+        mate = mates[scores[mates].argmax()]
+        mate_score = scores[mate]
+    scores[mates] = -np.inf
+    if len(mates) < len(scores):
+        other = scores.argmax()
+        other_score = scores[other]
+    return 1 + np.count_nonzero(scores >= mate_score), mate, mate_score, other, other_score
+
+
+def check_norms(features: np.ndarray) -> np.ndarray:
+    """L2 norm of each row, (N,). Raises InputError, naming the image, for one that is zero or not finite: it was not embedded, or wrongly."""
+    norms = np.sqrt(np.einsum("nd,nd->n", features, features))
+    wrong = ~np.isfinite(norms) | (norms == 0)
+    if wrong.any():
+        first = int(np.argmax(wrong))
+        kind = "zero" if norms[first] == 0 else "not finite (NaN or infinite)"
+        raise InputError(f"the feature of image {first} is {kind}: {np.count_nonzero(wrong)} of {len(norms)} images have no usable feature")
+    return norms
