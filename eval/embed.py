@@ -1,4 +1,4 @@
-"""Images to features: the only place where evaluation runs a network."""
+"""Images to features: the only place where evaluation, inside and outside of training, runs a network."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,15 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from eval.features import StoredFeatures
+from utils import distributed
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
 from utils.images import mirror, to_input
+from utils.loading import cores, end_workers, next_batch, start_worker
 from utils.precision import PRECISIONS, autocast
 
 
@@ -19,6 +24,7 @@ class Images(Protocol):
     """N images of one size: an array or tensor (N, H, W, 3) uint8 RGB, a list of (H, W, 3), or anything that behaves so.
 
     ``images[start:stop]`` is the only access, in increasing order, so that an implementation can decode ahead.
+    A ``torch.utils.data.Dataset`` is read by index instead, ``images[i]`` -> (H, W, 3), in worker processes if asked.
     """
 
     def __len__(self) -> int: ...
@@ -26,15 +32,18 @@ class Images(Protocol):
     def __getitem__(self, part: slice) -> "np.ndarray | torch.Tensor | list[np.ndarray]": ...
 
 
-def embed(backbone: nn.Module, images: Images, batch_size: int, *, device: torch.device | str | None = None,
-          precision: str = "fp32", channels_last: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(backbone: nn.Module, images: Images | Dataset, batch_size: int, *, flip: bool = True, num_workers: int = 0,
+          device: torch.device | str | None = None, precision: str = "fp32", channels_last: bool = False,
+          store: StoredFeatures | None = None, name: str = "images") -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the features of all images and of their mirror images.
 
-    ``images``: N uint8 RGB images (N, H, W, 3), the same on every rank. ``batch_size``: images at a time on one rank; the
-    network sees twice as many, both flips in one pass. ``device``: where the backbone lies, found by itself.
-    ``precision``: "fp32", "bf16" or "fp16" (autocast). Returns two (N, D) float32 CPU tensors, not normalised.
-    All ranks call it together: each embeds a contiguous share and all receive everything. The backbone runs in eval mode
-    and gets its mode back. Raises InputError for no images, an unknown precision, or a feature that is not finite.
+    ``images``: N uint8 RGB images (N, H, W, 3), the same on every rank. ``batch_size``: images at a time on one rank; with
+    ``flip`` the network sees twice as many, both flips in one pass. ``num_workers``: reading processes, for a Dataset.
+    ``device``: where the backbone lies, found by itself. ``precision``: "fp32", "bf16" or "fp16" (autocast). ``store``: features
+    on disk; what is there is not computed again, what is computed is there even if this is interrupted. ``name``: for the progress bar.
+    Returns two (N, D) float32 CPU tensors, not normalised, of the images and of their mirror images (None without ``flip``).
+    All ranks call it together: each embeds a share and all receive everything. The backbone runs in eval mode and gets its mode back.
+    Raises InputError, on all ranks, for no images, an unknown precision, an unreadable image, or a feature that is not finite.
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
@@ -43,22 +52,71 @@ def embed(backbone: nn.Module, images: Images, batch_size: int, *, device: torch
     # DDP's forward broadcasts buffers, which would hang: ranks run different numbers of batches.
     backbone = backbone.module if isinstance(backbone, DistributedDataParallel) else backbone
     device = torch.device(device) if device is not None else _device_of(backbone)
+    run = dict(flip=flip, device=device, precision=precision, channels_last=channels_last)
+    with _eval_mode(backbone):
+        features = (_embed_share if store is None else _embed_missing)(backbone, images, batch_size, num_workers, store, name, run)
+    return tuple(half.contiguous() for half in features.chunk(2, dim=1)) if flip else (features, None)
+
+
+def _embed_share(backbone, images, batch_size, num_workers, store, name, run) -> torch.Tensor:
+    """Each rank embeds a contiguous share; all gather it."""
     start, stop = (len(images) * part // world_size() for part in (rank(), rank() + 1))
-    with _eval_mode(backbone), torch.inference_mode(), autocast(device, precision):
-        # With fewer images than ranks a share can be empty; one image then tells this rank the feature size.
-        batches = [_embed_batch(backbone, images[first:min(first + batch_size, max(stop, first + 1))], device, channels_last)
-                   for first in range(start, max(stop, start + 1), batch_size)]
-    both = all_gather_rows(torch.cat(batches)[:stop - start]).cpu()
-    _check_finite(both)
-    return tuple(half.contiguous() for half in both.chunk(2, dim=1))
+    # With fewer images than ranks a share can be empty; one image then tells this rank the feature size.
+    share, done = range(start, max(stop, start + 1)), []
+    _embed_parts(backbone, images, [share], batch_size, num_workers, name, run, lambda part, features: done.append(features))
+    return all_gather_rows(done[0][:stop - start])
 
 
-def _embed_batch(backbone: nn.Module, batch, device: torch.device, channels_last: bool) -> torch.Tensor:
-    """Features of the batch and of its mirror images side by side: (B, 2 D) float32 on ``device``."""
+def _embed_missing(backbone, images, batch_size, num_workers, store, name, run) -> torch.Tensor:
+    """The ranks share out the parts that the store lacks and write each when it is done; all read everything from there."""
+    missing = distributed.main_computes(store.missing)
+    _embed_parts(backbone, images, missing[rank()::world_size()], batch_size, num_workers, name, run, store.write)
+    return distributed.all_succeed(store.read)
+
+
+def _embed_parts(backbone, images, parts: list[range], batch_size, num_workers, name, run, keep) -> None:
+    """Call ``keep(part, features)`` for every part: (n, D or 2 D) float32 on the CPU. An error of one rank is raised on all when they are through."""
+    def embed_mine():
+        batches = _read(images, [range(first, min(first + batch_size, part.stop)) for part in parts for first in range(part.start, part.stop, batch_size)],
+                        num_workers, run["device"])
+        bar = tqdm(total=sum(map(len, parts)), desc=name, unit="img", leave=False, disable=None if distributed.is_main() else True)
+        try:
+            for part in parts:
+                features = []
+                for first in range(part.start, part.stop, batch_size):
+                    features.append(_embed_batch(backbone, next_batch(batches), **run))
+                    bar.update(min(batch_size, part.stop - first))
+                features = torch.cat(features).cpu()
+                _check_finite(features, part.start, images)
+                keep(part, features)
+        finally:
+            end_workers(batches)
+            bar.close()
+
+    distributed.all_succeed(embed_mine)
+
+
+def _read(images, batches: list[range], num_workers: int, device: torch.device) -> Iterator:
+    """Yield the images of every batch: (B, H, W, 3) uint8, as tensor, array or list."""
+    if isinstance(images, Dataset):
+        return iter(DataLoader(images, batch_sampler=batches, collate_fn=_stack, num_workers=min(num_workers, cores()), worker_init_fn=start_worker,
+                               pin_memory=device.type == "cuda"))
+    return (images[batch.start:batch.stop] for batch in batches)
+
+
+def _stack(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images))
+
+
+def _embed_batch(backbone: nn.Module, batch, flip: bool, device: torch.device, precision: str, channels_last: bool) -> torch.Tensor:
+    """Features of the batch and, side by side, of its mirror images: (B, 2 D) float32 on ``device``."""
     # The copy makes read-only and memory-mapped arrays acceptable to torch, and stacks lists.
     pixels = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))
-    x = to_input(pixels.to(device), channels_last=channels_last)
-    plain, mirrored = backbone(torch.cat([x, mirror(x)])).float().chunk(2)
+    x = to_input(pixels.to(device, non_blocking=True), channels_last=channels_last)
+    with torch.inference_mode(), autocast(device, precision):
+        if not flip:
+            return backbone(x).float()
+        plain, mirrored = backbone(torch.cat([x, mirror(x)])).float().chunk(2)
     return torch.cat([plain, mirrored], dim=1)
 
 
@@ -78,10 +136,9 @@ def _device_of(backbone: nn.Module) -> torch.device:
     return next(backbone.parameters(), torch.empty(0)).device
 
 
-def _check_finite(features: torch.Tensor) -> None:
-    # After the gathering, so that every rank raises and none waits for another.
+def _check_finite(features: torch.Tensor, first: int, images) -> None:
     finite = torch.isfinite(features).all(dim=1)
     if not finite.all():
-        first = int(torch.nonzero(~finite)[0])
-        count = int((~finite).sum())
-        raise InputError(f"features are not finite (NaN or infinite) for {count} of {len(features)} images, first image index {first}")
+        index = first + int(torch.nonzero(~finite)[0])
+        name = f" ({images.name_of(index)})" if hasattr(images, "name_of") else ""
+        raise InputError(f"features are not finite (NaN or infinite) for {int((~finite).sum())} of {len(features)} images, first image index {index}{name}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from utils.dataset import FaceDatasetFolder, MXFaceDataset, init_worker, keep_batch
+from utils.dataset import FaceDatasetFolder, MXFaceDataset, keep_batch
+from utils.loading import start_worker
 from utils.errors import InputError
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack
 from test_recordio import GOLDEN, STYLES
@@ -106,7 +107,7 @@ def test_loader_with_workers_equals_direct_reading(tmp_path):
     dataset[0]      # an open file before the fork
     sampler = BatchSampler(SequentialSampler(dataset), batch_size=7, drop_last=False)
     for context in ("fork", "spawn"):
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=keep_batch, worker_init_fn=init_worker,
+        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=keep_batch, worker_init_fn=start_worker,
                             multiprocessing_context=context)
         batches = list(loader)
         assert len(batches) == 5

@@ -8,7 +8,6 @@ epoch: fractional; loss: 0-d; stats: named 0-d tensors for the log.
 
 import logging
 import math
-import signal
 import time
 from contextlib import nullcontext
 
@@ -19,12 +18,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval import verification
-from train.setup import STOP_SIGNALS, StopRequest, write_config
+from eval.benchmarks import run_benchmark
+from train.setup import StopRequest, write_config
 from utils import checkpoint, distributed
 from utils.augment import augment
-from utils.dataset import init_worker, keep_batch
+from utils.dataset import keep_batch
 from utils.errors import InputError
 from utils.images import to_input
+from utils.loading import end_workers, next_batch, start_worker
 from utils.logging import RunLog
 from utils.precision import autocast
 from utils.sampler import EpochBatches, mirrored
@@ -38,20 +39,13 @@ def learning_rate(cfg, epoch: int, fraction: float) -> float:
     return base * 0.1 ** sum(milestone - 1 <= epoch for milestone in cfg.milestones)
 
 
-def start_worker(worker_id: int) -> None:
-    """A signal that asks a run to stop reaches its whole process group: reading goes on until the step is finished and saved."""
-    init_worker(worker_id)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Engine:
     """One training run: ``Engine(...).train()``."""
 
-    def __init__(self, cfg, run, method, dataset, student, header, loss_of, validation_sets):
+    def __init__(self, cfg, run, method, dataset, student, header, loss_of, validation):
         self.cfg, self.run, self.method, self.loss_of = cfg, run, method, loss_of
         self.rank, self.world = distributed.rank(), distributed.world_size()
-        self.validation_sets = validation_sets
+        self.validation_sets, self.benchmarks = validation
 
         self.batches = EpochBatches(len(dataset), cfg.batch_size, self.rank, self.world, cfg.seed, cfg.shuffle)
         self.step_samples = self.batches.global_batch * cfg.accumulate
@@ -107,13 +101,18 @@ class Engine:
         self.open_window()
         if self.cfg.run_eval_at_start and self.step == 0:
             self.validate()
+            self.run_benchmarks()
         stopped = False
         try:
+            if self.benchmarks_are_due(self.epoch - 1) and self.samples == 0 and not distributed.main_computes(lambda: self.log.has_benchmarks(self.step)):
+                self.run_benchmarks()       # the run was ended between an epoch's last state and these figures
             while self.epoch < self.cfg.num_epoch and not stopped:
-                stopped = self.train_epoch(stop)
-                self.save()
+                epoch, stopped = self.epoch, self.train_epoch(stop)
+                self.save()                 # first: an evaluation that fails after hours loses nothing
+                if self.epoch > epoch and self.benchmarks_are_due(epoch) and not stopped:
+                    self.run_benchmarks()
         finally:
-            self.end_workers()
+            end_workers(self.reading)
         if self.epoch < self.cfg.num_epoch:
             logging.info("Stopped by a signal at step %d of %d; go on with --resume", self.step, self.total_steps)
         else:
@@ -148,6 +147,11 @@ class Engine:
         every = cfg.val_eval_every_n_epoch
         return bool(cfg.eval_step and self.step % cfg.eval_step == 0) or ended and (epoch + 1 == cfg.num_epoch or bool(every) and (epoch + 1) % every == 0)
 
+    def benchmarks_are_due(self, epoch: int) -> bool:
+        """After every eval_every_n_epoch-th epoch and at the end of the run."""
+        every = self.cfg.eval_every_n_epoch
+        return bool(self.benchmarks) and epoch >= 0 and (epoch + 1 == self.cfg.num_epoch or bool(every) and (epoch + 1) % every == 0)
+
     def train_step(self, source):
         """One optimizer step; returns its loss and statistics, still on the device."""
         cfg = self.cfg
@@ -177,10 +181,7 @@ class Engine:
         batches = self.reading = iter(self.loader)
         while True:
             started = time.monotonic()
-            try:
-                batch = next(batches, None)
-            except InputError as error:         # a worker's error arrives wrapped in its traceback; its last line is the message
-                raise InputError(str(error).strip().splitlines()[-1].removeprefix("utils.errors.InputError: ")) from error
+            batch = next_batch(batches)
             self.waited += time.monotonic() - started
             if batch is None:
                 return
@@ -191,11 +192,6 @@ class Engine:
                 images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
             samples += self.batches.global_batch
             yield images, batch.labels.to(device, non_blocking=True)
-
-    def end_workers(self) -> None:
-        """End the reading processes by the loader's own word: they ignore SIGTERM, by which the interpreter would end them at exit."""
-        if self.cfg.num_workers and self.reading is not None:
-            self.reading._shutdown_workers()
 
     # --- what is watched
 
@@ -284,6 +280,20 @@ class Engine:
             if distributed.is_main():
                 checkpoint.save(self.backbone.state_dict(), self.run.folder.path / "best_backbone.pth")
         self.window_started += time.monotonic() - started       # no part of the training speed
+
+    def run_benchmarks(self) -> None:
+        """Measure IJB and TinyFace on all ranks together, with the state of this step on disk, and log with this step."""
+        if not self.benchmarks:
+            return
+        started = time.monotonic()
+        self.check_finite()
+        distributed.sync_buffers(self.backbone)
+        results = {}
+        for benchmark in self.benchmarks:
+            results.setdefault(benchmark.kind, {})[benchmark.name] = run_benchmark(benchmark, self.backbone, device=self.run.device, precision=self.run.precision,
+                                                                                   channels_last=self.cfg.channels_last)
+        self.log.benchmarks(self.step, self.epoch, results)
+        self.window_started += time.monotonic() - started
 
     def save(self) -> None:
         """Write weights and state of this step; a collective, written by rank 0."""

@@ -11,16 +11,16 @@ from typing import NamedTuple
 import torch
 
 from backbones import build_backbone
+from eval.benchmarks import benchmarks_of
 from eval.verification import load_targets
 from utils import distributed
 from utils.checkpoint import ADAFACE_PREFIX, RunFolder, load_backbone, read_kernel
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
+from utils.loading import STOP_SIGNALS
 from utils.logging import start_log
 from utils.precision import autocast, choose_precision
 from utils.recordio import replacing
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Run(NamedTuple):
@@ -168,9 +168,16 @@ def place_teacher(teacher, cfg, run: Run):
     return features
 
 
-def load_validation(cfg) -> dict:
-    """The pair sets of ``cfg.val_targets``: {name: (images, issame)}."""
-    return load_targets(cfg.val_rec, cfg.val_targets) if cfg.val_targets else {}
+class Validation(NamedTuple):
+    """What a run is measured on: {name: (images, issame)} of the pair sets, and IJB and TinyFace."""
+
+    pair_sets: dict
+    benchmarks: list
+
+
+def load_validation(cfg) -> Validation:
+    """Read and check everything that is to be measured, before the first step: a set that is missing or damaged must not end a run after hours."""
+    return Validation(load_targets(cfg.val_rec, cfg.val_targets) if cfg.val_targets else {}, benchmarks_of(cfg))
 
 
 class StopRequest:

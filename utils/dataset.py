@@ -32,11 +32,6 @@ class Batch(NamedTuple):
     bad: list[tuple[int | str, str]]
 
 
-def init_worker(worker_id: int) -> None:
-    """``worker_init_fn`` of the DataLoader: a worker decodes on its own core, OpenCV's threads would only fight over them."""
-    cv2.setNumThreads(0)
-
-
 def decode(encoded: bytes) -> np.ndarray:
     """Decode a JPEG, PNG, ... to (H, W, 3) uint8 BGR. RecordError if OpenCV cannot."""
     try:

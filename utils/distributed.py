@@ -5,6 +5,7 @@ every function here is the identity, so the code above never asks how many ranks
 """
 
 import os
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from utils.errors import InputError
 
+_alone = False
 TIMEOUT = timedelta(minutes=30)      # the slowest wait of a rank: another one writing checkpoints or loading sets
 
 
@@ -47,12 +49,23 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def alone():
+    """Within, this process takes itself for the only rank: each does work of its own, and no collective runs."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def is_main() -> bool:
@@ -90,6 +103,24 @@ def all_gather_object(value) -> list:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def all_succeed(function):
+    """Call ``function()`` on every rank and return its value; an InputError of any rank is raised on all of them, so that none waits for another."""
+    value, error = None, None
+    try:
+        value = function()
+    except InputError as caught:
+        error = caught
+    errors = all_gather_object(None if error is None else str(error))
+    if any(errors):
+        raise error or InputError(next(filter(None, errors)))
+    return value
+
+
+def main_computes(function):
+    """Rank 0's value of ``function()``, a small picklable one, on every rank; its InputError too."""
+    return all_gather_object(all_succeed(lambda: function() if is_main() else None))[0]
 
 
 def all_gather(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,159 @@
+"""eval.embed and eval.features: data sets read by workers, features kept on disk, errors that reach every rank."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+from torch.utils.data import Dataset
+
+from eval import features
+from eval.embed import embed
+from eval.features import open_store
+from utils import distributed
+from utils.errors import InputError
+from tests.test_verification import faces, plain_loop, small_backbone
+
+
+class Files(Dataset):
+    """Images behind an index, as the readers of IJB and TinyFace give them; ``damaged`` ones cannot be read."""
+
+    def __init__(self, count: int, damaged=()):
+        self.pixels, self.damaged = faces(count, (20, 16)), damaged
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        if index in self.damaged:
+            raise InputError(f"loose_crop/{index}.jpg: no image")
+        return self.pixels[index]
+
+    def name_of(self, index):
+        return f"{index}.jpg"
+
+
+class Counting(nn.Module):
+    """Counts the images it sees and, like a machine that goes away, stops at ``limit`` of them."""
+
+    def __init__(self, limit: int = 10**9):
+        super().__init__()
+        self.network, self.seen, self.limit = small_backbone(), 0, limit
+
+    def forward(self, x):
+        self.seen += len(x)
+        if self.seen > self.limit:
+            raise KeyboardInterrupt
+        return self.network(x)
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(features, "PART", 4)
+
+
+def store_of(folder, images=10, precision="fp32", flip=True, fingerprint="f" * 64, checkpoint="c" * 64):
+    return open_store(folder, checkpoint, "ijb-IJBX", fingerprint, images, precision, flip, {})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_data_set_equals_a_plain_loop(workers, batch_size):
+    files = Files(9)
+    for result, flip in zip(embed(small_backbone(), files, batch_size, num_workers=workers), plain_loop(small_backbone(), files.pixels)):
+        torch.testing.assert_close(result, flip)
+
+
+def test_without_mirror_images_the_network_sees_each_image_once():
+    files, network = Files(5), Counting()
+    plain, mirrored = embed(network, files, 2, flip=False)
+    assert mirrored is None and network.seen == 5 and not plain.is_inference()
+    torch.testing.assert_close(plain, plain_loop(small_backbone(), files.pixels)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_an_error_with_its_name(workers):
+    with pytest.raises(InputError) as caught:
+        embed(small_backbone(), Files(9, damaged=[6]), 2, num_workers=workers)
+    assert str(caught.value) == "loose_crop/6.jpg: no image"
+
+
+def test_a_feature_that_is_not_finite_is_an_error_with_the_images_name():
+    network = small_backbone()
+    with torch.no_grad():
+        network[-1].weight[2, 3] = torch.nan
+    with pytest.raises(InputError, match=r"first image index 0 \(0.jpg\)"):
+        embed(network, Files(3), 2)
+
+
+def test_stored_features_are_not_computed_again(tmp_path, small_parts):
+    files, expected = Files(10), plain_loop(small_backbone(), Files(10).pixels)
+    for seen in (20, 0):
+        network = Counting()
+        for result, flip in zip(embed(network, files, 3, store=store_of(tmp_path)), expected):
+            torch.testing.assert_close(result, flip)
+        assert network.seen == seen
+    about = json.loads((store_of(tmp_path).path / "features.json").read_text())
+    assert about["images"] == 10 and about["checkpoint_sha256"] == "c" * 64 and about["set"] == "ijb-IJBX"
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, small_parts):
+    with pytest.raises(KeyboardInterrupt):
+        embed(Counting(limit=14), Files(10), 2, store=store_of(tmp_path))
+    network = Counting()
+    torch.testing.assert_close(embed(network, Files(10), 2, store=store_of(tmp_path)), embed(small_backbone(), Files(10), 2))
+    assert network.seen == 12       # of 20: the first part of 4 images and their mirror images was complete
+
+
+@pytest.mark.parametrize("change", [dict(precision="bf16"), dict(flip=False), dict(fingerprint="e" * 64), dict(checkpoint="d" * 64)])
+def test_other_conditions_have_other_features(tmp_path, change):
+    assert store_of(tmp_path).path != store_of(tmp_path, **change).path
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda file: file.write_bytes(file.read_bytes()[:-9]), "no readable file of features"),
+    (lambda file: np.save(file, np.zeros((4, 5), np.float32)), r"shape \(4, 5\), expected \(4, 12\): remove the file"),
+    (lambda file: np.save(file, np.zeros((4, 12))), "holds float64"),
+    (lambda file: np.save(file, np.array([{}], object), allow_pickle=True), "no readable file of features"),
+])
+def test_damaged_features_are_named(tmp_path, small_parts, damage, message):
+    store = store_of(tmp_path)
+    embed(small_backbone(), Files(10), 3, store=store)
+    damage(store.path / "00000004.npy")
+    with pytest.raises(InputError, match=f"00000004.npy.*{message}"):
+        embed(small_backbone(), Files(10), 3, store=store)
+
+
+def _on_rank(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    features.PART = 2
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    results = {"plain": embed(small_backbone(), Files(11), 2), "stored": embed(small_backbone(), Files(11), 2, store=store_of(folder, 11)),
+               "again": embed(Counting(limit=0), Files(11), 2, store=store_of(folder, 11))}
+    with pytest.raises(InputError, match="loose_crop/9.jpg: no image"):      # on all ranks, though only one reads it
+        embed(small_backbone(), Files(11, damaged=[9]), 2)
+    with pytest.raises(InputError, match="only the first"):
+        distributed.main_computes(fail_on_first)
+    with distributed.alone():                                               # ranks with different numbers of images: no collective runs
+        assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+        results["alone"] = embed(small_backbone(), Files(3 + rank), 2)
+    assert distributed.world_size() == world
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def fail_on_first():
+    assert distributed.is_main()
+    raise InputError("only the first knows this")
+
+
+def test_ranks_share_the_work_and_the_errors(tmp_path):
+    multiprocessing.spawn(_on_rank, (3, str(tmp_path)), nprocs=3)
+    expected = embed(small_backbone(), Files(11), 2)
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name in ("plain", "stored", "again"):
+            torch.testing.assert_close(found[name], expected)
+        torch.testing.assert_close(found["alone"], embed(small_backbone(), Files(3 + rank), 2))
