@@ -6,14 +6,14 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
 
-name=demo identities=300 images=11 pairs=500 teacher_epochs=4 teacher=iresnet18 batch=32
+name=demo identities=300 images=11 pairs=500 benchmarks=() teacher_epochs=4 teacher=iresnet18 batch=32
 case "${1:-}" in
-    --quick) name=demo_quick identities=70 images=10 pairs=40 teacher_epochs=3 teacher=mobilefacenet batch=16 ;;
+    --quick) name=demo_quick identities=70 images=10 pairs=40 benchmarks=(--ijb-subjects 12 --tinyface-identities 20) teacher_epochs=3 teacher=mobilefacenet batch=16 ;;
     "") ;;
     *) fail "unknown argument $1; usage: ./run_demo.sh [--quick]" ;;
 esac
 
-set_up requirement.txt
+set_up requirement.txt datasets
 if [ "$name" = demo ] && ! (cd "$root" && "$PYTHON" -c 'import sys, torch; from utils.precision import choose_precision
 sys.exit(not torch.cuda.is_available() and choose_precision("auto", torch.device("cpu")) == "fp32")'); then
     echo "This CPU has no bf16 arithmetic: a smaller set and teacher, to stay within 20 minutes"
@@ -25,8 +25,8 @@ data=$root/data/$name output=$root/output/$name
 rm -rf "$output"                                 # the demo's own folder, nobody else writes there
 stage() { printf '\n=== %s (%d s)\n' "$*" $((SECONDS - started)); }
 
-stage "Synthetic faces: $identities identities x $images images, and pair sets of others"
-"$PYTHON" "$root/data/make_synthetic.py" --output "$data" --identities "$identities" --images "$images" --pairs "$pairs"
+stage "Synthetic faces: $identities identities x $images images; pair sets, an IJB-like and a TinyFace-like set of others"
+"$PYTHON" "$root/data/make_synthetic.py" --output "$data" --identities "$identities" --images "$images" --pairs "$pairs" ${benchmarks[@]+"${benchmarks[@]}"}
 
 # Every run: the same images, scale, margin and learning rate; students: the same initial weights (seed) and one epoch.
 # torch.compile makes a CPU step a third faster, but needs a C++ compiler and a minute to start, which a quick run never earns back.
@@ -55,8 +55,15 @@ stage "Student by AdaDistill (AdaFace, geometry margin)"
 "$root/run_AdaDistill.sh" "${common[@]}" "${student[@]}" "${taught[@]}" loss=AdaFace use_geom_margin=True geom_margin_warmup_epoch=0.5 "output=$output/AdaDistill_AdaFace_geometry"
 
 stage "Evaluation on people nobody was trained on"
-"$PYTHON" "$root/eval/run_batch_eval.py" --checkpoint-dir "$output" --checkpoint-suffix backbone.pth --report-dir "$output/reports" --precision auto --val-batch-size 32 \
-    --val-data "$data" --val-targets frontal pose lowres
+sets=(--precision auto --features "$output/features" --val-data "$data" --val-targets frontal pose lowres --val-batch-size 32
+      --ijb-root "$data/ijb" --ijb-targets IJBsynth --ijb-batch-size 32 --tinyface-root "$data" --tinyface-targets tinyface --tinyface-batch-size 32)
+"$PYTHON" "$root/eval/run_batch_eval.py" --checkpoint-dir "$output" --checkpoint-suffix backbone.pth --report-dir "$output/reports" "${sets[@]}"
+
+stage "One page about the student by AdaDistill, the IJB-like and the TinyFace-like set in CVLFace's layout"
+weights=$(ls "$output"/AdaDistill_ArcFace/*backbone.pth | sort -V | tail -n 1)
+"$PYTHON" "$root/eval/run_full_eval.py" --checkpoint "$weights" --report-dir "$output/reports" --results-json "$output/reports/AdaDistill_ArcFace.json" "${sets[@]}" \
+    --ijb-root "$data/ijb_arrow" --tinyface-root "$data/tinyface_arrow" > /dev/null
+echo "$output/reports/report.html"
 
 stage "Results"
 "$PYTHON" "$root/eval/plot_curves.py" "$output" --metrics "$output/reports/summary.csv" --picture "$output/curves.png"

@@ -54,7 +54,6 @@ NOT_YET = {     # keys whose machinery is not part of this version: saying so be
     "teacher_repo_id": "download the repository and set pretrained_teacher_path to its model.safetensors",
     "teacher_cache": "download the repository yourself",
     "teacher_embeddings": "train with the live teacher",
-    "eval_ijb": "set eval_ijb=False", "eval_tinyface": "set eval_tinyface=False",
 }
 
 
@@ -239,5 +238,8 @@ def check_combinations(values: dict) -> None:
         raise InputError(f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={values['num_epoch']}")
     if not 0 < values["sample_rate"] <= 1:
         raise InputError(f"sample_rate={values['sample_rate']} must be above 0 and at most 1")
+    for kind in ("ijb", "tinyface"):
+        if values[f"eval_{kind}"] and not (values[f"{kind}_root"] and values[f"{kind}_targets"]):
+            raise InputError(f"eval_{kind}=True needs {kind}_root, the folder of the sets, and {kind}_targets, their names")
     if values["val_targets"] and not values["val_rec"]:
         raise InputError("val_targets need val_rec, the folder of the .bin files")

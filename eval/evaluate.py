@@ -9,14 +9,16 @@ from easydict import EasyDict
 
 from backbones import build_backbone
 from config.schema import ROOT, load_config
-from eval import verification
+from eval.benchmarks import KINDS, make, run_benchmark
 from utils import distributed
-from utils.checkpoint import ADAFACE_PREFIX, load_backbone
+from utils.checkpoint import ADAFACE_PREFIX, load_backbone, sha256
 from utils.errors import InputError
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher import Teacher
 
-FLAGS = ("device", "val_rec", "val_targets", "val_batch_size")      # each is another name of a configuration key
+# each flag is another name of a configuration key
+FLAGS = ("device", "val_rec", "val_targets", "val_batch_size", "ijb_root", "ijb_targets", "ijb_batch_size", "ijb_num_workers", "ijb_flip",
+         "tinyface_root", "tinyface_targets", "tinyface_batch_size", "tinyface_num_workers", "tinyface_flip")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,70 +27,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "the network always is that of the config.json beside the checkpoint, if there is one")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help="default fp32: the same figures on every machine")
+    parser.add_argument("--features", type=Path, metavar="DIR", help="keep features there and use what is there, by checkpoint and set: "
+                        "an interrupted evaluation goes on, a second one does not run the network")
     parser.add_argument("--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin")
     parser.add_argument("--val-targets", dest="val_targets", metavar="NAME", nargs="+", help="pair sets, by spaces or commas: lfw cfp_fp agedb_30; all named must be there")
     parser.add_argument("--val-batch-size", dest="val_batch_size", metavar="N", help="images at a time on each rank")
+    for kind, sets in (("ijb", "IJBB IJBC"), ("tinyface", "tinyface")):
+        parser.add_argument(f"--{kind}-root", metavar="DIR", help="folder of the folders named next")
+        parser.add_argument(f"--{kind}-targets", metavar="NAME", nargs="+", help=f"{sets}; all named must be there")
+        parser.add_argument(f"--{kind}-batch-size", metavar="N", help="images at a time on each rank")
+        parser.add_argument(f"--{kind}-num-workers", metavar="N", help="reading processes of each rank")
+        parser.add_argument(f"--{kind}-flip", action=argparse.BooleanOptionalAction, help="add the features of the mirror images")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="other configuration values, e.g. network=iresnet50")
 
 
 class Job(NamedTuple):
-    """One checkpoint, the configuration that names its network, and the pair sets to verify it on."""
+    """One checkpoint, the configuration that names its network, and what to measure it on."""
 
     checkpoint: Path
     network: EasyDict
-    sets: dict[str, verification.DataSet]
+    benchmarks: list
 
 
 class Evaluator:
     """Evaluates checkpoints as the command line asks; all ranks call it together.
 
-    skipped: {path: name} of the validation sets that only the configuration's defaults name and that were not found.
+    skipped: {path: name} of the sets that only the configuration's defaults name and that were not found.
     """
 
     def __init__(self, arguments: argparse.Namespace):
         self.overrides = overrides_of(arguments)
         self.config_named = arguments.config is not None
-        self.sets_named = any(override.startswith("val_targets=") for override in self.overrides)
-        self.folder_named = any(override.startswith("val_rec=") for override in self.overrides)
+        self.named = {override.partition("=")[0] for override in self.overrides}
         self.cfg = load_config(arguments.config or ROOT / "config" / "config.py", self.overrides)
         self.device = distributed.init(self.cfg.device)
         self.precision = choose_precision(arguments.precision, self.device)
+        self.features = arguments.features
         self.loaded, self.skipped = {}, {}
+
+    def network_of(self, checkpoint: Path) -> EasyDict:
+        """The configuration of the checkpoint's run, if it is beside it. Errors: InputError if it is wrong."""
+        beside = checkpoint.parent / "config.json"
+        return load_config(beside, self.overrides) if beside.is_file() else self.cfg
 
     def plan(self, checkpoint: Path) -> Job:
         """Find what the evaluation of a checkpoint needs, before any network runs.
 
-        Errors: InputError if the run's config.json is wrong, or a validation set damaged, missing though the command line names it, or none there.
+        Errors: InputError if the run's config.json is wrong, or a set damaged, missing though the command line names it, or none there.
         """
-        beside = checkpoint.parent / "config.json"
-        network = load_config(beside, self.overrides) if beside.is_file() else self.cfg
-        wanted = self.cfg if self.config_named else network
-        return Job(checkpoint, network, self.load_sets(Path(wanted.val_rec), wanted.val_targets))
+        network = self.network_of(checkpoint)
+        return Job(checkpoint, network, self.find_benchmarks(self.cfg if self.config_named else network))
 
-    def load_sets(self, root: Path, names: list[str]) -> dict[str, verification.DataSet]:
-        """Read the pair sets that are there, each once however many checkpoints need it."""
-        if self.folder_named and not root.is_dir():
-            raise InputError(f"--val-data: no folder {root}")
-        paths = {name: root / f"{name}.bin" for name in names}
-        found = [name for name, path in paths.items() if path.is_file() or self.sets_named]
-        self.skipped |= {path: name for name, path in paths.items() if name not in found}
+    def find_benchmarks(self, cfg) -> list:
+        """What is there of the sets that ``cfg`` or the command line names, each read once however many checkpoints need it."""
+        found, missing = [], {}
+        for kind in KINDS:
+            root_key, targets_key, *_ = kind.keys
+            root = Path(cfg[root_key])
+            if root_key in self.named and not root.is_dir():
+                raise InputError(f"--{root_key.replace('_', '-').replace('val-rec', 'val-data')}: no folder {root}")
+            for name in cfg[targets_key] if cfg[root_key] else []:
+                try:
+                    path = kind.find(root, name)
+                except InputError:
+                    if targets_key in self.named:
+                        raise
+                    missing[root / kind.pattern.format(name)] = name
+                    continue
+                if path not in self.loaded:
+                    self.loaded[path] = make(kind, name, cfg)
+                found.append(self.loaded[path])
+        self.skipped |= missing
         if not found:
-            raise InputError("nothing to evaluate on: " + ("; ".join(f"{name}: no {path}" for name, path in paths.items()) or "no validation sets are configured")
-                             + "; name a folder with --val-data and sets with --val-targets")
-        for name in found:
-            if paths[name] not in self.loaded:
-                self.loaded[paths[name]] = verification.load_targets(root, [name])[name]
-        return {name: self.loaded[paths[name]] for name in found}
+            raise InputError("nothing to evaluate on: " + ("; ".join(f"{name}: no {path}" for path, name in missing.items()) or "no validation sets are configured")
+                             + "; name a folder with --val-data (--ijb-root, --tinyface-root) and sets with --val-targets (--ijb-targets, --tinyface-targets)")
+        return found
 
-    def evaluate_checkpoint(self, job: Job) -> dict:
-        """{"verification": {set: {"Accuracy-Flip", "Accuracy-Std", "XNorm"}}, "ijb": {}, "tinyface": {}}, accuracies as fractions.
+    def evaluate_checkpoint(self, job: Job, exhibits: list | None = None) -> dict:
+        """{"verification": {set: figures}, "ijb": {set: figures}, "tinyface": {set: figures}} as the public functions of eval/ return them.
 
-        Errors: InputError if the file is missing, unreadable, of another network, or gives features that are not finite.
+        exhibits: a list to which rank 0 adds what a report page shows.
+        Errors: InputError if the file is missing, unreadable, of another network, an image unreadable, or a feature not finite.
         """
         backbone = self.load(job)
-        options = dict(device=self.device, precision=self.precision, channels_last=self.cfg.channels_last)
-        figures = {name: verification.test(pairs, backbone, self.cfg.val_batch_size, **options) for name, pairs in job.sets.items()}
-        return {"verification": figures, "ijb": {}, "tinyface": {}}
+        options = dict(device=self.device, precision=self.precision, channels_last=self.cfg.channels_last, features=self.features,
+                       checkpoint=sha256(job.checkpoint) if self.features else "", exhibits=exhibits)
+        results = {"verification": {}, "ijb": {}, "tinyface": {}}
+        for benchmark in job.benchmarks:
+            results[benchmark.kind][benchmark.name] = run_benchmark(benchmark, backbone, **options)
+        return results
 
     def load(self, job: Job) -> torch.nn.Module:
         """The network on this rank's device, RGB images to features; AdaFace's releases get the BGR they were trained on."""
@@ -102,11 +129,18 @@ class Evaluator:
         network = f"{job.network.network}{' with SE' if job.network.SE else ''}, embedding_size {job.network.embedding_size}"
         return f"{network}, {self.precision} on {distributed.world_size()} x {self.device.type}"
 
+    def settings(self, job: Job) -> dict:
+        """What decides the figures besides the checkpoint: a report made with the same need not be made again."""
+        return dict(network=job.network.network, embedding_size=job.network.embedding_size, SE=job.network.SE, precision=self.precision,
+                    sets={f"{benchmark.kind}.{benchmark.name}": dict(fingerprint=benchmark.fingerprint, flip=benchmark.options["flip"]) for benchmark in job.benchmarks})
+
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """The flags that were named, as key=value, and the command line's own, some of which --val-targets takes for names when they follow it."""
+    """The flags that were named, as key=value, and the command line's own, some of which --val-targets and the like take for names when they follow them."""
     flags = {key: getattr(arguments, key) for key in FLAGS if getattr(arguments, key) is not None}
-    behind = [word for word in flags.get("val_targets", []) if "=" in word]
-    if "val_targets" in flags:
-        flags["val_targets"] = ",".join(word for word in flags["val_targets"] if "=" not in word)
+    behind = []
+    for key, words in flags.items():
+        if isinstance(words, list):
+            behind += [word for word in words if "=" in word]
+            flags[key] = ",".join(word for word in words if "=" not in word)
     return [f"{key}={value}" for key, value in flags.items()] + behind + arguments.overrides

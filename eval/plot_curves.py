@@ -40,25 +40,36 @@ def read_curves(folder: Path) -> dict[str, list[dict]]:
 
 
 def read_accuracies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
-    """{run: {set: (accuracy, standard deviation)}} in percent, of each run's last checkpoint; the best run first."""
+    """{run: {set: (accuracy, standard deviation)}} in percent, of each run's last step (a checkpoint without a step counts where there is no other); the best run first.
+
+    Errors: InputError if there is no such file, or no accuracy on a pair set in it.
+    """
     if not path.is_file():
         raise InputError(f"no {path.absolute()}; make it with eval/run_batch_eval.py")
-    accuracies = {}
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            sets = [key.split(".")[1] for key in row if key.endswith(".Accuracy-Flip") and row[key]]
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["step"] or -1))     # the table may be sorted by a figure
+    accuracies = {}
+    for row in rows:
+        sets = [key.removeprefix("verification.").removesuffix(".Accuracy-Flip") for key in row if key.endswith(".Accuracy-Flip") and row[key]]
+        if sets:
             accuracies[row["run"]] = {name: tuple(100 * float(row[f"verification.{name}.Accuracy-{part}"]) for part in ("Flip", "Std")) for name in sets}
+    if not accuracies:
+        raise InputError(f"{path.absolute()} has no accuracy on a pair set; evaluate on some with --val-data and --val-targets")
     return dict(sorted(accuracies.items(), key=lambda item: -sum(accuracy for accuracy, _ in item[1].values())))
 
 
 def format_table(accuracies: dict) -> str:
-    sets = list(next(iter(accuracies.values())))
-    width = max(map(len, accuracies))
+    sets = all_sets(accuracies)
+    width = max(len("accuracy in %"), *map(len, accuracies))
     lines = [f"{'accuracy in %':{width}}" + "".join(f"{name:>16}" for name in sets)]
-    for name, figures in accuracies.items():
-        cells = "".join(f"{f'{mean:.2f} ± {std:.2f}':>16}" for mean, std in figures.values())
-        lines.append(f"{name:{width}}{cells}")
+    for run_name, figures in accuracies.items():
+        cells = "".join(f"{'{:.2f} ± {:.2f}'.format(*figures[name]) if name in figures else '':>16}" for name in sets)
+        lines.append(f"{run_name:{width}}{cells}")
     return "\n".join(lines)
+
+
+def all_sets(accuracies: dict) -> list[str]:
+    return list(dict.fromkeys(name for figures in accuracies.values() for name in figures))
 
 
 def draw(curves: dict, accuracies: dict, path: Path) -> None:
@@ -76,11 +87,12 @@ def draw(curves: dict, accuracies: dict, path: Path) -> None:
                 follows.plot(steps, [row[key] for row in rows], style, color=colors[name], label=f"{name}: {key}")
     losses.set(title="Training loss", xlabel="step", yscale="log")
     follows.set(title="cosine student-teacher and weight alpha of the old centre", xlabel="step")
+    sets = all_sets(accuracies)
     for index, (name, figures) in enumerate(accuracies.items()):
-        places = [place + 0.8 * index / len(accuracies) for place in range(len(figures))]
+        places = [sets.index(of_set) + 0.8 * (index + 0.5) / len(accuracies) for of_set in figures]
         means, deviations = zip(*figures.values())
         bars.bar(places, means, 0.8 / len(accuracies), yerr=deviations, color=colors.get(name, "grey"), label=name, capsize=2)
-        bars.set_xticks([place + 0.4 for place in range(len(figures))], figures)
+    bars.set_xticks([place + 0.4 for place in range(len(sets))], sets)
     bars.set(title="Accuracy on unseen people (%), deviation of the folds", ylim=(50, 100))
     for axes in (losses, follows, bars):
         axes.grid(alpha=0.3)

@@ -1,18 +1,27 @@
-"""What evaluation writes and prints: JSON, CSV, a Markdown table and a plot; all files by write-then-rename.
+"""The files that evaluation writes: JSON and CSV of one checkpoint; CSV, a Markdown table and plots of many. All by write-then-rename.
 
-A "result" is the dict of ``Evaluator.evaluate_checkpoint``; flat, its keys are dotted: ``verification.lfw.Accuracy-Flip``.
+eval/tables.py says how figures are named and shown, eval/page.py writes the page of one checkpoint.
 """
 
 import csv
 import io
 import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+# flatten and format_results: for those who call report only
+from eval.tables import (EXPLANATION, KINDS, MARK, find_metric, flatten, format_results, headlines, is_count, is_key, is_percentage, kind_of, label_of, scaled,
+                         set_of, show)
 from utils.errors import InputError
+from utils.plain_json import dumps
 from utils.recordio import replacing
 
-HEADLINE = ".Accuracy-Flip"     # the figure of a set that summaries show
+COLUMNS, PANELS = 5, 20         # panels in a row of plots, on a page of metrics.pdf
+STYLES = ("-", "--", "-.", ":")
 
 
 class Row(NamedTuple):
@@ -22,23 +31,6 @@ class Row(NamedTuple):
     run: str
     step: int | None
     figures: dict[str, float]
-
-
-def flatten(results: dict) -> dict[str, float]:
-    """Nested figures with dotted keys, sorted."""
-    flat = {}
-    for key, value in results.items():
-        flat |= {f"{key}.{inner}": figure for inner, figure in flatten(value).items()} if isinstance(value, dict) else {key: value}
-    return dict(sorted(flat.items()))
-
-
-def format_verification(results: dict) -> str:
-    """A table for the terminal: pair sets x accuracy and feature norm."""
-    width = max(len("pair set"), *map(len, results["verification"]))
-    lines = [f"{'pair set':{width}}  Accuracy-Flip ± Std (%)    XNorm"]
-    for name, figures in results["verification"].items():
-        lines.append(f"{name:{width}}  {100 * figures['Accuracy-Flip']:13.2f} ± {100 * figures['Accuracy-Std']:4.2f}    {figures['XNorm']:8.4g}")
-    return "\n".join(lines)
 
 
 def format_skipped(skipped: dict[Path, str]) -> str:
@@ -54,8 +46,22 @@ def prepare_folder(path: Path, flag: str) -> None:
         raise InputError(f"{flag}: {path.absolute()} is no folder and cannot become one: {error.strerror}") from error
 
 
+# --- one checkpoint ----------------------------------------------------------------------------------------------------------
+
 def write_json(path: Path, results: dict) -> None:
-    write(path, json.dumps(results, indent=2) + "\n")
+    """The figures as strict JSON, which knows no infinity: a threshold above all scores is null."""
+    write(path, dumps(results, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    """What ``write_json`` wrote. Errors: InputError if the file is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:         # of syntax or encoding
+        raise InputError(f"{path} is not JSON ({error}); delete it to make it anew") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, not a JSON object; delete it to make it anew")
+    return values
 
 
 def write_metrics(path: Path, figures: dict[str, float]) -> None:
@@ -63,53 +69,133 @@ def write_metrics(path: Path, figures: dict[str, float]) -> None:
     write_table(path, [("metric", "value"), *((key, f"{value:.6f}") for key, value in sorted(figures.items()))])
 
 
-def write_summary(folder: Path, rows: list[Row]) -> None:
-    """``summary.csv`` (every figure), ``summary.md`` (accuracies, best in bold) and ``summary.png`` (accuracies against steps)."""
+def read_metrics(path: Path) -> dict[str, float]:
+    """The figures that ``write_metrics`` wrote. Errors: InputError naming the file and the line if it is damaged, or has no figures."""
+    figures = {}
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.strip() == "metric,value":
+                continue
+            found = parse_metric(line)
+            if number == 1 or found is None:
+                raise InputError(f"{path}: line {number} is not {'metric,value' if number == 1 else 'a metric and a number'}; delete the file to make it anew")
+            figures[found[0]] = found[1]
+    if not figures:
+        raise InputError(f"{path}: no figures; delete the file to make it anew")
+    return figures
+
+
+def parse_metric(line: str) -> tuple[str, float] | None:
+    try:
+        key, value = next(csv.reader([line]), ())
+        return (key, float(value)) if is_key(key) and not math.isnan(float(value)) else None      # a threshold above all scores is infinite
+    except (csv.Error, ValueError):
+        return None
+
+
+# --- many checkpoints --------------------------------------------------------------------------------------------------------
+
+def write_summary(folder: Path, rows: list[Row], sort_by: str | None = None) -> None:
+    """``summary.csv`` (every figure), ``summary.md`` (headlines, best in bold), ``summary.png`` (headlines against steps), ``metrics.pdf`` (every figure against steps).
+
+    sort_by: a figure, as ``tables.find_metric`` understands it; the tables then have the checkpoint with the largest first, those without it last.
+    Errors: InputError, before anything is written, if no figure or several are meant.
+    """
     columns = sorted({key for row in rows for key in row.figures})
+    chosen = find_metric(sort_by, columns) if sort_by else None
+    ordered = sorted(rows, key=lambda row: -row.figures.get(chosen, -math.inf)) if chosen else rows
     write_table(folder / "summary.csv", [("checkpoint", "run", "step", *columns), *(
-        (row.name, row.run, "" if row.step is None else row.step, *(f"{row.figures[key]:.6f}" if key in row.figures else "" for key in columns)) for row in rows)])
-    headlines = [key for key in columns if key.endswith(HEADLINE)]
-    write(folder / "summary.md", markdown(rows, headlines))
-    plot(folder / "summary.png", rows, headlines)
+        (row.name, row.run, "" if row.step is None else row.step, *(f"{row.figures[key]:.6f}" if key in row.figures else "" for key in columns)) for row in ordered)])
+    shown = list(headlines(columns)) or columns
+    write(folder / "summary.md", markdown(ordered, shown if chosen in (None, *shown) else [*shown, chosen], chosen))
+    plot_headlines(folder / "summary.png", rows, shown)
+    plot_all(folder / "metrics.pdf", rows, columns)
 
 
-def markdown(rows: list[Row], keys: list[str]) -> str:
-    """A table of checkpoints x sets in percent, the best of each column in bold."""
-    best = {key: percent(max(rows, key=lambda row: row.figures.get(key, -1.0)), key) for key in keys}
-    lines = ["Accuracy-Flip in %, the best of each column in bold.", "", "| " + " | ".join(["checkpoint", *map(set_name, keys)]) + " |", "|---" * (1 + len(keys)) + "|"]
+def markdown(rows: list[Row], keys: list[str], sorted_by: str | None = None) -> str:
+    """A table of checkpoints x figures, rates in percent, the best of each column in bold."""
+    best = {key: show(key, max(rows, key=lambda row: row.figures.get(key, -math.inf)).figures) for key in keys}
+    lines = [f"Rates in %, the best of each column in bold{f'; sorted by {label_of(sorted_by)}' if sorted_by else ''}.", "",
+             table_line(["checkpoint", *map(label_of, keys)]), "|---" * (1 + len(keys)) + "|"]
     for row in rows:
-        cells = [percent(row, key) for key in keys]
-        cells = [f"**{cell}**" if cell == best[key] else cell for key, cell in zip(keys, cells)]
-        lines.append("| " + " | ".join([row.name, *cells]) + " |")
+        cells = [show(key, row.figures) for key in keys]
+        lines.append(table_line([row.name, *(f"**{cell}**" if cell and cell == best[key] else cell for key, cell in zip(keys, cells))]))
+    lines += ["", EXPLANATION] if any(MARK in line for line in lines) else []
     return "\n".join(lines) + "\n"
 
 
-def percent(row: Row, key: str) -> str:
-    return f"{100 * row.figures[key]:.2f}" if key in row.figures else ""
+def table_line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def set_name(key: str) -> str:
-    return key.split(".", 1)[1].removesuffix(HEADLINE)
-
-
-def plot(path: Path, rows: list[Row], keys: list[str]) -> None:
-    """A panel per set, a line per run; a checkpoint without a step is a dotted level."""
-    from matplotlib.figure import Figure        # not pyplot: no display, no global state
-
-    figure = Figure(figsize=(4.5 * len(keys), 3.6), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
-        for index, run in enumerate(dict.fromkeys(row.run for row in rows)):
-            of_run = [row for row in rows if row.run == run and key in row.figures]
-            points = [(row.step, 100 * row.figures[key]) for row in of_run if row.step is not None]
-            axes.plot(*zip(*points), marker="o", markersize=3, color=f"C{index}", label=run) if points else None
-            for row in of_run:
-                if row.step is None:
-                    axes.axhline(100 * row.figures[key], linestyle=":", color=f"C{index}", label=row.name)
-        axes.set(title=set_name(key), xlabel="step", ylabel="Accuracy-Flip (%)")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    with replacing(path) as file:
+def plot_headlines(path: Path, rows: list[Row], keys: list[str]) -> None:
+    """A panel per figure, a line per run; a checkpoint without a step is a dotted level."""
+    with drawing() as Figure, replacing(path) as file:
+        height, width = -(-len(keys) // COLUMNS), min(len(keys), COLUMNS)
+        figure = Figure(figsize=(3.6 * max(width, 2), 3.2 * height + 0.6), layout="constrained")
+        handles = {}
+        for key, place in zip(keys, figure.add_gridspec(height, width)):
+            handles |= draw(figure.add_subplot(place), key, label_of(key), rows)
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
         figure.savefig(file, format="png", dpi=120)
+
+
+def plot_all(path: Path, rows: list[Row], keys: list[str]) -> None:
+    """Every figure but the sizes of sets against the step: pages for the pair sets, for each IJB set and for TinyFace."""
+    from matplotlib.backends.backend_pdf import PdfPages
+
+    with drawing() as Figure, replacing(path) as file, PdfPages(file) as pages:
+        for title, group in group_by_page(keys).items():
+            for first in range(0, len(group), PANELS):
+                figure, handles = Figure(figsize=(15, 10.6)), {}
+                # fixed places: an automatic layout takes twice the time
+                places = figure.add_gridspec(PANELS // COLUMNS, COLUMNS, left=0.04, right=0.99, top=0.9, bottom=0.09, hspace=0.5, wspace=0.25)
+                for key, place in zip(group[first:first + PANELS], places):
+                    handles |= draw(figure.add_subplot(place), key, key.removeprefix(f"{title}."), rows)
+                figure.suptitle(title, x=0.04, ha="left")
+                figure.legend(handles.values(), handles, loc="lower center", ncols=6, fontsize="small", frameon=False)
+                pages.savefig(figure)
+
+
+@contextmanager
+def drawing() -> Iterator[type]:
+    """Matplotlib's Figure, not pyplot: no display, no global state. A $ in the name of a run is no formula."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"text.parse_math": False}):
+        yield Figure
+
+
+def group_by_page(keys: list[str]) -> dict[str, list[str]]:
+    """{title: keys}, by kind, each IJB set for itself; numbers in keys rise as numbers."""
+    groups = {}
+    for key in sorted(keys, key=lambda key: (KINDS.index(kind_of(key)), numbers_as_numbers(key))):
+        if not is_count(key):
+            groups.setdefault(set_of(key) if kind_of(key) == "ijb" else kind_of(key), []).append(key)
+    return groups
+
+
+def numbers_as_numbers(text: str) -> list[str | float]:
+    return [float(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", text))]
+
+
+def draw(axes, key: str, title: str, rows: list[Row]) -> dict:
+    """A figure against the step, a line per run, a dotted level for a checkpoint without one. Returns {label: what was drawn}."""
+    drawn = {}
+    for index, run in enumerate(dict.fromkeys(row.run for row in rows)):
+        look = dict(color=f"C{index % 10}", linestyle=STYLES[index // 10 % len(STYLES)])
+        of_run = [(row, scaled(key, row.figures[key])) for row in rows if row.run == run and math.isfinite(row.figures.get(key, math.nan))]
+        points = sorted((row.step, value) for row, value in of_run if row.step is not None)
+        if points:
+            drawn[run], = axes.plot(*zip(*points), marker="o", markersize=3, **look)
+        drawn |= {row.name: axes.axhline(value, color=look["color"], linestyle=":") for row, value in of_run if row.step is None}
+    axes.set_title(f"{title} (%)" if is_percentage(key) else title, fontsize="small", y=1.02)      # a given height spares the search for one
+    axes.set_xlabel("step", fontsize="x-small")
+    axes.tick_params(labelsize="x-small")
+    axes.locator_params(nbins=5)
+    axes.grid(alpha=0.3)
+    return drawn
 
 
 def write_table(path: Path, lines) -> None:

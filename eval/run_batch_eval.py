@@ -1,12 +1,15 @@
 """Evaluate all checkpoints of a run, or of every run in a folder, and compare them.
 
     python eval/run_batch_eval.py --checkpoint-dir output/demo --checkpoint-suffix backbone.pth --save-json
+    torchrun --nproc_per_node 4 eval/run_batch_eval.py --checkpoint-dir output/demo --share-checkpoints      # one GPU for each checkpoint
 
 prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports, <name>_metrics.csv (and <name>.json) for each and
-summary.csv, summary.md and summary.png over all; a name is 600backbone, or student_600backbone for the run in the sub-folder student.
+summary.csv, summary.md, summary.png and metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone for the run in the sub-folder student.
+A checkpoint whose report is there, newer than the file and made with the same settings (settings.json) is not evaluated again.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -14,6 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate, report
+from eval.tables import find_metric
 from utils import distributed
 from utils.errors import InputError, run
 
@@ -24,8 +28,10 @@ def main() -> None:
     folder = arguments.report_dir or arguments.checkpoint_dir / "reports"
     report.prepare_folder(folder, "--report-dir")
     evaluator = evaluate.Evaluator(arguments)
-    jobs = [evaluator.plan(checkpoint) for checkpoint in checkpoints]
-    evaluate_all(evaluator, jobs, arguments, folder)
+    reports = Reports(folder, arguments, evaluator)
+    jobs = plan(evaluator, checkpoints, reports)
+    evaluate_all(evaluator, jobs, reports, distributed.world_size() if arguments.share_checkpoints else 1)
+    reports.close(checkpoints)
     distributed.shutdown()
 
 
@@ -42,30 +48,103 @@ def step_of(checkpoint: Path) -> int | None:
     return int(number[0]) if number else None
 
 
-def evaluate_all(evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], arguments: argparse.Namespace, folder: Path) -> None:
-    """Evaluate and report one checkpoint after another; one that cannot be evaluated does not stop the others.
-
-    Errors: InputError at the end that names those.
-    """
-    rows, failures = [], []
-    for job in jobs:
-        name = name_of(job.checkpoint, arguments.checkpoint_dir)
+def plan(evaluator: evaluate.Evaluator, checkpoints: list[Path], reports: "Reports") -> list[evaluate.Job]:
+    """The evaluations to do; a checkpoint with an unusable configuration is a failure of its own, one with a report is skipped."""
+    jobs = []
+    for checkpoint in checkpoints:
         try:
-            results = evaluator.evaluate_checkpoint(job)
+            evaluator.network_of(checkpoint)
         except InputError as error:
-            failures.append(f"{name}: {error}")
+            reports.add_failure(checkpoint, str(error))
             continue
-        rows.append(report.Row(name, job.checkpoint.absolute().parent.name, step_of(job.checkpoint), report.flatten(results)))
-        if distributed.is_main():
-            print(f"{name} ({evaluator.describe(job)})\n{report.format_verification(results)}\n", flush=True)
-            report.write_metrics(folder / f"{name}_metrics.csv", rows[-1].figures)
-            if arguments.save_json:
-                report.write_json(folder / f"{name}.json", results)
-    if distributed.is_main() and rows:
-        report.write_summary(folder, rows)
-        print(f"{report.format_skipped(evaluator.skipped)}{len(rows)} of {len(jobs)} checkpoints evaluated: {folder / 'summary.md'}, summary.csv, summary.png")
-    if failures:
-        raise InputError(f"{len(failures)} of {len(jobs)} checkpoints could not be evaluated: " + "; ".join(failures))
+        job = evaluator.plan(checkpoint)
+        if not distributed.main_computes(lambda: reports.add_earlier(job)):
+            jobs.append(job)
+    return jobs
+
+
+def evaluate_all(evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], reports: "Reports", width: int) -> None:
+    """Evaluate ``width`` checkpoints at a time, each on a rank of its own (1: one after another on all ranks together), and report each."""
+    for first in range(0, len(jobs), width):
+        part = jobs[first:first + width]
+        if width == 1:
+            outcomes = [attempt(evaluator, part[0])]
+        else:
+            with distributed.alone():
+                mine = [attempt(evaluator, job) for job in part[reports.rank:reports.rank + 1]]
+            outcomes = [outcome for found in distributed.all_gather_object(mine) for outcome in found]
+        for job, (results, error) in zip(part, outcomes):
+            if error:
+                reports.add_failure(job.checkpoint, error)
+            else:
+                reports.add(job, results)
+                reports.check_order()
+
+
+def attempt(evaluator: evaluate.Evaluator, job: evaluate.Job) -> tuple[dict | None, str | None]:
+    """The figures of a checkpoint, or why there are none: one that cannot be evaluated does not stop the others."""
+    try:
+        return evaluator.evaluate_checkpoint(job), None
+    except InputError as error:
+        return None, str(error)
+
+
+class Reports:
+    """What is written about each checkpoint and about all; on ranks other than the first it only remembers."""
+
+    def __init__(self, folder: Path, arguments: argparse.Namespace, evaluator: evaluate.Evaluator):
+        self.folder, self.arguments, self.evaluator = folder, arguments, evaluator
+        self.rank, self.rows, self.failures = distributed.rank(), {}, {}
+        self.settings_file = folder / "settings.json"
+        self.settings = report.read_json(self.settings_file) if self.settings_file.is_file() else {}
+
+    def add(self, job: evaluate.Job, results: dict) -> None:
+        name = self.add_row(job.checkpoint, report.flatten(results))
+        if self.rank == 0:
+            print(f"{name} ({self.evaluator.describe(job)})\n{report.format_results(results)}\n", flush=True)
+            report.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
+            if self.arguments.save_json:
+                report.write_json(self.folder / f"{name}.json", results)
+            self.settings[name] = self.evaluator.settings(job)
+            report.write_json(self.settings_file, self.settings)
+
+    def add_earlier(self, job: evaluate.Job) -> bool:
+        """Take the figures of an earlier report if it is newer than the checkpoint and was made with the same settings."""
+        name = name_of(job.checkpoint, self.arguments.checkpoint_dir)
+        written = [self.metrics_of(name)] + [self.folder / f"{name}.json"] * self.arguments.save_json
+        if self.arguments.force or self.settings.get(name) != json.loads(json.dumps(self.evaluator.settings(job))):
+            return False
+        if not all(path.is_file() and path.stat().st_mtime_ns >= job.checkpoint.stat().st_mtime_ns for path in written):
+            return False
+        self.add_row(job.checkpoint, report.read_metrics(self.metrics_of(name)))
+        print(f"{name}: the report is newer than the checkpoint; --force makes it again")
+        return True
+
+    def add_row(self, checkpoint: Path, figures: dict) -> str:
+        name = name_of(checkpoint, self.arguments.checkpoint_dir)
+        self.rows[checkpoint] = report.Row(name, checkpoint.absolute().parent.name, step_of(checkpoint), figures)
+        return name
+
+    def add_failure(self, checkpoint: Path, error: str) -> None:
+        self.failures[checkpoint] = f"{name_of(checkpoint, self.arguments.checkpoint_dir)}: {error}"
+
+    def check_order(self) -> None:
+        """Errors: InputError if --sort-by names no figure of the checkpoints so far: at the first one, not after the last."""
+        if self.arguments.sort_by:
+            find_metric(self.arguments.sort_by, sorted({key for row in self.rows.values() for key in row.figures}))
+
+    def metrics_of(self, name: str) -> Path:
+        return self.folder / f"{name}_metrics.csv"
+
+    def close(self, checkpoints: list[Path]) -> None:
+        """Write the comparison of all. Errors: InputError that names the checkpoints that could not be evaluated."""
+        rows = [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows]
+        if self.rank == 0 and rows:
+            report.write_summary(self.folder, rows, self.arguments.sort_by)
+            print(f"{report.format_skipped(self.evaluator.skipped)}{len(rows)} of {len(checkpoints)} checkpoints evaluated: "
+                  f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf")
+        if self.failures:
+            raise InputError(f"{len(self.failures)} of {len(checkpoints)} checkpoints could not be evaluated: " + "; ".join(self.failures.values()))
 
 
 def name_of(checkpoint: Path, folder: Path) -> str:
@@ -79,6 +158,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint-suffix", default="backbone.pth", metavar="TEXT", help="ends of the names of checkpoints (%(default)s)")
     parser.add_argument("--report-dir", type=Path, metavar="DIR", help="where the reports go (<checkpoint-dir>/reports)")
     parser.add_argument("--save-json", action="store_true", help="write <name>.json beside each <name>_metrics.csv")
+    parser.add_argument("--sort-by", metavar="METRIC", help="order of the summaries, best first: a metric's name or the end of one, e.g. lfw.Accuracy-Flip, rank-1")
+    parser.add_argument("--force", action="store_true", help="evaluate also the checkpoints whose report is there and newer")
+    parser.add_argument("--share-checkpoints", action="store_true", help="under torchrun: every process (GPU) evaluates checkpoints of its own")
     evaluate.add_arguments(parser)
     return parser.parse_intermixed_args()
 

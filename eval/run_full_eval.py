@@ -1,11 +1,12 @@
-"""Evaluate one checkpoint: accuracy on the pair sets (LFW, CFP-FP, AgeDB-30, ...).
+"""Evaluate one checkpoint on everything that is there: pair sets (LFW, CFP-FP, AgeDB-30, ...), IJB-B and IJB-C, TinyFace.
 
-    python eval/run_full_eval.py --checkpoint output/AdaDistill/600backbone.pth --config config/config.py --results-json results.json
+    python eval/run_full_eval.py --checkpoint output/AdaDistill/600backbone.pth --config config/config.py --results-json results.json --report-dir report
 
 prints the network and how it was run, for each pair set accuracy ± standard deviation over the ten folds (in %) and the mean norm of the
-features, and "skipped <set>: no <path>" for each set that only the configuration names and that is not there.
+features, for IJB the true accept rates at six false accept rates and the 1:N figures, for TinyFace the rank-k rates, and
+"skipped <set>: no <path>" for each set that only the configuration names and that is not there. --report-dir adds report.html.
 
-A set that --val-data or --val-targets names must be there. On several ranks: torchrun --nproc_per_node 4 eval/run_full_eval.py ...
+A set that the command line names must be there; so must the folder. On several ranks: torchrun --nproc_per_node 4 eval/run_full_eval.py ...
 """
 
 import argparse
@@ -15,7 +16,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate, report
+from eval.page import write_page
 from utils import distributed
+from utils.checkpoint import sha256
 from utils.errors import InputError, run
 
 
@@ -23,15 +26,24 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.results_json:
         report.prepare_folder(arguments.results_json.absolute().parent, "--results-json")
+    if arguments.report_dir:
+        report.prepare_folder(arguments.report_dir, "--report-dir")
     if not arguments.checkpoint.is_file():
         raise InputError(f"--checkpoint: no file at {arguments.checkpoint.absolute()}")
     evaluator = evaluate.Evaluator(arguments)
     job = evaluator.plan(arguments.checkpoint)
-    results = evaluator.evaluate_checkpoint(job)
+    exhibits = [] if arguments.report_dir else None
+    results = evaluator.evaluate_checkpoint(job, exhibits)
     if distributed.is_main():
-        print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{report.format_verification(results)}\n{report.format_skipped(evaluator.skipped)}", end="")
+        skipped = report.format_skipped(evaluator.skipped)
+        print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{report.format_results(results)}\n{skipped}", end="")
         if arguments.results_json:
             report.write_json(arguments.results_json, results)
+        if arguments.report_dir:
+            settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": sha256(arguments.checkpoint), **evaluator.settings(job)}
+            settings = {"evaluation": settings, "run": dict(job.network)}
+            title = f"{arguments.checkpoint.name}\n{arguments.checkpoint.absolute().parent}\n{evaluator.describe(job)}"
+            write_page(arguments.report_dir / "report.html", title, results, exhibits, settings, skipped.splitlines())
     distributed.shutdown()
 
 
@@ -39,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="<step>backbone.pth, or a published .pth, .ckpt or .safetensors")
     parser.add_argument("--results-json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="write report.html there: tables, curves, histograms and the hardest pairs on one page")
     evaluate.add_arguments(parser)
     return parser.parse_intermixed_args()
 

@@ -44,20 +44,25 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
     return images, issame
 
 
+def find_bin(root: str | Path, name: str) -> Path:
+    """``<root>/<name>.bin``. Errors: InputError if it is not there, listing what is."""
+    path = Path(root) / f"{name}.bin"
+    if not path.is_file():
+        present = ", ".join(sorted(other.name for other in Path(root).glob("*.bin"))) or "none"
+        raise InputError(f"validation set {name}: {path.resolve()} not found; .bin files there: {present}")
+    return path
+
+
 def load_targets(root: str | Path, names: Sequence[str], image_size: tuple[int, int] = (112, 112)) -> dict[str, DataSet]:
     """Read ``<root>/<name>.bin`` for every name; see ``load_bin``.
 
     Raises InputError when one is missing, saying where it was looked for and which sets are there.
     """
-    root = Path(root)
-    for name in names:
-        if not (root / f"{name}.bin").is_file():
-            present = ", ".join(sorted(path.name for path in root.glob("*.bin"))) or "none"
-            raise InputError(f"validation set {name}: {root.resolve() / f'{name}.bin'} not found; .bin files there: {present}")
-    sets = {name: load_bin(root / f"{name}.bin", image_size) for name in names}
+    paths = {name: find_bin(root, name) for name in names}
+    sets = {name: load_bin(path, image_size) for name, path in paths.items()}
     for name, (_, issame) in sets.items():
         if len(issame) < FOLDS:
-            raise InputError(f"{root / f'{name}.bin'} has {len(issame)} pairs, fewer than the {FOLDS} folds of the protocol")
+            raise InputError(f"{paths[name]} has {len(issame)} pairs, fewer than the {FOLDS} folds of the protocol")
     return sets
 
 
@@ -70,14 +75,22 @@ def test(data_set: DataSet, backbone: nn.Module, batch_size: int, nfolds: int = 
     features before adding and normalising.
     """
     images, issame = data_set
-    flips = embed(backbone, images, batch_size, device=device, precision=precision, channels_last=channels_last)
-    embeddings = nn.functional.normalize(flips[0] + flips[1]).numpy()
-    accuracy = evaluate(embeddings, issame, nfolds)[2]
+    return figures(embed(backbone, images, batch_size, device=device, precision=precision, channels_last=channels_last), issame, nfolds)
+
+
+def figures(flips: tuple[torch.Tensor, torch.Tensor], issame: np.ndarray, nfolds: int = FOLDS) -> dict[str, float]:
+    """The dict of ``test`` from the features (2N, D) of the images and of their mirror images."""
+    accuracy = evaluate(add_flips(flips), issame, nfolds)[2]
     return {
         "Accuracy-Flip": float(accuracy.mean()),
         "Accuracy-Std": float(accuracy.std()),
         "XNorm": float(torch.cat(flips).norm(dim=1).mean()),
     }
+
+
+def add_flips(flips: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
+    """The embeddings (2N, D) that are compared: both flips added, then L2-normalised."""
+    return nn.functional.normalize(flips[0] + flips[1]).numpy()
 
 
 def evaluate(embeddings: np.ndarray, actual_issame: np.ndarray, nrof_folds: int = FOLDS

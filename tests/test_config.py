@@ -147,7 +147,7 @@ def test_paths_start_at_the_root_in_files_and_at_the_current_directory_on_the_co
     monkeypatch.setenv("HOME", "/home/me")
     cfg = load_config(partial(tmp_path, rec="data/mine", pretrained_teacher_path="~/t.pth"), ["output=runs/a", "val_rec=/abs/val", "data_path=~/faces"])
     assert (cfg.rec, cfg.output, cfg.val_rec) == (str(ROOT / "data/mine"), str(tmp_path / "runs/a"), "/abs/val")
-    assert (cfg.pretrained_teacher_path, cfg.data_path, cfg.ijb_root) == ("/home/me/t.pth", "/home/me/faces", "")
+    assert (cfg.pretrained_teacher_path, cfg.data_path, cfg.pretrained_header_path) == ("/home/me/t.pth", "/home/me/faces", "")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,8 @@ def test_wrong_types_in_a_file(tmp_path, values, message):
     (["num_epoch=2", "warmup_epoch=2"], "warmup_epoch=2 leaves nothing of num_epoch=2"),
     (["sample_rate=0"], "sample_rate=0.0 must be above 0"), (["sample_rate=1.5"], "at most 1"),
     (["val_rec="], "val_targets need val_rec"),
-    (["eval_ijb=True"], "eval_ijb is not part of this version: set eval_ijb=False"),
+    (["eval_ijb=True", "ijb_root="], "eval_ijb=True needs ijb_root, the folder of the sets, and ijb_targets, their names"),
+    (["eval_tinyface=True", "tinyface_targets=[]"], "eval_tinyface=True needs tinyface_root, the folder of the sets, and tinyface_targets"),
     (["teacher_repo_id=someone/teachers"], "teacher_repo_id is not part of this version: download"),
 ])
 def test_bad_combinations(overrides, message):

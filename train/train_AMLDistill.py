@@ -22,7 +22,7 @@ from utils.teacher import load_teacher
 def main():
     cfg, resume = parse_arguments(__doc__, "AMLDistill")
     with setup.start(cfg, resume) as run:
-        dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
+        dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)
         header = build_header("AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
         setup.load_teacher_centers(header, cfg)
@@ -33,7 +33,7 @@ def main():
         def loss_of(student, images, labels, epoch):
             return header(student(images), labels, teacher(images) if teacher else None, epoch)
 
-        Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation_sets).train()
+        Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation).train()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from utils.losses import build_header
 def main():
     cfg, resume = parse_arguments(__doc__, "standalone")
     with setup.start(cfg, resume) as run:
-        dataset, validation_sets = setup.build_dataset(cfg), setup.load_validation(cfg)
+        dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)
         header = build_header("standalone", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
         setup.load_pretrained_centers(header, cfg)
@@ -30,7 +30,7 @@ def main():
         def loss_of(student, images, labels, epoch):
             return header(student(images), labels)
 
-        Engine(cfg, run, "standalone", dataset, student, header, loss_of, validation_sets).train()
+        Engine(cfg, run, "standalone", dataset, student, header, loss_of, validation).train()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import is_main
 from utils.errors import InputError
+from utils.plain_json import dumps
 from utils.recordio import replacing
+
+BOARD_NAMES = {"ijb": "IJB", "tinyface": "TinyFace"}        # of the benchmarks in TensorBoard
+SHOWN = ("tpr_at_fpr_0.0001", "tpr_at_fpr_1e-05", "top1", "rank-1")     # their figures that training.log shows
 
 
 def start_log(output: str | Path, append: bool) -> None:
@@ -79,13 +83,37 @@ class RunLog:
                 self.board.add_scalar(f"val/{name}/{tag}", value, step)
         self.write(dict(step=step, epoch=epoch, validation={name: dict(figures, **{"Accuracy-Highest": highest[name]}) for name, figures in results.items()}))
 
+    def benchmarks(self, step: int, epoch: int, results: dict) -> None:
+        """results: {"ijb": {set: figures}, "tinyface": {set: figures}}; the figures of a 1:N search are a dict of their own."""
+        if not self.active:
+            return
+        for kind, name, key, value in ((kind, name, *item) for kind, sets in results.items() for name, figures in sets.items() for item in flat(figures)):
+            self.board.add_scalar(f"{BOARD_NAMES[kind]}/{name}/{key}", value, step)
+            if key.endswith(SHOWN):
+                logging.info("[%s][%d]%s: %.5f", name, step, key, value)
+        self.write(dict(step=step, epoch=epoch, **results))
+
+    def has_benchmarks(self, step: int) -> bool:
+        """Whether the figures of IJB and TinyFace at this step were logged, by this run or the one it resumes."""
+        rows = map(json.loads, self.path.read_text().splitlines()) if self.path.exists() else ()
+        return any(row["step"] == step and row.keys() & BOARD_NAMES.keys() for row in rows)
+
     def write(self, row: dict) -> None:
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(dumps(row) + "\n")
 
     def close(self) -> None:
         if self.active:
             self.board.close()
+
+
+def flat(figures: dict):
+    """(key, value) of all figures, those of inner dicts as ``1N_G1/top1``."""
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{inner}", figure) for inner, figure in value.items())
+        else:
+            yield key, value
 
 
 def keep_rows_until(path: Path, step: int) -> None:
