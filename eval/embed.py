@@ -19,6 +19,8 @@ from utils.images import mirror, to_input
 from utils.loading import cores, end_workers, next_batch, start_worker
 from utils.precision import PRECISIONS, autocast
 
+ON_DEVICE = 8192        # images whose features wait on the device before they are copied to the host: 32 MB, and the device need not be waited for
+
 
 class Images(Protocol):
     """N images of one size: an array or tensor (N, H, W, 3) uint8 RGB, a list of (H, W, 3), or anything that behaves so.
@@ -62,9 +64,10 @@ def _embed_share(backbone, images, batch_size, num_workers, store, name, run) ->
     """Each rank embeds a contiguous share; all gather it."""
     start, stop = (len(images) * part // world_size() for part in (rank(), rank() + 1))
     # With fewer images than ranks a share can be empty; one image then tells this rank the feature size.
-    share, done = range(start, max(stop, start + 1)), []
-    _embed_parts(backbone, images, [share], batch_size, num_workers, name, run, lambda part, features: done.append(features))
-    return all_gather_rows(done[0][:stop - start])
+    end, done = max(stop, start + 1), []
+    parts = [range(first, min(first + ON_DEVICE, end)) for first in range(start, end, ON_DEVICE)]
+    _embed_parts(backbone, images, parts, batch_size, num_workers, name, run, lambda part, features: done.append(features))
+    return all_gather_rows(torch.cat(done)[:stop - start])
 
 
 def _embed_missing(backbone, images, batch_size, num_workers, store, name, run) -> torch.Tensor:
