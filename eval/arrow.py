@@ -6,12 +6,14 @@ metadata.pt is read as tensors and plain values, with stand-ins for numpy's own 
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from eval.roc import to_whole
 from eval.set_folder import check_aligned, fingerprint, scan
 from utils.checkpoint import UNREADABLE
 from utils.errors import InputError
@@ -118,8 +120,9 @@ def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
 def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
     """The named entries of a folder's metadata.pt, whether tensors, numpy arrays or lists.
 
-    ``keys``: name -> int for (n,) int64, float for (n,) float32, str for a list of strings.
-    Errors: InputError if the file is missing, damaged, lacks a key, holds something else, or asks for code (refused, named, not run).
+    ``keys``: name -> int for (n,) int64 (whole numbers of any type), float for (n,) float32, str for a list of strings.
+    Further entries may be any plain values. Errors: InputError if the file is missing, damaged, lacks a key, holds something else under it, or
+    asks anywhere for code (refused, named, not run).
     """
     path = folder / METADATA
     if not path.is_file():
@@ -136,40 +139,53 @@ def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
 def load_plain(path: Path):
     """What torch.save wrote, with ``Array`` in place of numpy arrays."""
     try:
-        with torch.serialization.safe_globals(STAND_INS):
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)      # the error below says so where it matters
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError as error:
         raise InputError(f"{path} was refused: {error}") from error
     except pickle.UnpicklingError as error:
-        name, reason = re.search(r"GLOBAL ([\w.]+)", str(error)), re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
         if name:
             raise InputError(f"{path} was refused: it asks to load {name[1]}, which is code and no tensor") from error
-        raise InputError(f"{path} is no file that torch.save wrote by default ({reason[1][:150] if reason else 'damaged'})") from error
+        raise InputError(f"{path} is damaged or was written with another pickle protocol than torch.save's: save it with torch.save's defaults") from error
     except UNREADABLE as error:
-        raise InputError(f"{path} is no readable file of torch.save ({first_line(error)})") from error
+        raise InputError(f"{path} is cut off, damaged or no file of torch.save ({type(error).__name__}: {first_line(error)})") from error
 
 
 def to_vector(value, kind: type, where: str) -> np.ndarray:
     """(n,) int64 or float32 from a tensor, array or list of numbers."""
+    value = unpack(value, where)
     try:
         if isinstance(value, torch.Tensor):
             value = value.double().numpy() if value.is_floating_point() else value.numpy()
-        array = np.asarray(value.values if isinstance(value, Array) else value)
+        array = np.asarray(value)
     except (ValueError, TypeError) as error:
         raise InputError(f"{where} is no list of numbers ({first_line(error)})") from error
-    is_vector, fits = array.size == max(array.shape, default=0), array.dtype.kind in ("biu" if kind is int else "biuf")
-    if array.size and not (is_vector and fits):
+    if not array.size:
+        return np.empty(0, np.int64 if kind is int else np.float32)
+    numbers = to_whole(array) if kind is int else array if array.dtype.kind in "biuf" else None
+    if numbers is None or array.size != max(array.shape, default=0):
         raise InputError(f"{where} is {array.dtype} of shape {array.shape}; expected is a list of {'whole ' if kind is int else ''}numbers")
-    return np.array(array.reshape(-1), np.int64 if kind is int else np.float32)
+    return np.array(numbers.reshape(-1), np.int64 if kind is int else np.float32)
 
 
 def to_texts(value, kind: type, where: str) -> list[str]:
     """A list of strings from a list or array of them."""
-    value = value.values if isinstance(value, Array) else value
+    value = unpack(value, where)
     texts = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where} is no list of strings")
     return list(texts)
+
+
+def unpack(value, where: str):
+    """What a stand-in for an array holds, or the value itself."""
+    if not isinstance(value, Array):
+        return value
+    if isinstance(value.values, Dtype):
+        raise InputError(f"{where} is a numpy array of {value.values.name}; numbers and strings are expected")
+    return value.values
 
 
 def first_line(error: Exception) -> str:
@@ -177,22 +193,27 @@ def first_line(error: Exception) -> str:
 
 
 class Dtype:
-    """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could declare its bytes to be pointers."""
+    """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could declare its bytes to be pointers.
 
-    __slots__ = ("dtype",)
+    ``dtype``: None for other types, the content of which is passed over.
+    """
+
+    __slots__ = ("name", "dtype")
 
     def __init__(self, name, *_):
-        if not re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", str(name)):
-            raise InputError(f"it holds a numpy array of {name}; numbers and strings are expected")
-        self.dtype = np.dtype(name)
+        self.name = str(name)
+        self.dtype = np.dtype(self.name) if re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", self.name) else None
 
     def __setstate__(self, state):
         if state[1] == ">":
-            raise InputError("it holds big-endian numpy arrays")
+            self.name, self.dtype = f"big-endian {self.name}", None
 
 
 class Array:
-    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards. ``values``: an array, or the list that an array of objects is."""
+    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards.
+
+    ``values``: an array, the list that an array of objects is, or the Dtype of an array that was passed over.
+    """
 
     __slots__ = ("values",)
 
@@ -205,6 +226,8 @@ class Array:
 
 
 def from_content(content, dtype: Dtype, shape: tuple):
+    if dtype.dtype is None:
+        return dtype
     if dtype.dtype == object:       # strings, at best: the unpickler has let only plain values pass
         if not isinstance(content, list):
             raise InputError("it holds a numpy array of objects that is no list")
@@ -220,7 +243,8 @@ def reconstruct(*_type_and_shape) -> Array:
 
 def scalar(dtype: Dtype, content):
     """A single number or string, as Python's."""
-    return from_content(content, dtype, (1,))[0].item()
+    values = from_content(content, dtype, (1,))
+    return values[0].item() if isinstance(values, np.ndarray) else values
 
 
 # the names that files hold, as numpy 1 (core) and numpy 2 (_core) write them

@@ -1,7 +1,7 @@
 """The sets a network is measured on, alike to those who run them: pair sets, IJB and TinyFace.
 
-A benchmark has ``kind`` ("verification", "ijb", "tinyface": the key of its figures in a report), ``name``, ``images``, ``fingerprint`` and
-``options`` (batch_size, flip, num_workers of ``embed``), and turns features into figures: ``measure(plain, mirrored, exhibits)``, all (N, D)
+A benchmark has ``kind`` ("verification", "ijb", "tinyface": the key of its figures in a report), ``name``, ``images``, ``fingerprint`` (of what
+decides the features), ``identity`` (of all that decides the figures) and ``options`` (batch_size, flip, num_workers of ``embed``), and turns features into figures: ``measure(plain, mirrored, exhibits)``, all (N, D)
 float32, mirrored None without flip. ``exhibits``: a list to which it adds what a report page shows, or None.
 """
 
@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 
 from eval import ijb, tinyface, verification
 from eval.embed import embed
 from eval.features import open_store
-from eval.ijb_set import find_ijb, load_ijb
+from eval.ijb_set import IJBSet, find_ijb, load_ijb
 from eval.page import PairExhibit, RankExhibit
 from eval.roc import cmc, roc_curve, separate
-from eval.tinyface_set import find_tinyface, load_tinyface
+from eval.set_folder import check_images
+from eval.tinyface_set import TinyFaceSet, find_tinyface, load_tinyface
 from utils import distributed
 from utils.errors import InputError
 
@@ -32,11 +34,14 @@ class PairSet:
     kind, pattern, find = "verification", "{}.bin", staticmethod(verification.find_bin)
     keys = ("val_rec", "val_targets", "val_batch_size")
 
-    def __init__(self, name: str, root: str | Path, batch_size: int):
-        self.name, path = name, self.find(root, name)
-        self.images, self.issame = verification.load_targets(root, [name])[name]
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+    def __init__(self, name: str, data, batch_size: int):
+        self.name, ((self.images, self.issame), self.fingerprint) = name, data
+        self.identity = self.fingerprint
         self.options = dict(batch_size=batch_size, flip=True)
+
+    @staticmethod
+    def load(root: str | Path, name: str) -> tuple[verification.DataSet, str]:
+        return verification.load_targets(root, [name])[name], hashlib.sha256(verification.find_bin(root, name).read_bytes()).hexdigest()
 
     def measure(self, plain, mirrored, exhibits: list | None) -> dict:
         if exhibits is not None:
@@ -51,12 +56,13 @@ class PairSet:
 class IJB:
     """IJB-B or IJB-C in either layout: 1:1 in three variants and, where the lists are there, 1:N with both galleries."""
 
-    kind, pattern, find = "ijb", "{}", staticmethod(find_ijb)
+    kind, pattern, find, load = "ijb", "{}", staticmethod(find_ijb), staticmethod(load_ijb)
     keys = ("ijb_root", "ijb_targets", "ijb_batch_size", "ijb_num_workers", "ijb_flip")
 
-    def __init__(self, name: str, root: str | Path, batch_size: int, num_workers: int, flip: bool):
-        self.name, self.set = name, load_ijb(root, name)
-        self.images, self.fingerprint = self.set.images, self.set.fingerprint
+    def __init__(self, name: str, data: IJBSet, batch_size: int, num_workers: int, flip: bool):
+        self.name, self.set, self.images, self.fingerprint = name, data, data.images, data.fingerprint
+        lists = [column for rows in (*data.galleries.values(), data.probes or ()) for column in rows]
+        self.identity = hashlib.sha256(b"".join([data.fingerprint.encode(), *(column.tobytes() for column in lists)])).hexdigest()
         self.options = dict(batch_size=batch_size, num_workers=num_workers, flip=flip)
 
     def measure(self, plain, mirrored, exhibits: list | None) -> dict:
@@ -94,13 +100,12 @@ class IJB:
 class TinyFace:
     """TinyFace's 1:N identification, in either layout."""
 
-    kind, pattern, find = "tinyface", "{}", staticmethod(find_tinyface)
+    kind, pattern, find, load = "tinyface", "{}", staticmethod(find_tinyface), staticmethod(load_tinyface)
     keys = ("tinyface_root", "tinyface_targets", "tinyface_batch_size", "tinyface_num_workers", "tinyface_flip")
 
-    def __init__(self, name: str, root: str | Path, batch_size: int, num_workers: int, flip: bool):
-        self.name, self.set = name, load_tinyface(root, name)
-        self.by_key = {Path(path).stem: index for index, path in enumerate(self.set.image_paths)}
-        self.images, self.fingerprint = self.set.images, self.set.fingerprint
+    def __init__(self, name: str, data: TinyFaceSet, batch_size: int, num_workers: int, flip: bool):
+        self.name, self.set = name, data
+        self.images, self.fingerprint, self.identity = data.images, data.fingerprint, data.fingerprint
         self.options = dict(batch_size=batch_size, num_workers=num_workers, flip=flip)
 
     def measure(self, plain, mirrored, exhibits: list | None) -> dict:
@@ -111,13 +116,10 @@ class TinyFace:
 
     def show_misses(self, ranking: tinyface.Ranking) -> list[tuple[list[np.ndarray], str]]:
         """The probes whose mate came last: the probe, the wrong image that came first, the mate."""
-        misses = []
-        for probe in np.argsort(-ranking.ranks, kind="stable")[:MISSES]:
-            if ranking.ranks[probe] > 1:
-                path = self.set.meta["probe_paths"][probe]
-                images = [self.by_key[Path(path).stem], *ranking.hardest[probe]]
-                misses.append(([self.images[int(index)] for index in images], f"{Path(path).name}: wrong first, mate at rank {ranking.ranks[probe]}"))
-        return misses
+        missed = np.flatnonzero((ranking.ranks > 1) & (ranking.ranks != tinyface.NO_MATE))
+        return [([self.images[int(index)] for index in (ranking.probes[probe], *ranking.hardest[probe])],
+                 f"{self.images.name_of(int(ranking.probes[probe]))}: wrong first, mate at rank {ranking.ranks[probe]}")
+                for probe in missed[np.argsort(-ranking.ranks[missed], kind="stable")][:MISSES]]
 
 
 def add(plain: torch.Tensor, mirrored: torch.Tensor | None) -> np.ndarray:
@@ -135,16 +137,22 @@ def name_rates(figures: dict) -> dict:
 KINDS = (PairSet, IJB, TinyFace)        # keys: the configuration's root, targets, then what the constructor takes
 
 
-def make(kind, name: str, cfg):
-    """Read and check one set as the configuration says. Errors: InputError if anything is missing or does not fit."""
-    root, _, *options = kind.keys
-    return kind(name, cfg[root], *(cfg[key] for key in options))
+def make(kind, name: str, data, cfg):
+    """A benchmark of a set that ``kind.load`` has read, run as the configuration says."""
+    return kind(name, data, *(cfg[key] for key in kind.keys[2:]))
 
 
 def benchmarks_of(cfg) -> list:
-    """What a training run measures besides its pair sets, read and checked now, not after hours."""
+    """What a training run measures besides its pair sets; all of it is read now, images included, for an error after an epoch costs hours."""
     asked = [kind for kind, wanted in ((IJB, cfg.eval_ijb), (TinyFace, cfg.eval_tinyface)) if wanted]
-    return [make(kind, name, cfg) for kind in asked for name in cfg[kind.keys[1]]]
+    found = [make(kind, name, kind.load(cfg[kind.keys[0]], name), cfg) for kind in asked for name in dict.fromkeys(cfg[kind.keys[1]])]
+    for benchmark in found:
+        distributed.all_succeed(lambda: check_images(share_of(benchmark.images), benchmark.options["num_workers"], f"checking {benchmark.name}"))
+    return found
+
+
+def share_of(images) -> Subset:
+    return Subset(images, range(distributed.rank(), len(images), distributed.world_size()))
 
 
 def run_benchmark(benchmark, backbone: torch.nn.Module, *, device, precision: str, channels_last: bool, features: Path | None = None,
@@ -158,7 +166,7 @@ def run_benchmark(benchmark, backbone: torch.nn.Module, *, device, precision: st
         store = None
         if features:
             store = open_store(features, checkpoint, f"{benchmark.kind}-{benchmark.name}", benchmark.fingerprint, len(benchmark.images), precision,
-                               benchmark.options["flip"], {})
+                               benchmark.options["flip"])
         plain, mirrored = embed(backbone, benchmark.images, **benchmark.options, device=device, precision=precision, channels_last=channels_last,
                                 store=store, name=benchmark.name)
         return distributed.main_computes(lambda: benchmark.measure(plain, mirrored, exhibits))

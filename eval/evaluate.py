@@ -8,8 +8,9 @@ import torch
 from easydict import EasyDict
 
 from backbones import build_backbone
-from config.schema import ROOT, load_config
+from config.schema import ROOT, load_config, read_json
 from eval.benchmarks import KINDS, make, run_benchmark
+from eval.report import prepare_folder
 from utils import distributed
 from utils.checkpoint import ADAFACE_PREFIX, load_backbone, sha256
 from utils.errors import InputError
@@ -63,6 +64,8 @@ class Evaluator:
         self.device = distributed.init(self.cfg.device)
         self.precision = choose_precision(arguments.precision, self.device)
         self.features = arguments.features
+        if self.features:
+            prepare_folder(self.features, "--features")
         self.loaded, self.skipped = {}, {}
 
     def network_of(self, checkpoint: Path) -> EasyDict:
@@ -80,28 +83,36 @@ class Evaluator:
 
     def find_benchmarks(self, cfg) -> list:
         """What is there of the sets that ``cfg`` or the command line names, each read once however many checkpoints need it."""
-        found, missing = [], {}
-        for kind in KINDS:
-            root_key, targets_key, *_ = kind.keys
-            root = Path(cfg[root_key])
-            if root_key in self.named and not root.is_dir():
-                raise InputError(f"--{root_key.replace('_', '-').replace('val-rec', 'val-data')}: no folder {root}")
-            for name in cfg[targets_key] if cfg[root_key] else []:
-                try:
-                    path = kind.find(root, name)
-                except InputError:
-                    if targets_key in self.named:
-                        raise
-                    missing[root / kind.pattern.format(name)] = name
-                    continue
-                if path not in self.loaded:
-                    self.loaded[path] = make(kind, name, cfg)
-                found.append(self.loaded[path])
+        kinds = [self.find_of_kind(kind, cfg) for kind in KINDS]
+        found = [benchmark for of_kind, _, _ in kinds for benchmark in of_kind]
+        missing = {path: name for _, of_kind, _ in kinds for path, name in of_kind.items()}
+        errors = [error for _, _, error in kinds if error]
         self.skipped |= missing
         if not found:
             raise InputError("nothing to evaluate on: " + ("; ".join(f"{name}: no {path}" for path, name in missing.items()) or "no validation sets are configured")
                              + "; name a folder with --val-data (--ijb-root, --tinyface-root) and sets with --val-targets (--ijb-targets, --tinyface-targets)")
+        if errors:
+            raise errors[0]
         return found
+
+    def find_of_kind(self, kind, cfg) -> tuple[list, dict, InputError | None]:
+        """(the benchmarks of a kind, {path: name} of those that are not there, why a folder that the command line names has none)."""
+        root_key, targets_key, *_ = kind.keys
+        root, found, missing, why = Path(cfg[root_key]), [], {}, None
+        if root_key in self.named and not root.is_dir():
+            raise InputError(f"--{root_key.replace('_', '-').replace('val-rec', 'val-data')}: no folder {root}")
+        for name in dict.fromkeys(cfg[targets_key] if cfg[root_key] else []):
+            try:
+                path = kind.find(root, name)
+            except InputError as error:
+                if targets_key in self.named:
+                    raise
+                missing[root / kind.pattern.format(name)], why = name, error
+                continue
+            if path not in self.loaded:
+                self.loaded[path] = kind.load(root, name)
+            found.append(make(kind, name, self.loaded[path], cfg))
+        return found, missing, why if root_key in self.named and not found else None
 
     def evaluate_checkpoint(self, job: Job, exhibits: list | None = None) -> dict:
         """{"verification": {set: figures}, "ijb": {set: figures}, "tinyface": {set: figures}} as the public functions of eval/ return them.
@@ -129,10 +140,15 @@ class Evaluator:
         network = f"{job.network.network}{' with SE' if job.network.SE else ''}, embedding_size {job.network.embedding_size}"
         return f"{network}, {self.precision} on {distributed.world_size()} x {self.device.type}"
 
+    def run_configuration(self, checkpoint: Path) -> dict:
+        """The configuration that the checkpoint's run wrote beside it, as it is."""
+        beside = checkpoint.parent / "config.json"
+        return read_json(beside) if beside.is_file() else {"config.json": f"none in {checkpoint.absolute().parent}: how this network was trained is not known"}
+
     def settings(self, job: Job) -> dict:
         """What decides the figures besides the checkpoint: a report made with the same need not be made again."""
         return dict(network=job.network.network, embedding_size=job.network.embedding_size, SE=job.network.SE, precision=self.precision,
-                    sets={f"{benchmark.kind}.{benchmark.name}": dict(fingerprint=benchmark.fingerprint, flip=benchmark.options["flip"]) for benchmark in job.benchmarks})
+                    sets={f"{benchmark.kind}.{benchmark.name}": dict(identity=benchmark.identity, flip=benchmark.options["flip"]) for benchmark in job.benchmarks})
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:

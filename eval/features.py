@@ -1,8 +1,8 @@
 """Features on disk, so that a second metric or an interrupted evaluation does not embed again.
 
-One folder for each checkpoint and set, ``<folder>/<checkpoint>/<set>``, holds ``features.json`` (what they are) and a file for every
-1024 images, ``00000000.npy``: (n, D) float32, or (n, 2 D) with the features of the mirror images to the right. The set's name in it ends in a
-part of its fingerprint and in the number format: another file, another set or another precision never gets these features.
+One folder for each checkpoint and set, ``<folder>/<checkpoint>/<set>``, holds ``features.json`` (what they are, for people) and a file for
+every 128 images, ``00000000.npy``: (n, D) float32, or (n, 2 D) with the features of the mirror images to the right. The set's name in it ends in
+a part of its fingerprint, in the number format and in VERSION: another file, another set or another precision never gets these features.
 """
 
 import json
@@ -15,7 +15,8 @@ import torch
 from utils.errors import InputError
 from utils.recordio import replacing
 
-PART = 1024     # images a file: 4 MB with both flips of 512 dimensions, a few seconds of work at most
+PART = 128      # images a file: half a megabyte with both flips of 512 dimensions, a second of work on a CPU
+VERSION = 1     # to be raised when the same images would give other features: alignment, decoding, normalisation
 
 
 class StoredFeatures(NamedTuple):
@@ -59,15 +60,15 @@ class StoredFeatures(NamedTuple):
         return values
 
 
-def open_store(folder: Path, checkpoint: str, name: str, fingerprint: str, images: int, precision: str, flip: bool, about: dict) -> StoredFeatures:
+def open_store(folder: Path, checkpoint: str, name: str, fingerprint: str, images: int, precision: str, flip: bool) -> StoredFeatures:
     """The features of one checkpoint on one set, as far as they are in ``folder``.
 
-    checkpoint: SHA-256 of its file. name, fingerprint: of the set. about: what else a reader of features.json may want to know.
+    checkpoint: SHA-256 of its file. name, fingerprint: of the set.
     """
-    path = Path(folder) / checkpoint[:16] / f"{name}-{fingerprint[:12]}-{precision}{'' if flip else '-noflip'}"
+    path = Path(folder) / checkpoint[:16] / f"{name}-{fingerprint[:12]}-{precision}{'' if flip else '-noflip'}-v{VERSION}"
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "features.json").exists():
         with replacing(path / "features.json") as file:
-            file.write((json.dumps(dict(about, checkpoint_sha256=checkpoint, set=name, fingerprint=fingerprint, images=images, precision=precision, flip=flip), indent=2)
-                        + "\n").encode())
+            about = dict(checkpoint_sha256=checkpoint, set=name, fingerprint=fingerprint, images=images, precision=precision, flip=flip)
+            file.write((json.dumps(about, indent=2) + "\n").encode())
     return StoredFeatures(path, images)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from eval.roc import FPRS, Roc, check_labels, check_norms, cmc, roc_curve, search, tpr_at
+from eval.roc import FPRS, Roc, check_labels, check_norms, cmc, roc_curve, search, to_whole, tpr_at
 from utils.errors import InputError
 
 # What the feature of an image is multiplied by: Norm:True leaves its norm, which then acts as a weight; Det:True weights by the detector's score.
@@ -43,7 +43,8 @@ def evaluate(embeddings: np.ndarray, faceness_scores: np.ndarray, templates: np.
     """TPR at six FPRs and their thresholds in the three variants.
 
     ``embeddings``: (N, D) float32, not normalised, both flips added; ``faceness_scores``: (N,) detector scores; ``templates``, ``medias``: (N,)
-    int ids, a media id counting within its template; ``p1``, ``p2``: (P,) template ids of the pairs; ``label``: (P,) 1 for the same person, else 0.
+    ids (whole numbers of any type), a media id counting within its template; ``p1``, ``p2``: (P,) template ids of the pairs; ``label``: (P,) 1 for
+    the same person, else 0.
     Returns percent under ``Norm:True_Det:True_tpr_at_fpr_0.0001`` and so on, the score to reach under ``…_thresh_at_fpr_0.0001`` (infinite where
     the TPR is 0 because an impostor pair scores highest).
     Raises InputError, naming what is wrong, for unequal lengths, a feature that is zero or not finite, a pair of a template without
@@ -105,15 +106,13 @@ def identify(embeddings: np.ndarray, faceness_scores: np.ndarray, templates: np.
     Raises InputError also for a listed template without images or with two subjects, an empty list, no mated or no non-mated probe.
     """
     images = _check_images(embeddings, faceness_scores, templates, medias)
-    probe_ids, probe_subjects = _list_templates("probe", probe_templates, probe_subjects)
-    gallery_ids, gallery_subjects = _list_templates("gallery", gallery_templates, gallery_subjects)
+    probe_ids, probe_subjects = list_templates("the probe list", probe_templates, probe_subjects)
+    gallery_ids, gallery_subjects = list_templates("the gallery list", gallery_templates, gallery_subjects)
     probes = _pool(images, "Norm:True_Det:True", _group_images(images, probe_ids, "the probe list"))
     gallery = _pool(images, "Norm:True_Det:True", _group_images(images, gallery_ids, "the gallery list"))
     found = search(probes, gallery, probe_subjects, gallery_subjects)
     mated = found.mates >= 0
-    if not mated.any() or mated.all():
-        raise InputError(f"{'every' if mated.any() else 'no'} probe's subject is in the gallery: of {len(mated)} probe templates some must be mated "
-                         "(for the ranks) and some not (for the thresholds)")
+    check_mated(mated)
     return Identification(found.ranks[mated], found.mate_scores[mated], found.other_scores[mated], found.other_scores[~mated])
 
 
@@ -139,16 +138,23 @@ def _threshold_at(non_mated_maxima: np.ndarray, far: float) -> float:
     return float(falling[max(int(len(falling) * far) - 1, 0)])
 
 
-def _list_templates(side: str, ids: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct templates of a list, rising, and the subject of each."""
-    ids, subjects = _check_ids(f"the {side} list's templates", ids), _check_ids(f"the {side} list's subjects", subjects)
+def check_mated(mated: np.ndarray, where: str = "") -> None:
+    """Errors: InputError unless of the probe templates, ``mated`` (P,) bool, some have their subject in the gallery and some have not."""
+    if not mated.any() or mated.all():
+        raise InputError(f"{where}{'every' if mated.any() else 'no'} probe's subject is in the gallery: of {len(mated)} probe templates some must be mated "
+                         "(for the ranks) and some not (for the thresholds)")
+
+
+def list_templates(name: str, ids: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct templates of a list, rising, and the subject of each. Errors: InputError for a template with two; ``name``: the list's, for messages."""
+    ids, subjects = _check_ids(f"{name}'s templates", ids), _check_ids(f"{name}'s subjects", subjects)
     if len(ids) != len(subjects) or not len(ids):
-        raise InputError(f"the {side} list has {len(ids)} templates and {len(subjects)} subjects: as many of both, and at least one, are needed")
+        raise InputError(f"{name} has {len(ids)} templates and {len(subjects)} subjects: as many of both, and at least one, are needed")
     distinct, first, row = np.unique(ids, return_index=True, return_inverse=True)
     other = subjects != subjects[first][row]
     if other.any():
         at = int(np.argmax(other))
-        raise InputError(f"the {side} list gives template {ids[at]} two subjects, {subjects[first][row[at]]} and {subjects[at]}")
+        raise InputError(f"{name} gives template {ids[at]} two subjects, {subjects[first][row[at]]} and {subjects[at]}")
     return distinct, subjects[first]
 
 
@@ -289,6 +295,7 @@ def _check_images(embeddings: np.ndarray, faceness_scores: np.ndarray, templates
 
 def _check_ids(name: str, ids: np.ndarray) -> np.ndarray:
     ids = np.asarray(ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InputError(f"{name} of shape {ids.shape} and type {ids.dtype}: a row of integers is needed")
-    return ids.astype(np.int64, copy=False)
+    whole = to_whole(ids)
+    if ids.ndim != 1 or whole is None:
+        raise InputError(f"{name} of shape {ids.shape} and type {ids.dtype}: a row of whole numbers is needed")
+    return whole

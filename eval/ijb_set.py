@@ -15,6 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from eval.arrow import METADATA, is_saved, open_records, read_metadata, saved_fingerprint
+from eval.ijb import check_mated, list_templates
 from eval.set_folder import BLOCK, ImageFiles, find_set, fingerprint, first_of, scan, warn_if_not_as_published
 from utils.errors import InputError
 
@@ -22,7 +23,7 @@ SUFFIX = "_gt_aligned"      # of CVLFace's folders
 CROPS, META = "loose_crop", "meta"
 FACES, PAIRS, POINTS = "_face_tid_mid.txt", "_template_pair_label.txt", "_name_5pts_score.txt"
 GALLERY, PROBES = "_1N_gallery_", "_1N_probe_mixed"
-PUBLISHED = {"ijbb": {"images": 227_630, "pairs": 8_010_270}, "ijbc": {"images": 469_375, "pairs": 15_658_489}}
+PUBLISHED = {"ijbb": {"image": 227_630, "pair": 8_010_270}, "ijbc": {"image": 469_375, "pair": 15_658_489}}
 ACCEPTED = np.isin(np.arange(256), list(b"0123456789 \t\r\n"))      # bytes in a file of pairs
 
 
@@ -51,10 +52,11 @@ def load_ijb(root: str | Path, target: str) -> IJBSet:
     """Read everything but the images, and check it, so that an evaluation does not fail after hours; one image is read as a sample.
 
     Errors: InputError naming the file (and line) for files that are missing, cut off or do not fit each other, images that are missing, pairs or
-    1:N lists with templates of which there is no image, no genuine or no impostor pair, an unreadable first image.
+    1:N lists with templates of which there is no image or all detector scores are 0, no genuine or no impostor pair, a gallery with the subjects
+    of all probes or of none, an unreadable first image.
     """
     folder = find_ijb(root, target)
-    crops = (folder / CROPS).is_dir() or bool(prefixes(folder / META))
+    crops = (folder / CROPS).is_dir() or not is_saved(folder) and bool(prefixes(folder / META))      # CVLFace's may have got a copy of the meta files
     if crops == is_saved(folder):
         raise InputError(f"{folder} is {'both' if crops else 'neither'} InsightFace's layout (folders {CROPS} and {META}, in it <prefix>{FACES}) "
                          f"{'and' if crops else 'nor'} CVLFace's (state.json, dataset_info.json, *.arrow, {METADATA})")
@@ -63,7 +65,7 @@ def load_ijb(root: str | Path, target: str) -> IJBSet:
     ijb.images[0]
     published = PUBLISHED.get(target.lower().removesuffix(SUFFIX))
     if published:
-        warn_if_not_as_published(target, {"images": len(ijb.images), "pairs": len(ijb.label)}, published)
+        warn_if_not_as_published(target, {"image": len(ijb.images), "pair": len(ijb.label)}, published)
     return ijb
 
 
@@ -114,11 +116,11 @@ def find_files(folder: Path, names: list[str]) -> list[tuple]:
     there = scan(folder)
     missing = [name for name in names if name not in there]
     if missing:
-        raise InputError(f"{folder}: of {len(names)} images in the meta files there are missing {first_of(missing, 'images')}")
+        raise InputError(f"{folder} lacks {first_of(missing, 'image')}, of {len(names)} in the meta files")
     listing = [(name, *there[name]) for name in names]
     empty = [name for name, size, _ in listing if not size]
     if empty:
-        raise InputError(f"{folder}: {first_of(empty, 'files of 0 bytes')}: copy them again")
+        raise InputError(f"{folder}: {first_of(empty, 'empty file')}: copy again what was cut off")
     return listing
 
 
@@ -147,7 +149,7 @@ def in_order(names: list[str], faces: Path, other_names: list[str], values: np.n
     for names_here, here, known, there in ((names, faces, place, points), (other_names, points, set(names), faces)):
         unknown = [name for name in names_here if name not in known]
         if unknown:
-            raise InputError(f"{here.name} ({len(names_here)} images) names {first_of(unknown, 'images')} that {there} does not")
+            raise InputError(f"{here.name} ({len(names_here)} images) names {first_of(unknown, 'image')}, that {there} does not")
     if len(place) != len(other_names):
         raise InputError(f"{points} names images twice and in another order than {faces.name}")
     return values[[place[name] for name in names]]
@@ -158,7 +160,7 @@ def check_points(names: list[str], points: np.ndarray, path: Path) -> None:
                         (lambda: np.ptp(points, axis=1).max(axis=1) == 0, "all five points in one place")):
         places = np.flatnonzero(wrong())
         if len(places):
-            raise InputError(f"{path}: {first_of([names[i] for i in places], 'images')}, with {what}")
+            raise InputError(f"{path}: {first_of([names[i] for i in places], 'image')}, with {what}")
 
 
 def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -257,27 +259,29 @@ def check(ijb: IJBSet, folder: Path) -> None:
             raise InputError(f"{folder}: {', '.join(f'{count} {name}' for name, count in lengths.items())}: they must be equal, and not 0")
     unscored = np.flatnonzero(~np.isfinite(ijb.faceness_scores))
     if len(unscored):
-        raise InputError(f"{folder}: {first_of([ijb.images.name_of(i) for i in unscored], 'images')}, with a detector score that is not finite")
+        raise InputError(f"{folder}: {first_of([ijb.images.name_of(i) for i in unscored], 'image')}, with a detector score that is not finite")
     other = np.flatnonzero((ijb.label != 0) & (ijb.label != 1))
     if len(other):
         raise InputError(f"{folder}: pair {other[0] + 1} of {len(ijb.label)} has the label {ijb.label[other[0]]}; "
                          "labels are 1 (genuine) and 0 (impostor)")
     if not ijb.label.any() or ijb.label.all():
         raise InputError(f"{folder}: no {'impostor' if ijb.label.any() else 'genuine'} pair among {len(ijb.label)}: rates cannot be measured")
-    for templates in (ijb.p1, ijb.p2):
-        check_templates(ijb, templates, f"{folder}: the pairs")
     lists = {f"1:N gallery {name}": rows for name, rows in ijb.galleries.items()} | ({"1:N probes": ijb.probes} if ijb.probes else {})
-    for name, (templates, subjects) in lists.items():
-        check_templates(ijb, templates, f"{folder}: the {name}")
-        _, first, inverse = np.unique(templates, return_index=True, return_inverse=True)
-        torn = np.flatnonzero(subjects[first][inverse] != subjects)
-        if len(torn):
-            raise InputError(f"{folder}: in the {name} template {templates[torn[0]]} has two subjects, "
-                             f"{subjects[first][inverse][torn[0]]} and {subjects[torn[0]]}")
+    for where, templates in [("pairs", ijb.p1), ("pairs", ijb.p2)] + [(name, templates) for name, (templates, _) in lists.items()]:
+        check_templates(ijb, templates, folder, where)
+    subjects = {name: list_templates(f"{folder}: the list of the {name}", *rows)[1] for name, rows in lists.items()}
+    for name in ijb.galleries:
+        check_mated(np.isin(subjects["1:N probes"], subjects[f"1:N gallery {name}"]), f"{folder}: 1:N gallery {name}: ")
 
 
-def check_templates(ijb: IJBSet, templates: np.ndarray, where: str) -> None:
+def check_templates(ijb: IJBSet, templates: np.ndarray, folder: Path, where: str) -> None:
+    """That the listed templates can have a feature. Errors: InputError naming the first that cannot."""
     unknown = np.flatnonzero(~np.isin(templates, ijb.templates))
     if len(unknown):
-        raise InputError(f"{where} name {len(np.unique(templates[unknown]))} templates of which there is no image, the first {templates[unknown[0]]} "
-                         f"(row {unknown[0] + 1} of {len(templates)})")
+        raise InputError(f"{folder}: there is no image of {first_of(list(dict.fromkeys(templates[unknown].tolist())), 'template')}, "
+                         f"in the {where} (row {unknown[0] + 1} of {len(templates)})")
+    weightless = np.setdiff1d(ijb.templates, ijb.templates[ijb.faceness_scores != 0])
+    weightless = weightless[np.isin(weightless, templates)] if len(weightless) else weightless
+    if len(weightless):
+        raise InputError(f"{folder}: the detector score of all images is 0 for {first_of(weightless.tolist(), 'template')}, in the {where}: "
+                         "features weighted by it have no direction")

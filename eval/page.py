@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from eval import figures
+from eval import drawings
 from eval.roc import Roc, Separation
 from eval.tables import EXPLANATION, MARK, Table, tabulate
 from utils.images import resize_and_crop
@@ -34,7 +34,10 @@ class PairExhibit(NamedTuple):
 
 
 class RankExhibit(NamedTuple):
-    """What a search in a gallery shows. tpir: {curve: (fpir, tpir)}, fractions; misses: (images, caption) of probes whose mate came late, e.g. probe, the wrong first, the mate."""
+    """What a search in a gallery shows.
+
+    tpir: {curve: (fpir, tpir)}, fractions; misses: (images, caption) of probes whose mate came late, e.g. probe, the wrong first, the mate.
+    """
 
     set_name: str
     cmc: dict[str, np.ndarray]
@@ -72,9 +75,12 @@ def show_links(sets) -> str:
 
 def show_table(table: Table) -> str:
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in [table.corner, *table.columns])
-    rows = "".join(f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{show_cell(cell)}</td>' for cell in cells)}</tr>" for name, cells in table.rows.items())
+    rows = "".join(f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{show_cell(cell)}</td>' for cell in cells)}</tr>"
+                   for name, cells in table.rows.items())
     text = f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    return f"<details><summary>{escape(table.title)}</summary>{text}</details>" if table.minor else f"<h3>{escape(table.title)} <small>{escape(table.remark)}</small></h3>{text}"
+    if table.minor:
+        return f"<details><summary>{escape(table.title)}</summary>{text}</details>"
+    return f"<h3>{escape(table.title)} <small>{escape(table.remark)}</small></h3>{text}"
 
 
 def show_cell(cell: str) -> str:
@@ -89,7 +95,8 @@ def show_settings(settings: dict) -> str:
     """A closed table for the plain values and one for each group of them."""
     plain = {key: value for key, value in settings.items() if not isinstance(value, dict)}
     groups = ({"Run": plain} if plain else {}) | {key: value for key, value in settings.items() if isinstance(value, dict)}
-    tables = "".join(f"<details><summary>{escape(str(name))}</summary><table class='settings'><tbody>{''.join(map(show_setting, spread(group)))}</tbody></table></details>"
+    tables = "".join(f"<details><summary>{escape(str(name))}</summary>"
+                     f"<table class='settings'><tbody>{''.join(map(show_setting, spread(group)))}</tbody></table></details>"
                      for name, group in groups.items())
     return f"<section id='settings'><h2>Configuration</h2>{tables}</section>"
 
@@ -117,8 +124,8 @@ def show_exhibits(exhibits: Sequence[PairExhibit | RankExhibit]) -> str:
 
 def pair_parts(exhibit: PairExhibit) -> tuple[list[str], list[str]]:
     name, separation = exhibit.set_name, exhibit.separation
-    plots = [show_plot(figures.draw_rocs(exhibit.rocs), f"ROC of {name}")] if exhibit.rocs else []
-    plots.append(show_plot(figures.draw_separation(separation, next(iter(exhibit.rocs.values()), None), exhibit.score_name), f"score histograms of {name}"))
+    plots = [show_plot(drawings.draw_rocs(exhibit.rocs), f"ROC of {name}")] if exhibit.rocs else []
+    plots.append(show_plot(drawings.draw_separation(separation, next(iter(exhibit.rocs.values()), None), exhibit.score_name), f"score histograms of {name}"))
     strips = [show_strips(title, [(exhibit.images(pair), f"{exhibit.scores_of(pair):.4f} · {exhibit.captions(pair)}") for pair in map(int, pairs[:MOST_PAIRS])])
               for title, pairs in (("Hardest false accepts: different people with the highest scores", separation.false_accepts),
                                    ("Hardest false rejects: the same person with the lowest scores", separation.false_rejects))]
@@ -126,8 +133,8 @@ def pair_parts(exhibit: PairExhibit) -> tuple[list[str], list[str]]:
 
 
 def rank_parts(exhibit: RankExhibit) -> tuple[list[str], list[str]]:
-    plots = [show_plot(figures.draw_cmc(exhibit.cmc), f"CMC of {exhibit.set_name}")] if exhibit.cmc else []
-    plots += [show_plot(figures.draw_tpir(exhibit.tpir), f"TPIR against FPIR of {exhibit.set_name}")] if exhibit.tpir else []
+    plots = [show_plot(drawings.draw_cmc(exhibit.cmc), f"CMC of {exhibit.set_name}")] if exhibit.cmc else []
+    plots += [show_plot(drawings.draw_tpir(exhibit.tpir), f"TPIR against FPIR of {exhibit.set_name}")] if exhibit.tpir else []
     return plots, [show_strips("Hardest searches: the mate came last", exhibit.misses[:MOST_PAIRS])]
 
 
@@ -161,7 +168,8 @@ PAGE = Template("""<!DOCTYPE html>
   :root { --ink: #e3e5e8; --soft: #99a; --line: #3a3d44; --paper: #16181c; --shade: #1e2126; --link: #7fb2e5 }
   .plot { filter: invert(0.88) hue-rotate(180deg) }
 }
-body { margin: 0 auto; max-width: 1120px; padding: 2rem 1.5rem 4rem; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif }
+body { margin: 0 auto; max-width: 1120px; padding: 2rem 1.5rem 4rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif }
 header { border-bottom: 2px solid var(--ink); padding-bottom: .8rem }
 h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere }
 header p { margin: .15rem 0; color: var(--soft); overflow-wrap: anywhere }
@@ -172,12 +180,14 @@ h3 { font-size: .95rem; margin: 1.4rem 0 .4rem } small { color: var(--soft); fon
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
 th, td { padding: .28rem .8rem; text-align: right; white-space: nowrap; font-weight: normal }
-thead th { border-bottom: 1px solid var(--ink); color: var(--soft) } tbody tr { border-bottom: 1px solid var(--line) } tbody tr:hover { background: var(--shade) }
+thead th { border-bottom: 1px solid var(--ink); color: var(--soft) }
+tbody tr { border-bottom: 1px solid var(--line) } tbody tr:hover { background: var(--shade) }
 th:first-child { text-align: left; padding-left: 0 } td sup { position: absolute; line-height: 1 }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere } .settings th { color: var(--soft); vertical-align: top }
 summary { cursor: pointer; color: var(--link); margin: .5rem 0 } .note { color: var(--soft); font-size: .88rem }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; margin: .8rem 0 } .plot { width: 545px; max-width: 100%; height: auto }
-.strips { display: flex; flex-wrap: wrap; gap: .9rem 1.2rem } figure { margin: 0; display: table } figure img { display: inline-block; margin-right: 3px; border-radius: 3px; vertical-align: top }
+.strips { display: flex; flex-wrap: wrap; gap: .9rem 1.2rem } figure { margin: 0; display: table }
+figure img { display: inline-block; margin-right: 3px; border-radius: 3px; vertical-align: top }
 figcaption { display: table-caption; caption-side: bottom; font-size: .8rem; color: var(--soft); font-variant-numeric: tabular-nums }
 @media print { details::details-content { content-visibility: visible } section { break-inside: avoid-page } }
 </style>

@@ -11,11 +11,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
-# flatten and format_results: for those who call report only
-from eval.tables import (EXPLANATION, KINDS, MARK, find_metric, flatten, format_results, headlines, is_count, is_key, is_percentage, kind_of, label_of, scaled,
-                         set_of, show)
+from eval.tables import EXPLANATION, KINDS, MARK, find_metric, headlines, is_count, is_key, is_percentage, kind_of, label_of, scaled, set_of, show
 from utils.errors import InputError
 from utils.plain_json import dumps
 from utils.recordio import replacing
@@ -39,11 +38,22 @@ def format_skipped(skipped: dict[Path, str]) -> str:
 
 
 def prepare_folder(path: Path, flag: str) -> None:
-    """Make the folder that a flag names. Errors: InputError if it is none and cannot become one."""
+    """Make the folder that a flag names. Errors: InputError if it is none and cannot become one, or nothing can be written there."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{flag}: {path.absolute()} is no folder and cannot become one: {error.strerror}") from error
+    try:
+        TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(f"{flag}: nothing can be written to {path.absolute()}: {error.strerror}") from error
+
+
+def prepare_file(path: Path, flag: str) -> None:
+    """Make the folder of the file that a flag names. Errors: as ``prepare_folder``, and InputError if the path is a folder."""
+    if path.is_dir():
+        raise InputError(f"{flag}: {path.absolute()} is a folder; name a file")
+    prepare_folder(path.absolute().parent, flag)
 
 
 # --- one checkpoint ----------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def search(probes: np.ndarray, gallery: np.ndarray, probe_subjects: np.ndarray, 
 
 def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:
     """Cumulative match characteristic, (up_to,): the fraction of probes whose mate is at rank 1, … up_to or better."""
-    return np.bincount(ranks, minlength=up_to + 1)[1:up_to + 1].cumsum() / len(ranks)
+    return np.bincount(np.minimum(ranks, up_to + 1), minlength=up_to + 1)[1:up_to + 1].cumsum() / len(ranks)
 
 
 def _rank(scores: np.ndarray, is_mate: np.ndarray) -> tuple[int, int, float, int, float]:
@@ -179,5 +179,11 @@ def check_norms(features: np.ndarray) -> np.ndarray:
     if wrong.any():
         first = int(np.argmax(wrong))
         kind = "zero" if norms[first] == 0 else "not finite (NaN or infinite)"
-        raise InputError(f"the feature of image {first} is {kind}: {np.count_nonzero(wrong)} of {len(norms)} images have no usable feature")
+        raise InputError(f"the feature of image {first} is {kind}: no usable feature for {np.count_nonzero(wrong)} of {len(norms)} images")
     return norms
+
+
+def to_whole(values: np.ndarray) -> np.ndarray | None:
+    """Whole numbers as int64, also those that are stored as floats; None if there are other values."""
+    is_whole = values.dtype.kind in "biu" or values.dtype.kind == "f" and bool(((np.abs(values) <= 2 ** 53) & (values == np.rint(values))).all())
+    return values.astype(np.int64, copy=False) if is_whole else None

@@ -5,19 +5,17 @@
 
 prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports, <name>_metrics.csv (and <name>.json) for each and
 summary.csv, summary.md, summary.png and metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone for the run in the sub-folder student.
-A checkpoint whose report is there, newer than the file and made with the same settings (settings.json) is not evaluated again.
+A checkpoint whose report is there, newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
 """
 
 import argparse
-import json
 import re
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval import evaluate, report
-from eval.tables import find_metric
+from eval import evaluate, report, tables
 from utils import distributed
 from utils.errors import InputError, run
 
@@ -30,7 +28,14 @@ def main() -> None:
     evaluator = evaluate.Evaluator(arguments)
     reports = Reports(folder, arguments, evaluator)
     jobs = plan(evaluator, checkpoints, reports)
-    evaluate_all(evaluator, jobs, reports, distributed.world_size() if arguments.share_checkpoints else 1)
+    if arguments.share_checkpoints:
+        group = distributed.patient_group()
+        mine = jobs[distributed.rank()::distributed.world_size()]
+        with distributed.alone():
+            evaluate_all(evaluator, mine, reports)
+        reports.merge(distributed.all_gather_object((reports.rows, reports.failures), group))
+    else:
+        evaluate_all(evaluator, jobs, reports)
     reports.close(checkpoints)
     distributed.shutdown()
 
@@ -49,76 +54,77 @@ def step_of(checkpoint: Path) -> int | None:
 
 
 def plan(evaluator: evaluate.Evaluator, checkpoints: list[Path], reports: "Reports") -> list[evaluate.Job]:
-    """The evaluations to do; a checkpoint with an unusable configuration is a failure of its own, one with a report is skipped."""
-    jobs = []
+    """The evaluations to do: a checkpoint with a report is skipped, one whose configuration or sets are unusable is a failure of its own.
+
+    Errors: InputError if the same reason keeps all of them from being evaluated.
+    """
+    jobs, errors = [], {}
     for checkpoint in checkpoints:
         try:
-            evaluator.network_of(checkpoint)
+            job = evaluator.plan(checkpoint)
         except InputError as error:
-            reports.add_failure(checkpoint, str(error))
+            errors[checkpoint] = error
             continue
-        job = evaluator.plan(checkpoint)
         if not distributed.main_computes(lambda: reports.add_earlier(job)):
             jobs.append(job)
+    if len(errors) == len(checkpoints) and len(set(map(str, errors.values()))) == 1:
+        raise errors[checkpoints[0]]
+    for checkpoint, error in errors.items():
+        reports.add_failure(checkpoint, str(error))
     return jobs
 
 
-def evaluate_all(evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], reports: "Reports", width: int) -> None:
-    """Evaluate ``width`` checkpoints at a time, each on a rank of its own (1: one after another on all ranks together), and report each."""
-    for first in range(0, len(jobs), width):
-        part = jobs[first:first + width]
-        if width == 1:
-            outcomes = [attempt(evaluator, part[0])]
-        else:
-            with distributed.alone():
-                mine = [attempt(evaluator, job) for job in part[reports.rank:reports.rank + 1]]
-            outcomes = [outcome for found in distributed.all_gather_object(mine) for outcome in found]
-        for job, (results, error) in zip(part, outcomes):
-            if error:
-                reports.add_failure(job.checkpoint, error)
-            else:
-                reports.add(job, results)
-                reports.check_order()
-
-
-def attempt(evaluator: evaluate.Evaluator, job: evaluate.Job) -> tuple[dict | None, str | None]:
-    """The figures of a checkpoint, or why there are none: one that cannot be evaluated does not stop the others."""
-    try:
-        return evaluator.evaluate_checkpoint(job), None
-    except InputError as error:
-        return None, str(error)
+def evaluate_all(evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], reports: "Reports") -> None:
+    """Evaluate and report one checkpoint after another; one that cannot be evaluated does not stop the others."""
+    for job in jobs:
+        try:
+            results = evaluator.evaluate_checkpoint(job)
+        except InputError as error:
+            reports.add_failure(job.checkpoint, str(error))
+            continue
+        reports.add(job, results)
 
 
 class Reports:
-    """What is written about each checkpoint and about all; on ranks other than the first it only remembers."""
+    """What is written about each checkpoint and about all, by the first rank, or by each about its own where checkpoints are shared out."""
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, evaluator: evaluate.Evaluator):
         self.folder, self.arguments, self.evaluator = folder, arguments, evaluator
-        self.rank, self.rows, self.failures = distributed.rank(), {}, {}
-        self.settings_file = folder / "settings.json"
-        self.settings = report.read_json(self.settings_file) if self.settings_file.is_file() else {}
+        self.rows, self.failures = {}, {}
 
     def add(self, job: evaluate.Job, results: dict) -> None:
-        name = self.add_row(job.checkpoint, report.flatten(results))
-        if self.rank == 0:
-            print(f"{name} ({self.evaluator.describe(job)})\n{report.format_results(results)}\n", flush=True)
+        name = self.add_row(job.checkpoint, tables.flatten(results))
+        if self.arguments.sort_by:      # a name that means nothing: said at the first checkpoint, not after the last
+            tables.find_metric(self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures))
+        if distributed.is_main():
+            print(f"{name} ({self.evaluator.describe(job)})\n{tables.format_results(results)}\n", flush=True)
+            self.settings_of(name).parent.mkdir(exist_ok=True)
             report.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
             if self.arguments.save_json:
                 report.write_json(self.folder / f"{name}.json", results)
-            self.settings[name] = self.evaluator.settings(job)
-            report.write_json(self.settings_file, self.settings)
+            report.write_json(self.settings_of(name), self.evaluator.settings(job))
 
     def add_earlier(self, job: evaluate.Job) -> bool:
         """Take the figures of an earlier report if it is newer than the checkpoint and was made with the same settings."""
         name = name_of(job.checkpoint, self.arguments.checkpoint_dir)
-        written = [self.metrics_of(name)] + [self.folder / f"{name}.json"] * self.arguments.save_json
-        if self.arguments.force or self.settings.get(name) != json.loads(json.dumps(self.evaluator.settings(job))):
+        written = [self.metrics_of(name), self.settings_of(name)] + [self.folder / f"{name}.json"] * self.arguments.save_json
+        if self.arguments.force or not all(path.is_file() and path.stat().st_mtime_ns >= job.checkpoint.stat().st_mtime_ns for path in written):
             return False
-        if not all(path.is_file() and path.stat().st_mtime_ns >= job.checkpoint.stat().st_mtime_ns for path in written):
+        try:
+            settings, figures = report.read_json(self.settings_of(name)), report.read_metrics(self.metrics_of(name))
+        except InputError as error:
+            print(f"{name}: evaluated again, for its report is damaged: {error}")
             return False
-        self.add_row(job.checkpoint, report.read_metrics(self.metrics_of(name)))
+        if settings != self.evaluator.settings(job):
+            return False
+        self.add_row(job.checkpoint, figures)
         print(f"{name}: the report is newer than the checkpoint; --force makes it again")
         return True
+
+    def merge(self, found: list[tuple[dict, dict]]) -> None:
+        for rows, failures in found:
+            self.rows |= rows
+            self.failures |= failures
 
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
@@ -128,23 +134,23 @@ class Reports:
     def add_failure(self, checkpoint: Path, error: str) -> None:
         self.failures[checkpoint] = f"{name_of(checkpoint, self.arguments.checkpoint_dir)}: {error}"
 
-    def check_order(self) -> None:
-        """Errors: InputError if --sort-by names no figure of the checkpoints so far: at the first one, not after the last."""
-        if self.arguments.sort_by:
-            find_metric(self.arguments.sort_by, sorted({key for row in self.rows.values() for key in row.figures}))
-
     def metrics_of(self, name: str) -> Path:
         return self.folder / f"{name}_metrics.csv"
 
+    def settings_of(self, name: str) -> Path:
+        return self.folder / "settings" / f"{name}.json"
+
     def close(self, checkpoints: list[Path]) -> None:
         """Write the comparison of all. Errors: InputError that names the checkpoints that could not be evaluated."""
-        rows = [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows]
-        if self.rank == 0 and rows:
-            report.write_summary(self.folder, rows, self.arguments.sort_by)
-            print(f"{report.format_skipped(self.evaluator.skipped)}{len(rows)} of {len(checkpoints)} checkpoints evaluated: "
-                  f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf")
-        if self.failures:
+        distributed.main_computes(lambda: self.compare([self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows], len(checkpoints)))
+        if self.failures:       # after the comparison is written: this ends the other ranks
             raise InputError(f"{len(self.failures)} of {len(checkpoints)} checkpoints could not be evaluated: " + "; ".join(self.failures.values()))
+
+    def compare(self, rows: list[report.Row], checkpoints: int) -> None:
+        if rows:
+            report.write_summary(self.folder, rows, self.arguments.sort_by)
+            print(f"{report.format_skipped(self.evaluator.skipped)}{len(rows)} of {checkpoints} checkpoints evaluated: "
+                  f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf", flush=True)
 
 
 def name_of(checkpoint: Path, folder: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval import evaluate, report
+from eval import evaluate, report, tables
 from eval.page import write_page
 from utils import distributed
 from utils.checkpoint import sha256
@@ -25,7 +25,7 @@ from utils.errors import InputError, run
 def main() -> None:
     arguments = parse_arguments()
     if arguments.results_json:
-        report.prepare_folder(arguments.results_json.absolute().parent, "--results-json")
+        report.prepare_file(arguments.results_json, "--results-json")
     if arguments.report_dir:
         report.prepare_folder(arguments.report_dir, "--report-dir")
     if not arguments.checkpoint.is_file():
@@ -36,12 +36,12 @@ def main() -> None:
     results = evaluator.evaluate_checkpoint(job, exhibits)
     if distributed.is_main():
         skipped = report.format_skipped(evaluator.skipped)
-        print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{report.format_results(results)}\n{skipped}", end="")
+        print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{tables.format_results(results)}\n{skipped}", end="")
         if arguments.results_json:
             report.write_json(arguments.results_json, results)
         if arguments.report_dir:
             settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": sha256(arguments.checkpoint), **evaluator.settings(job)}
-            settings = {"evaluation": settings, "run": dict(job.network)}
+            settings = {"Evaluation": settings, "Run": evaluator.run_configuration(arguments.checkpoint)}
             title = f"{arguments.checkpoint.name}\n{arguments.checkpoint.absolute().parent}\n{evaluator.describe(job)}"
             write_page(arguments.report_dir / "report.html", title, results, exhibits, settings, skipped.splitlines())
     distributed.shutdown()

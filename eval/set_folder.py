@@ -7,13 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
+from utils import distributed
 from utils.align import SIZE, align
 from utils.errors import InputError
 from utils.images import decode
+from utils.loading import cores, end_workers, next_batch, start_worker
 
 BLOCK = 1 << 20     # bytes read at a time: the files of pairs have hundreds of megabytes
+CHECKED_AT_A_TIME = 64
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +54,42 @@ def fingerprint(files: Iterable[Path], listing: Iterable[tuple]) -> str:
     return digest.hexdigest()
 
 
-def first_of(items: list, what: str) -> str:
-    """"3 images, the first a.jpg": how messages name many things."""
-    return f"{len(items)} {what}, the first {items[0]}"
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_of(items: list, noun: str) -> str:
+    """"3 images, the first a.jpg", "1 image, a.jpg": how messages name many things."""
+    return f"{counted(len(items), noun)}, {'the first ' if len(items) > 1 else ''}{items[0]}"
+
+
+def warn(message: str) -> None:
+    """Log a warning once, though every rank reads the set."""
+    if distributed.is_main():
+        log.warning("%s", message)
 
 
 def warn_if_not_as_published(name: str, found: dict[str, int], published: dict[str, int]) -> None:
-    """Say so if a set has other sizes than the papers' (both: what -> number): a download that ended early, or a stand-in."""
+    """Say so if a set has other sizes than the papers' (both: noun -> number): a download that ended early, or a stand-in."""
     if found != published:
-        log.warning("%s has %s, the published set %s: its figures cannot be compared with papers", name,
-                    *(", ".join(f"{count:,} {what}" for what, count in sizes.items()) for sizes in (found, published)))
+        here, there = (", ".join(counted(count, noun) for noun, count in sizes.items()) for sizes in (found, published))
+        warn(f"{name} has {here}, the published set {there}: its figures cannot be compared with papers")
+
+
+def check_images(images: Dataset, num_workers: int, name: str) -> None:
+    """Read every image once, in at most ``num_workers`` processes, so that one that is unreadable is noticed now and not when it is measured.
+
+    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Errors: InputError naming the first unreadable image.
+    """
+    batches = iter(DataLoader(images, CHECKED_AT_A_TIME, collate_fn=len, num_workers=min(num_workers, cores()), worker_init_fn=start_worker,
+                              generator=torch.Generator()))     # its own, so that a training run draws the same random numbers as without this
+    bar = tqdm(total=len(images), desc=name, unit="img", leave=False, disable=None if distributed.is_main() else True)
+    try:
+        while count := next_batch(batches):
+            bar.update(count)
+    finally:
+        end_workers(batches)
+        bar.close()
 
 
 def check_aligned(image: np.ndarray, name: str) -> np.ndarray:

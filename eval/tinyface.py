@@ -16,13 +16,15 @@ from utils.errors import InputError
 RANKS = (1, 5, 20)
 ROLES = ("probe_paths", "gallery_paths", "distractor_paths")
 DISTRACTOR = -1     # the subject of all distractors, which is no probe's
+NO_MATE = 2 ** 31 - 1       # beyond every rank that is asked for, also in a small gallery
 
 
 class Ranking(NamedTuple):
     """What each probe of ``meta["probe_paths"]`` found; image indices count the rows of the features."""
 
-    ranks: np.ndarray       # (probes,) int, of the best mate: 1 + the images of others that score at least as high
-    hardest: np.ndarray     # (probes, 2) int, image indices: of those that are not the person the most alike (-1: there is none), and the most alike mate
+    ranks: np.ndarray       # (P,) int, of the best mate: 1 + the images of others that score at least as high; NO_MATE if the gallery has none
+    hardest: np.ndarray     # (P, 2) int, image indices: of those that are not the person the most alike, and the most alike mate; -1: there is none
+    probes: np.ndarray      # (P,) int, image indices of the probes
 
 
 def evaluate(features: np.ndarray, image_paths: Sequence[str], meta: dict[str, Sequence[str]], ranks: Sequence[int] = RANKS) -> dict[str, float]:
@@ -42,25 +44,29 @@ def rank_probes(features: np.ndarray, image_paths: Sequence[str], meta: dict[str
     """Rank of every probe's best mate, and the two images that decide it.
 
     ``features``: (N, D), not necessarily normalised, both flips added; ``image_paths``: (N,), what each row is of; ``meta``: lists of paths
-    "probe_paths", "gallery_paths" and "distractor_paths". Paths are matched by file name without folder and extension (by the whole path where
-    several images have that name); the person is what stands before the first ``_`` of the name, but distractors are nobody's mates.
-    Raises InputError, naming what is wrong, for unequal lengths, a feature that is zero or not finite, a path that was not embedded or
-    that several images answer to, an image that the lists name twice, no probe, no gallery image, a probe without a mate.
+    "probe_paths", "gallery_paths" and "distractor_paths" (may be empty), resolved as in ``find_roles``. A probe without a mate counts as a miss.
+    Raises InputError, naming what is wrong, for unequal lengths, a feature that is zero or not finite, and as ``find_roles`` and ``find_mateless`` do.
     """
     features = np.asarray(features, np.float32)
     if features.ndim != 2 or len(features) != len(image_paths):
         raise InputError(f"features of shape {features.shape} do not fit {len(image_paths)} image paths: a row for each is needed")
     norms = check_norms(features)
-    probes, gallery, distractors = _find_roles(image_paths, meta)
-    subjects = _number_people(image_paths, probes, gallery)
+    probes, gallery, distractors = find_roles(image_paths, meta)
+    find_mateless(image_paths, probes, gallery)
+    people = np.unique([identity_of(image_paths[index]) for index in (*probes, *gallery)], return_inverse=True)[1]
     searched = np.append(gallery, distractors)
     found = search(features[probes] / norms[probes, None], features[searched] / norms[searched, None],
-                   subjects[:len(probes)], np.append(subjects[len(probes):], np.full(len(distractors), DISTRACTOR)))
-    return Ranking(found.ranks, np.stack([np.where(found.others < 0, -1, searched[found.others]), searched[found.mates]], axis=1))
+                   people[:len(probes)], np.append(people[len(probes):], np.full(len(distractors), DISTRACTOR)))
+    hardest = np.stack([np.where(best < 0, -1, searched[best]) for best in (found.others, found.mates)], axis=1)
+    return Ranking(np.where(found.mates < 0, NO_MATE, found.ranks), hardest, probes)
 
 
-def _find_roles(image_paths: Sequence[str], meta: dict[str, Sequence[str]]) -> list[np.ndarray]:
-    """Image indices of the probes, the gallery and the distractors."""
+def find_roles(image_paths: Sequence[str], meta: dict[str, Sequence[str]]) -> list[np.ndarray]:
+    """Image indices of the probes, the gallery and the distractors.
+
+    Paths are matched by file name without folder and extension, by the whole path where several images have that name.
+    Raises InputError for a path that is of no image or of several, an image that the lists name twice, no probe, no gallery image.
+    """
     missing = [role for role in ROLES if role not in meta]
     if missing:
         raise InputError(f"TinyFace lists: no {', '.join(missing)}; there are {', '.join(map(str, meta)) or 'none'}")
@@ -75,11 +81,20 @@ def _find_roles(image_paths: Sequence[str], meta: dict[str, Sequence[str]]) -> l
     return roles
 
 
+def find_mateless(image_paths: Sequence[str], probes: np.ndarray, gallery: np.ndarray) -> list[str]:
+    """Paths of the probes of whose person the gallery has no image. Raises InputError if that is all of them."""
+    people = {identity_of(image_paths[index]) for index in gallery}
+    mateless = [image_paths[index] for index in probes if identity_of(image_paths[index]) not in people]
+    if len(mateless) == len(probes):
+        raise InputError(f"no TinyFace probe has a mate: gallery_paths have no image of person {identity_of(mateless[0])} ({mateless[0]}) or any other")
+    return mateless
+
+
 def _sort_by_stem(image_paths: Sequence[str]) -> dict[str, dict[str, int]]:
     """For each stem the paths that have it, with their image indices; most often it is one."""
     by_stem: dict[str, dict[str, int]] = {}
     for index, path in enumerate(map(str, image_paths)):
-        paths = by_stem.setdefault(_stem(path), {})
+        paths = by_stem.setdefault(stem_of(path), {})
         if path in paths:
             raise InputError(f"images {paths[path]} and {index} have the same path, {path}")
         paths[path] = index
@@ -87,24 +102,19 @@ def _sort_by_stem(image_paths: Sequence[str]) -> dict[str, dict[str, int]]:
 
 
 def _find(path: str, role: str, by_stem: dict[str, dict[str, int]]) -> int:
-    paths = by_stem.get(_stem(path), {})
+    paths = by_stem.get(stem_of(path), {})
     if len(paths) == 1:
         return next(iter(paths.values()))
     if str(path) not in paths:
-        raise InputError(f"{role}: {path} {'could be ' + ' or '.join(paths) if paths else 'was not embedded'}")
+        raise InputError(f"{role}: {path} {'could be ' + ' or '.join(paths) if paths else 'is not among the image paths'}")
     return paths[str(path)]
 
 
-def _number_people(image_paths: Sequence[str], probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """A number for each person, (probes + gallery,) int. Raises InputError for a probe without a mate: the protocol has one for each."""
-    people = [_stem(image_paths[index]).split("_")[0] for index in (*probes, *gallery)]
-    alone = set(people[:len(probes)]) - set(people[len(probes):])
-    if alone:
-        probe, person = next((index, person) for index, person in zip(probes, people) if person in alone)
-        raise InputError(f"TinyFace probe {image_paths[probe]} has no mate: gallery_paths have no image of person {person}")
-    return np.unique(people, return_inverse=True)[1]
-
-
-def _stem(path: str) -> str:
+def stem_of(path: str) -> str:
     """File name without folder and extension."""
     return os.path.splitext(os.path.basename(str(path)))[0]
+
+
+def identity_of(path: str) -> str:
+    """The person, who stands before the first ``_`` of the file name."""
+    return stem_of(path).split("_")[0]

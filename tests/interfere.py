@@ -2,6 +2,7 @@
 
 kill:NAME        this process is SIGKILLed when it is about to give a file its final name NAME
 fail:STEP        rank 1 raises an InputError in its STEP-th training step, or with STEP 0 when it reads the data set
+benchmark:RANK   this rank is SIGKILLed when it begins to measure IJB or TinyFace
 nowrite:FOLDER   every rank but 0 dies if it opens anything below FOLDER for writing
 """
 
@@ -42,6 +43,9 @@ elif what == "fail" and RANK == 1:
             raise InputError("rank 1 cannot go on")
         return train_step(self, source)
     Engine.train_step = failing_step
+elif what == "benchmark" and RANK == int(value):
+    from train import engine
+    engine.run_benchmark = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
 elif what == "nowrite" and RANK > 0:
     def watch(event, arguments):
         if event == "open" and isinstance(arguments[0], (str, bytes)) and os.fsdecode(arguments[0]).startswith(value) and \

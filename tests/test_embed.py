@@ -55,7 +55,7 @@ def small_parts(monkeypatch):
 
 
 def store_of(folder, images=10, precision="fp32", flip=True, fingerprint="f" * 64, checkpoint="c" * 64):
-    return open_store(folder, checkpoint, "ijb-IJBX", fingerprint, images, precision, flip, {})
+    return open_store(folder, checkpoint, "ijb-IJBX", fingerprint, images, precision, flip)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -18,7 +18,7 @@ from utils.errors import InputError
 
 FULL, BATCH = ROOT / "eval" / "run_full_eval.py", ROOT / "eval" / "run_batch_eval.py"
 NETWORK = dict(network="mobilefacenet", embedding_size=32)
-SUMMARIES = {"summary.csv", "summary.md", "summary.png", "metrics.pdf", "settings.json"}
+SUMMARIES = {"summary.csv", "summary.md", "summary.png", "metrics.pdf", "settings"}
 NOT_THERE = {ROOT / "data" / "ijb" / "IJBB": "IJBB", ROOT / "data" / "ijb" / "IJBC": "IJBC", ROOT / "data" / "tinyface": "tinyface"}
 HOW = ("--device", "cpu", "--precision", "fp32", "--val-batch-size", "7")
 

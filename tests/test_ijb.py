@@ -139,9 +139,10 @@ def test_read_only_maps_tensors_and_other_types(tmp_path):
     tensors = {name: torch.from_numpy(value) for name, value in data.items()}
     other = data | {"embeddings": np.asfortranarray(data["embeddings"], np.float64), "templates": data["templates"].astype(np.uint16),
                     "label": data["label"].astype(bool)}
+    floats = data | {name: data[name].astype(np.float64) for name in ("templates", "medias", "label", "p1", "p2")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for kind in (mapped, tensors, other):
+        for kind in (mapped, tensors, other, floats):
             assert ijb.evaluate(*take(kind, IMAGES, PAIRS)) == expected
 
 
@@ -160,7 +161,7 @@ def test_read_only_maps_tensors_and_other_types(tmp_path):
     ("faceness_scores", lambda x: 0 * x, "Norm:True_Det:True.*template 0 add up to a vector of length 0"),
     ("p1", lambda x: np.where(np.arange(3000) == 5, 999, x), "pair 5 names template 999, which has no images"),
     ("p2", lambda x: np.where(np.arange(3000) == 6, -1, x), "pair 6 names template -1, which has no images"),
-    ("p2", lambda x: x / 2, "p2 of shape .* float64: a row of integers"),
+    ("p2", lambda x: x / 2, "p2 of shape .* float64: a row of whole numbers"),
     ("label", lambda x: 0 * x, "no genuine pair"),
     ("label", lambda x: 0 * x + 1, "no impostor pair"),
     ("label", lambda x: 2 * x - 1, "the label of pair 0 is"),
@@ -237,6 +238,7 @@ def test_a_hit_lies_strictly_above_threshold_and_non_mates():
 def test_rows_of_lists_may_repeat_and_come_in_any_order():
     data = random_set()
     expected = ijb.evaluate_1n(*take(data, IMAGES, LISTS))
+    data |= {name: data[name].astype(np.float64) for name in ("templates", *LISTS)}     # whole numbers all the same
     rng = np.random.default_rng(0)
     for side in ("gallery", "probe"):
         rows = rng.permutation(np.tile(np.arange(len(data[f"{side}_templates"])), 3))

@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import sys
+import warnings
+from datetime import datetime
 from pathlib import Path
 
 import cv2
@@ -26,7 +28,7 @@ MEDIAS = np.array([1, 1, 2, 3, 3, 4, 5, 6, 7])
 PAIRS = np.array([[7, 3, 1], [7, 12, 0], [3, 5, 0], [40, 12, 1], [7, 40, 0]])
 SCORES = np.linspace(0.31, 0.99, COUNT).round(4)
 NAMES = [f"{number}.jpg" for number in (10, 2, 33, 4, 5, 61, 7, 8, 9)]      # not in alphabetical order
-LISTS = {"1N_gallery_G1": [(7, 100), (7, 100), (5, 101)], "1N_gallery_G2": [(3, 102)], "1N_probe_mixed": [(12, 100), (12, 100), (40, 103)]}
+LISTS = {"1N_gallery_G1": [(7, 100), (7, 100), (5, 101)], "1N_gallery_G2": [(3, 102)], "1N_probe_mixed": [(12, 100), (12, 100), (40, 102)]}
 HEADER = "TEMPLATE_ID,SUBJECT_ID,FILENAME,FACE_X"
 
 
@@ -214,7 +216,7 @@ def test_images_in_worker_processes(layout, request):
 
 def test_fingerprint_follows_images_and_meta_files(crops, saved):
     first = load(crops).fingerprint, load(saved).fingerprint
-    lists_in(crops / "meta", "ijbx", {"1N_gallery_G3": [(7, 1)]})       # picks from the same features
+    lists_in(crops / "meta", "ijbx", {"1N_gallery_G3": [(7, 100)]})       # picks from the same features
     assert (load(crops).fingerprint, load(saved).fingerprint) == first
     (crops / "loose_crop" / NAMES[4]).write_bytes(encode(smooth(1)[0]))
     content = metadata()
@@ -278,6 +280,10 @@ def replaced(index: int, old: str, new: str):
     return lambda lines: lines[:index] + [lines[index].replace(old, new, 1)] + lines[index + 1:]
 
 
+def zero_scores(*indices: int):
+    return lambda lines: [line.rpartition(" ")[0] + " 0" if index in indices else line for index, line in enumerate(lines)]
+
+
 FACES, POINTS, PAIRFILE = "face_tid_mid.txt", "name_5pts_score.txt", "template_pair_label.txt"
 GALLERY, PROBES = "1N_gallery_G1.csv", "1N_probe_mixed.csv"
 
@@ -289,26 +295,30 @@ GALLERY, PROBES = "1N_gallery_G1.csv", "1N_probe_mixed.csv"
     (FACES, lambda lines: [], "face_tid_mid.txt: line 1 is ''"),
     (POINTS, lambda lines: [], "5pts_score.txt: line 1 is ''"),
     (PAIRFILE, lambda lines: [], "0 label, 0 p1, 0 p2"),
-    (FACES, lambda lines: lines[:-1], "names 1 images, the first 9.jpg that .*face_tid_mid.txt does not"),
-    (POINTS, lambda lines: lines[:-2], r"face_tid_mid.txt \(9 images\) names 2 images, the first 8.jpg that .*5pts_score.txt does not"),
-    (POINTS, replaced(3, "4.jpg", "44.jpg"), "the first 4.jpg that"),
+    (FACES, lambda lines: lines[:-1], "names 1 image, 9.jpg, that .*face_tid_mid.txt does not"),
+    (POINTS, lambda lines: lines[:-2], r"face_tid_mid.txt \(9 images\) names 2 images, the first 8.jpg, that .*5pts_score.txt does not"),
+    (POINTS, replaced(3, "4.jpg", "44.jpg"), "names 1 image, 4.jpg, that"),
     (POINTS, lambda lines: lines[::-1] + lines[:1], "twice"),
     (FACES, replaced(8, " 40 ", " "), "line 9 is '9.jpg 7'; expected are a name, template, media"),
     (FACES, replaced(2, " 3 ", " x "), "line 3 is '33.jpg x 2'"),
     (FACES, replaced(2, " 3 ", f" {10 ** 20} "), "line 3"),
     (POINTS, lambda lines: lines[:-1] + [lines[-1][:30]], "line 9 is '9.jpg .*expected are a name, x, y, .*score"),
     (POINTS, replaced(1, " 0.395", " nan"), r"detector score that is not finite"),
-    (POINTS, lambda lines: [lines[0].replace(lines[0].split()[2], "nan")] + lines[1:], "1 images, the first 10.jpg, with points that are not finite"),
-    (POINTS, lambda lines: lines[:4] + ["5.jpg" + " 3" * 10 + " 0.5"] + lines[5:], "the first 5.jpg, with all five points in one place"),
-    (PAIRFILE, replaced(1, "7 12 0", "7 13 0"), r"the pairs name 1 templates of which there is no image, the first 13 \(row 2 of 5\)"),
-    (PAIRFILE, lambda lines: ["99 7 0", "7 98 0", "99 3 0"] + lines, "name 1 templates .* the first 99"),
+    (POINTS, lambda lines: [lines[0].replace(lines[0].split()[2], "nan")] + lines[1:], "1 image, 10.jpg, with points that are not finite"),
+    (POINTS, lambda lines: lines[:4] + ["5.jpg" + " 3" * 10 + " 0.5"] + lines[5:], "1 image, 5.jpg, with all five points in one place"),
+    (PAIRFILE, replaced(1, "7 12 0", "7 13 0"), r"there is no image of 1 template, 13, in the pairs \(row 2 of 5\)"),
+    (PAIRFILE, lambda lines: ["99 7 0", "7 98 0", "99 3 0"] + lines, "there is no image of 1 template, 99, in the pairs"),
     (PAIRFILE, replaced(2, "5 0", "5 2"), "pair 3 of 5 has the label 2"),
     (PAIRFILE, lambda lines: [line[:-1] + "0" for line in lines], "no genuine pair among 5"),
     (PAIRFILE, lambda lines: [line[:-1] + "1" for line in lines], "no impostor pair among 5"),
     (PAIRFILE, lambda lines: lines[:-1] + ["7 4"], "line 5 is '7 4'"),
-    (GALLERY, replaced(1, "7,", "77,"), r"1:N gallery G1 name 1 templates of which there is no image, the first 77 \(row 1 of 3\)"),
-    (PROBES, replaced(3, "40,", "41,"), "1:N probes name 1 templates .* the first 41"),
-    (PROBES, replaced(2, "12,100", "12,101"), "in the 1:N probes template 12 has two subjects, 100 and 101"),
+    (GALLERY, replaced(1, "7,", "77,"), r"no image of 1 template, 77, in the 1:N gallery G1 \(row 1 of 3\)"),
+    (PROBES, replaced(3, "40,", "41,"), "no image of 1 template, 41, in the 1:N probes"),
+    (PROBES, replaced(2, "12,100", "12,101"), "the list of the 1:N probes gives template 12 two subjects, 100 and 101"),
+    (GALLERY, replaced(3, "5,101", "5,102"), "1:N gallery G1: every probe's subject is in the gallery: of 2 probe templates some must be mated"),
+    (PROBES, lambda lines: [line.replace(",100", ",105") for line in lines], "1:N gallery G1: no probe's subject is in the gallery"),
+    (POINTS, zero_scores(0, 1), "the detector score of all images is 0 for 1 template, 7, in the pairs: features weighted by it have no direction"),
+    (POINTS, zero_scores(*range(9)), "for 3 templates, the first 3, in the pairs"),
     (GALLERY, lambda lines: lines[:1], "G1.csv: no line follows the header"),
     (GALLERY, lambda lines: [], "G1.csv: the first line is ''"),
     (GALLERY, lambda lines: lines[1:], "G1.csv: the first line is '7, 100, .*no header"),
@@ -335,10 +345,10 @@ def test_missing_and_unreadable_images(crops):
     path.write_bytes(content[:300])
     refused(crops, "loose_crop/10.jpg: 300 bytes that are no image")
     path.write_bytes(b"")
-    refused(crops, "1 files of 0 bytes, the first 10.jpg")
+    refused(crops, "1 empty file, 10.jpg: copy again")
     path.unlink()
     (crops / "loose_crop" / NAMES[5]).unlink()
-    refused(crops, "of 9 images in the meta files there are missing 2 images, the first 10.jpg")
+    refused(crops, "lacks 2 images, the first 10.jpg, of 9 in the meta files")
     path.write_bytes(content)
     (crops / "loose_crop" / NAMES[5]).write_bytes(b"text")
     ijb = load(crops)                                       # one image is read as a sample, not all
@@ -366,9 +376,10 @@ def test_folders_of_neither_layout_or_both(tmp_path, crops, saved):
 
 @pytest.mark.parametrize("core", ["core", "_core"])
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("kind", ["arrays", "small arrays", "tensors", "lists", "numpy scalars", "objects", "columns"])
+@pytest.mark.parametrize("kind", ["arrays", "small arrays", "tensors", "lists", "numpy scalars", "objects", "columns", "floats"])
 def test_metadata_of_every_kind(saved, core, legacy, kind):
     convert = {"arrays": np.array, "tensors": torch.tensor, "lists": np.ndarray.tolist, "numpy scalars": list, "columns": lambda array: array[:, None],
+               "floats": np.float64,
                "small arrays": lambda array: array.astype("f4" if array.dtype.kind == "f" else "u1"),
                "objects": lambda array: array.astype(object)}[kind]
     path = save_metadata(saved, {key: convert(array) for key, array in metadata().items()} | {"more": "text"}, core,
@@ -376,6 +387,21 @@ def test_metadata_of_every_kind(saved, core, legacy, kind):
     if kind in ("arrays", "numpy scalars"):
         assert f"numpy.{core}.multiarray".encode() in path.read_bytes()         # as that version of NumPy writes it
     assert_is_the_set(load(saved))
+
+
+@pytest.mark.parametrize("more", [np.zeros(3, "M8[s]"), np.datetime64("2020-01-01"), [np.timedelta64(3, "s")], np.zeros(2, "i4,f4"), np.array([b"a"]),
+                                  np.arange(3).astype(">i8"), np.zeros(2, complex), np.array(["a", None]), {1, 2}, torch.float32])
+def test_plain_entries_that_nobody_asked_for_do_no_harm(saved, more):
+    save_metadata(saved, metadata() | {"more": more})
+    assert_is_the_set(load(saved))
+
+
+def test_a_copy_of_the_meta_files_does_not_make_another_layout(tmp_path, crops, saved):
+    shutil.copytree(crops / "meta", saved / "meta")
+    ijb = load(saved)
+    assert_is_the_set(ijb)
+    assert_has_lists(ijb)
+    assert "image 0" in ijb.images.name_of(0)
 
 
 def changed(**entries):
@@ -389,20 +415,24 @@ def changed(**entries):
     (changed(faceness_scores=np.append(SCORES, 1)), "10 faceness_scores"),
     (changed(label=PAIRS[:-1, 2]), "4 label, 5 p1, 5 p2"),
     (changed(label=[], p1=[], p2=[]), "0 label, 0 p1, 0 p2: they must be equal, and not 0"),
-    (changed(faceness_scores=np.where(np.arange(COUNT) == 4, np.nan, SCORES)), "the first .*image 4, with a detector score that is not finite"),
+    (changed(faceness_scores=np.where(np.arange(COUNT) == 4, np.nan, SCORES)), "1 image, .*image 4, with a detector score that is not finite"),
     (changed(templates=TEMPLATES + 0.5), "templates is float64 of shape .9,.; expected is a list of whole numbers"),
+    (changed(templates=torch.tensor(TEMPLATES) + 0.5), "templates is float64 of shape .9,.; expected"),
+    (changed(medias=np.where(MEDIAS == 3, np.nan, MEDIAS)), "medias is float64"),
     (changed(p1=[[1, 2], [3]]), "p1 is no list of numbers"),
     (changed(p1=np.ones((5, 2), int)), r"p1 is int64 of shape \(5, 2\)"),
     (changed(p1=["a"] * 5), "p1 is <U1"),
     (changed(p1="text"), "p1 is <U4"),
     (changed(p1=None, p2=None, label=None), "lacks label, p1, p2"),
-    (changed(p1=PAIRS[:, 0] + 1000), "the pairs name 3 templates of which there is no image, the first 1007"),
+    (changed(p1=PAIRS[:, 0] + 1000), "there is no image of 3 templates, the first 1007, in the pairs"),
     (changed(label=PAIRS[:, 2] * 2), "label 2"),
     (changed(label=PAIRS[:, 2] * 0), "no genuine pair"),
     (changed(label=np.array([object()] * 5)), "was refused: it asks to load builtins.object|object, which is code"),
+    (changed(more=datetime.now()), "was refused: it asks to load datetime.datetime, which is code"),
     (changed(p1=PAIRS[:, 0].astype(">i8")), "big-endian"),
-    (changed(p1=np.zeros(5, "M8[s]")), "refused: it holds a numpy array of M8"),
-    (changed(p1=np.zeros(5, "i4,i4")), "refused: it holds a numpy array of V8"),
+    (changed(p1=np.zeros(5, "M8[s]")), "p1 is a numpy array of M8; numbers and strings are expected"),
+    (changed(p1=np.zeros(5, "i4,i4")), "p1 is a numpy array of V8"),
+    (changed(p1=list(np.zeros(5, "M8[s]"))), "p1 is object"),
 ])
 def test_metadata_that_does_not_fit(saved, content, message):
     save_metadata(saved, content)
@@ -462,7 +492,12 @@ def test_damaged_metadata(saved):
     whole = path.read_bytes()
     for content in (b"", b"nonsense", whole[:100], whole[:len(whole) // 2], whole[:-30]):
         path.write_bytes(content)
-        refused(saved, r"metadata\.pt is no (readable file of|file that) torch.save")
+        refused(saved, r"metadata\.pt is (cut off, )?damaged or (no file of torch.save \(\w+: |was written with another)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for protocol in (0, 3, 4, 5):
+            save_metadata(saved, metadata(), pickle_protocol=protocol)
+            refused(saved, "with another pickle protocol than torch.save's: save it with torch.save's defaults")
     path.unlink()
     refused(saved, "no metadata.pt, which lists faceness_scores, templates")
 
@@ -500,7 +535,8 @@ def test_index_must_number_the_rows(tmp_path, index, message):
 
 @pytest.mark.parametrize("name, content", [
     ("*.arrow", None), ("*.arrow", b""), ("*.arrow", b"nonsense" * 99), ("*.arrow", "half"),
-    ("state.json", None), ("state.json", b""), ("state.json", b"{}"), ("state.json", b"[]"), ("state.json", b'{"_data_files": []}'), ("state.json", b'{"_data_files": [{}]}'), ("state.json", b"\xff\xfe"),
+    ("state.json", None), ("state.json", b""), ("state.json", b"{}"), ("state.json", b"[]"), ("state.json", b'{"_data_files": []}'),
+    ("state.json", b'{"_data_files": [{}]}'), ("state.json", b"\xff\xfe"),
     ("dataset_info.json", None), ("dataset_info.json", b"{"), ("dataset_info.json", b"[]"), ("dataset_info.json", b'{"features": 3}'),
     ("dataset_info.json", b'{"features": {"image": 3}}'), ("dataset_info.json", b'{"features": {"image": {"_type": "Nonsense"}}}'),
 ])

@@ -11,8 +11,9 @@ from xml.etree import ElementTree
 import cv2
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from eval import figures, plot_curves, report, tables
+from eval import drawings, plot_curves, report, tables
 from eval.page import MOST_PAIRS, PairExhibit, RankExhibit, write_page
 from eval.report import Row
 from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate
@@ -38,7 +39,8 @@ def ijb_figures(impostors=5000, non_mated=400, seed=0) -> dict:
 
 
 def all_results() -> dict:
-    return {"verification": {"lfw": {"Accuracy-Flip": 0.99583, "Accuracy-Std": 0.00324, "XNorm": 22.3712}, "cfp.fp": {"Accuracy-Flip": 0.895, "Accuracy-Std": 0.1, "XNorm": 7.5}},
+    return {"verification": {"lfw": {"Accuracy-Flip": 0.99583, "Accuracy-Std": 0.00324, "XNorm": 22.3712},
+                             "cfp.fp": {"Accuracy-Flip": 0.895, "Accuracy-Std": 0.1, "XNorm": 7.5}},
             "ijb": {"IJBC": ijb_figures()}, "tinyface": {"tinyface_pad_0.1": {"rank-1": 63.204, "rank-5": 68.0, "rank-20": 100.0}}}
 
 
@@ -124,7 +126,8 @@ def page(tmp_path_factory):
     exhibits = [pair_exhibit(), pair_exhibit("IJBC", 1234, 5000, VARIANTS), RankExhibit("IJBC", {"G1": np.ones(10), "G2": np.linspace(0.3, 1, 10)}, tpir),
                 rank_exhibit(misses=misses)]
     return page_of(tmp_path_factory.mktemp("page"), exhibits=exhibits, notes=["skipped agedb_30: no /data/agedb_30.bin"],
-                   settings={"precision": "fp32", "val_targets": ["lfw", "cfp_fp"], "config.json": {"network": "mobilefacenet", "m": None, "sets": {"lfw": {"flip": True}}}})
+                   settings={"precision": "fp32", "val_targets": ["lfw", "cfp_fp"],
+                             "config.json": {"network": "mobilefacenet", "m": None, "sets": {"lfw": {"flip": True}}}})
 
 
 def test_page_needs_nothing_else(page):
@@ -159,7 +162,8 @@ def test_page_has_every_figure(page):
             mark = "†" if far < 1 / 400 else ""
             assert found["IJBC 1:N (%)"][gallery, f"TPIR@{column}"] == f"{100 * wanted[f'tpir_at_fpir_{far:g}']:.2f}{mark}"
             assert found["IJBC threshold at FPIR"][gallery, column] == f"{0.9 - far / 2:.4f}{mark}"
-    assert found["TinyFace (%)"] == {("tinyface_pad_0.1", "rank-1"): "63.20", ("tinyface_pad_0.1", "rank-5"): "68.00", ("tinyface_pad_0.1", "rank-20"): "100.00"}
+    assert found["TinyFace (%)"] == {("tinyface_pad_0.1", "rank-1"): "63.20", ("tinyface_pad_0.1", "rank-5"): "68.00",
+                                     ("tinyface_pad_0.1", "rank-20"): "100.00"}
     assert len(found) == 6 and compared == 36
     text = page.texts["body"][0]
     for part in ("600backbone.pth", "mobilefacenet, fp32", "1,234 genuine and 5,000 impostor pairs", "G1: 300 probes with and 400 without a mate",
@@ -170,7 +174,8 @@ def test_page_has_every_figure(page):
 def test_pictures_are_the_hardest_pairs(page):
     pictures = [cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)[..., ::-1] for image in page.images("jpeg")]
     exhibits = [pair_exhibit(), pair_exhibit("IJBC", 1234, 5000, VARIANTS)]
-    pairs = [(exhibit, pair) for exhibit in exhibits for side in (exhibit.separation.false_accepts, exhibit.separation.false_rejects) for pair in side[:MOST_PAIRS]]
+    pairs = [(exhibit, pair) for exhibit in exhibits for side in (exhibit.separation.false_accepts, exhibit.separation.false_rejects)
+             for pair in side[:MOST_PAIRS]]
     expected = [image for exhibit, pair in pairs for image in exhibit.images(pair)] + [face(1), face(2), face(3)]
     assert len(pictures) == len(expected) == 2 * 2 * 2 * MOST_PAIRS + 3
     for picture, image in zip(pictures, expected):
@@ -180,16 +185,33 @@ def test_pictures_are_the_hardest_pairs(page):
 
 def test_plots_are_labelled(page):
     lfw_roc, lfw_scores, ijb_roc, ijb_scores, ijb_cmc, ijb_tpir, tiny_cmc = page.svg_texts()
-    assert {"false positive rate", "1e-3", "1e-1", "1", "cosine", "finer than the pairs resolve"} <= lfw_roc and "1e-4" not in lfw_roc
-    assert {*VARIANTS, "1e-4"} <= ijb_roc and "1e-5" not in ijb_roc
+    assert {"false positive rate", "1e-6", "1e-1", "1", "cosine", "finer than the pairs resolve"} <= lfw_roc
+    assert {*VARIANTS, "1e-6", "1e-4"} <= ijb_roc
     assert {"cosine similarity", "genuine (300 pairs)", "impostor (700 pairs)", "threshold at FPR", "1e-2"} <= lfw_scores
     assert {"impostor (5,000 pairs)"} <= ijb_scores and "1e-4" not in ijb_scores
     assert {"rank", "G1", "G2", "5", "10"} <= ijb_cmc and {"TinyFace", "50"} <= tiny_cmc
     assert {"false positive identification rate (FPIR)", "1e-3", "1"} <= ijb_tpir
 
 
+@pytest.mark.parametrize("impostors, hollow", [(700, 4), (20_000, 2), (2_000_000, 0)])
+def test_every_operating_point_is_in_sight(monkeypatch, impostors, hollow):
+    """However few the pairs: six dots within the axes, those that the pairs do not resolve hollow; the curve starts at the left edge."""
+    axes = Figure().subplots()
+    monkeypatch.setattr(figures, "svg", lambda plot, title: plot(axes))
+    label = np.arange(impostors + 50) < 50
+    roc = roc_curve(np.random.default_rng(0).standard_normal(len(label)) + 3 * label, label)
+    drawings.draw_rocs({"all": roc})
+    curve, *dots = axes.lines[:7]
+    assert axes.get_xlim() == (1e-6, 1) and [dot.get_xdata()[0] for dot in dots] == list(FPRS)
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [index < hollow for index in range(6)]
+    assert all(axes.get_ylim()[0] <= dot.get_ydata()[0] <= axes.get_ylim()[1] for dot in dots)
+    assert curve.get_xdata()[0] == pytest.approx(1e-6) and curve.get_ydata()[0] == 100 * roc.tpr[roc.fpr <= 1e-6].max()
+    assert ("finer than the pairs resolve" in [line.get_label() for line in axes.lines]) == (hollow > 0)
+
+
 def test_hostile_names_are_text(tmp_path):
-    results = {"verification": {HOSTILE: {"Accuracy-Flip": 0.5, "Accuracy-Std": 0.0, "XNorm": 1.0}}, "ijb": {HOSTILE: ijb_figures()}, "tinyface": {HOSTILE: {"rank-1": 1.0}}}
+    results = {"verification": {HOSTILE: {"Accuracy-Flip": 0.5, "Accuracy-Std": 0.0, "XNorm": 1.0}}, "ijb": {HOSTILE: ijb_figures()},
+               "tinyface": {HOSTILE: {"rank-1": 1.0}}}
     exhibits = [pair_exhibit(HOSTILE)._replace(rocs={HOSTILE: roc_curve(np.arange(4.0), [0, 1, 0, 1])}, captions=lambda pair: HOSTILE, score_name=HOSTILE),
                 RankExhibit(HOSTILE, {HOSTILE: np.ones(3)}, {HOSTILE: (np.array([0.1, 1.0]), np.array([0.5, 1.0]))})]
     page = page_of(tmp_path, results, exhibits, {HOSTILE: HOSTILE, "group": {HOSTILE: [HOSTILE, 1]}}, [HOSTILE], title=f"{HOSTILE}\n$body {HOSTILE}")
@@ -232,7 +254,8 @@ def test_curves_against_loops():
     random = np.random.default_rng(3)
     roc = roc_curve(random.standard_normal(500) + np.arange(500) % 2, np.arange(500) % 2)
     rates = np.geomspace(1e-3, 1, 50)
-    np.testing.assert_array_equal(figures.step_values(rates, roc.fpr, roc.tpr), [max(tpr for fpr, tpr in zip(roc.fpr, roc.tpr) if fpr <= rate) for rate in rates])
+    expected = [max(tpr for fpr, tpr in zip(roc.fpr, roc.tpr) if fpr <= rate) for rate in rates]
+    np.testing.assert_array_equal(figures.step_values(rates, roc.fpr, roc.tpr), expected)
     x = np.append(0.0, np.sort(random.uniform(1e-4, 1, 5000)))
     kept, values = figures.thin(x, 2 * x)
     assert len(kept) <= figures.POINTS and kept[0] == x[1] and kept[-1] == x[-1] and set(kept) <= set(x)
@@ -247,7 +270,7 @@ def test_curves_against_loops():
 # --- tables -------------------------------------------------------------------------------------------------------------------
 
 def test_terminal_table():
-    text = report.format_results(all_results())
+    text = tables.format_results(all_results())
     lines = text.splitlines()
     assert lines[0].split() == ["pair", "set", "Accuracy-Flip", "±", "Std", "(%)", "XNorm"] and lines[1].split() == ["lfw", "99.58", "±", "0.32", "22.37"]
     header, row = (next(line for line in lines if line.startswith(start)) for start in ("IJBC TPR", "Norm:True_Det:True"))
@@ -255,13 +278,13 @@ def test_terminal_table():
     assert row.split()[1:] == [f"{value:.2f}{'†' if index < 3 else ''}" for index, value in enumerate(list(ijb_figures().values())[2:8])]
     assert header.index("1e-3") + 3 == row.index(row.split()[4]) + 4, "columns end below each other"
     assert "threshold" not in text and text.count(tables.EXPLANATION) == 1
-    assert tables.EXPLANATION not in report.format_results({"verification": {}, "ijb": {"IJBC": ijb_figures(10 ** 7, 10 ** 5)}, "tinyface": {}})
-    assert report.format_results({"verification": {}, "ijb": {}, "tinyface": {}}) == ""
+    assert tables.EXPLANATION not in tables.format_results({"verification": {}, "ijb": {"IJBC": ijb_figures(10 ** 7, 10 ** 5)}, "tinyface": {}})
+    assert tables.format_results({"verification": {}, "ijb": {}, "tinyface": {}}) == ""
 
 
 def test_figures_without_counts_are_not_marked():
     plain = {key: value for key, value in ijb_figures().items() if "_at_fpr_" in key}
-    assert "†" not in report.format_results({"verification": {}, "ijb": {"IJBC": plain}, "tinyface": {}})
+    assert "†" not in tables.format_results({"verification": {}, "ijb": {"IJBC": plain}, "tinyface": {}})
 
 
 @pytest.mark.parametrize("rate, text", [(1e-6, "1e-6"), (0.0001, "1e-4"), (0.1, "1e-1"), (1.0, "1"), (0.00025, "2.5e-4")])
@@ -270,7 +293,8 @@ def test_short_rates(rate, text):
 
 
 @pytest.mark.parametrize("key, group", [
-    ("verification.cfp.fp.Accuracy-Flip", "verification.cfp.fp"), ("ijb.IJB.C.Norm:True_Det:True_tpr_at_fpr_0.0001", "ijb.IJB.C"), ("ijb.IJBC.1N_G1.tpir_at_fpir_0.01", "ijb.IJBC"),
+    ("verification.cfp.fp.Accuracy-Flip", "verification.cfp.fp"), ("ijb.IJB.C.Norm:True_Det:True_tpr_at_fpr_0.0001", "ijb.IJB.C"),
+    ("ijb.IJBC.1N_G1.tpir_at_fpir_0.01", "ijb.IJBC"),
     ("ijb.IJBC.impostor_pairs", "ijb.IJBC"), ("tinyface.pad_0.1.rank-20", "tinyface.pad_0.1"),
 ])
 def test_set_of_a_key(key, group):
@@ -280,7 +304,7 @@ def test_set_of_a_key(key, group):
 # --- metrics of one checkpoint ------------------------------------------------------------------------------------------------------
 
 def test_metrics_come_back(tmp_path):
-    flat = report.flatten(all_results()) | {"ijb.IJBC.Norm:True_Det:True_thresh_at_fpr_1e-06": np.inf, 'verification.odd, "name".XNorm': 1.5}
+    flat = tables.flatten(all_results()) | {"ijb.IJBC.Norm:True_Det:True_thresh_at_fpr_1e-06": np.inf, 'verification.odd, "name".XNorm': 1.5}
     report.write_metrics(tmp_path / "x_metrics.csv", flat)
     header, *lines = read_table(tmp_path / "x_metrics.csv")
     assert header == ["metric", "value"] and lines == sorted([key, f"{value:.6f}"] for key, value in flat.items())
@@ -289,7 +313,8 @@ def test_metrics_come_back(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("", "no figures"), ("metric,value\n", "no figures"), ("key,number\n", "line 1 is not metric,value"), ("metric,value\ntinyface.x.rank-1,1.0\nverification.lfw.Acc", "line 3"),
+    ("", "no figures"), ("metric,value\n", "no figures"), ("key,number\n", "line 1 is not metric,value"),
+    ("metric,value\ntinyface.x.rank-1,1.0\nverification.lfw.Acc", "line 3"),
     ("metric,value\ntinyface.x.rank-1,\n", "line 2"), ("metric,value\ntinyface.x.rank-1,nan\n", "line 2"), ("metric,value\nother.x.rank-1,1\n", "line 2"),
     ("metric,value\nrank-1,1\n", "line 2"), ("metric,value\n\0\0\0", "line 2"), ("\x89PNG", "line 1"), ("metric,value\n\n", "line 2"),
 ])
@@ -327,7 +352,7 @@ def test_markdown_compares_numbers_not_words():
 
 
 def test_summary_of_everything(tmp_path):
-    rows = [Row(f"{run}_{step or 'best_'}backbone", run, step, report.flatten(all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}))
+    rows = [Row(f"{run}_{step or 'best_'}backbone", run, step, tables.flatten(all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}))
             for seed, (run, step) in enumerate([("a$b", 10), ("a$b", 2), ("a$b", None), ("c|d", 5)])]
     del rows[1].figures["verification.lfw.Accuracy-Flip"]
     report.write_summary(tmp_path, rows)
@@ -355,10 +380,11 @@ def test_summary_of_everything(tmp_path):
 
 
 def test_pages_of_the_plots():
-    groups = report.group_by_page(list(report.flatten(all_results())))
+    groups = report.group_by_page(list(tables.flatten(all_results())))
     assert {title: len(keys) for title, keys in groups.items()} == {"verification": 6, "ijb.IJBC": 62, "tinyface": 3}
     assert [key[-7:] for key in groups["tinyface"]] == [".rank-1", ".rank-5", "rank-20"]
-    assert [key for key in groups["ijb.IJBC"] if key.startswith("ijb.IJBC.Norm:True_Det:True_tpr")] == [f"ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_{fpr}" for fpr in FPRS]
+    assert [key for key in groups["ijb.IJBC"] if key.startswith("ijb.IJBC.Norm:True_Det:True_tpr")] == [
+        f"ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_{fpr}" for fpr in FPRS]
 
 
 def test_drawing_leaves_out_what_is_not_finite(tmp_path):
@@ -382,17 +408,20 @@ def test_summary_sorted(tmp_path, sort_by):
 
 
 def test_sorted_by_what_no_headline_shows(tmp_path):
-    rows = [Row(f"{step}backbone", "run", step, {"verification.lfw.Accuracy-Flip": 0.5, "verification.lfw.XNorm": norm}) for step, norm in enumerate((3.0, 22.123))]
+    rows = [Row(f"{step}backbone", "run", step, {"verification.lfw.Accuracy-Flip": 0.5, "verification.lfw.XNorm": norm})
+            for step, norm in enumerate((3.0, 22.123))]
     report.write_summary(tmp_path, rows, "XNorm")
     assert markdown_rows((tmp_path / "summary.md").read_text())[0::2] == [["checkpoint", "lfw", "lfw.XNorm"], ["1backbone", "**50.00**", "**22.12**"]]
 
 
-KEYS = sorted(report.flatten(all_results()))
+KEYS = sorted(tables.flatten(all_results()))
 
 
 @pytest.mark.parametrize("name, key", [
-    ("lfw", "verification.lfw.Accuracy-Flip"), ("cfp.fp", "verification.cfp.fp.Accuracy-Flip"), ("lfw.XNorm", "verification.lfw.XNorm"), ("rank-1", "tinyface.tinyface_pad_0.1.rank-1"),
-    ("tinyface_pad_0.1", "tinyface.tinyface_pad_0.1.rank-1"), ("IJBC 1e-4", "ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_0.0001"), ("IJBC G2 rank-1", "ijb.IJBC.1N_G2.top1"),
+    ("lfw", "verification.lfw.Accuracy-Flip"), ("cfp.fp", "verification.cfp.fp.Accuracy-Flip"), ("lfw.XNorm", "verification.lfw.XNorm"),
+    ("rank-1", "tinyface.tinyface_pad_0.1.rank-1"),
+    ("tinyface_pad_0.1", "tinyface.tinyface_pad_0.1.rank-1"), ("IJBC 1e-4", "ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_0.0001"),
+    ("IJBC G2 rank-1", "ijb.IJBC.1N_G2.top1"),
     ("Norm:False_Det:True_tpr_at_fpr_0.01", "ijb.IJBC.Norm:False_Det:True_tpr_at_fpr_0.01"), ("1N_G1.tpir_at_fpir_0.01", "ijb.IJBC.1N_G1.tpir_at_fpir_0.01"),
 ])
 def test_names_of_metrics(name, key):
@@ -419,7 +448,10 @@ def test_unknown_sort_writes_nothing(tmp_path):
 # --- plot_curves: reads summary.csv ------------------------------------------------------------------------------------------------
 
 def test_curves_take_the_last_step_of_any_order(tmp_path):
-    accuracy = lambda run, step, **sets: Row(f"{run}{step}", run, step, {f"verification.{name}.Accuracy-{part}": value for name, value in sets.items() for part in ("Flip", "Std")})
+    def accuracy(run, step, **sets):
+        figures = {f"verification.{name}.Accuracy-{part}": value for name, value in sets.items() for part in ("Flip", "Std")}
+        return Row(f"{run}{step}", run, step, figures)
+
     rows = [accuracy("a", 10, lfw=0.7), accuracy("a", 2, lfw=0.8), accuracy("a", None, lfw=0.9), accuracy("b", None, lfw=0.6, cfp=0.95),
             Row("c1", "c", 1, {"tinyface.x.rank-1": 5.0})]
     report.write_summary(tmp_path, rows, "lfw")

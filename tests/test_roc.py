@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics
 
 from conftest import ROOT
-from eval.roc import FPRS, check_norms, cmc, resolves, roc_curve, search, separate, tpr_at
+from eval.roc import FPRS, check_norms, cmc, resolves, roc_curve, search, separate, to_whole, tpr_at
 from utils.errors import InputError
 
 
@@ -144,12 +144,22 @@ def test_a_network_that_sees_no_difference_finds_nobody():
 def test_cmc_is_the_share_of_ranks_up_to():
     assert cmc(np.array([1, 3, 3, 9]), 4).tolist() == [0.25, 0.25, 0.75, 0.75]
     assert cmc(np.array([2]), 1).tolist() == [0]
+    assert cmc(np.array([1, 2 ** 31 - 1]), 3).tolist() == [0.5, 0.5, 0.5]       # a miss, in no more memory than the others
+
+
+def test_whole_numbers_of_any_type():
+    for values in ([1, -2], np.array([3, 4], np.uint8), [1.0, -2.0 ** 53], np.array([7, 8], np.float32), [True, False], []):
+        found = to_whole(np.array(values))
+        assert found.dtype == np.int64 and found.tolist() == np.array(values).tolist()
+    for values in ([1.5], [np.nan], [np.inf], [2.0 ** 53 + 2], ["1"], [None], [1j]):
+        assert to_whole(np.array(values)) is None
 
 
 def test_norms_name_the_image_that_has_none():
     features = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
     np.testing.assert_allclose(check_norms(features), np.linalg.norm(features, axis=1), rtol=1e-6)
-    for value, message in ((0, "feature of image 4 is zero"), (np.nan, "feature of image 4 is not finite"), (-np.inf, "not finite.*1 of 9 images")):
+    for value, message in ((0, "feature of image 4 is zero"), (np.nan, "feature of image 4 is not finite"),
+                           (-np.inf, "not finite.*usable feature for 1 of 9 images")):
         broken = features.copy()
         broken[4] = value
         with pytest.raises(InputError, match=message):

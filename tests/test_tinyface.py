@@ -54,6 +54,7 @@ def test_ranks_equal_a_loop(seed, people, distractors):
     ranks, hardest = slow_ranks(*data)
     np.testing.assert_array_equal(found.ranks, ranks)
     np.testing.assert_array_equal(found.hardest, hardest)
+    assert [data[1][index] for index in found.probes] == data[2]["probe_paths"]
     results = tinyface.evaluate(*data, ranks=(1, 3))
     assert results == pytest.approx({f"rank-{rank}": 100 * np.mean(np.array(ranks) <= rank) for rank in (1, 3)})
     assert all(type(value) is float for value in results.values())
@@ -80,6 +81,21 @@ def test_whole_paths_tell_images_of_one_name_apart():
         tinyface.evaluate(features, renamed, meta | {"probe_paths": ["3_0.png"]})
 
 
+def test_a_probe_without_a_mate_is_a_miss_at_every_rank():
+    """Also where the gallery has fewer images than the rank."""
+    features, paths, meta = random_set(2, people=4, distractors=3)
+    alone = {f"Gallery_Match/3_{number}.jpg" for number in (10, 11, 12)}
+    meta["gallery_paths"] = [path for path in meta["gallery_paths"] if path not in alone]
+    found = tinyface.rank_probes(features, paths, meta)
+    lonely = np.array([path.startswith("Probe/3_") for path in meta["probe_paths"]])
+    assert [paths[index] for index in found.probes] == meta["probe_paths"]
+    assert (found.ranks[lonely] == tinyface.NO_MATE).all() and (found.hardest[lonely, 1] == -1).all() and (found.hardest[:, 0] >= 0).all()
+    assert (found.ranks[~lonely] < tinyface.NO_MATE).all() and (found.hardest[~lonely, 1] >= 0).all()
+    assert tinyface.evaluate(features, paths, meta)["rank-20"] == 75        # of four people's probes, two each
+    ranks, _ = slow_ranks(features, paths, meta | {"probe_paths": [path for path in meta["probe_paths"] if not path.startswith("Probe/3_")]})
+    assert found.ranks[~lonely].tolist() == ranks
+
+
 def test_a_network_that_sees_no_difference_finds_nobody():
     features, paths, meta = random_set()
     assert set(tinyface.evaluate(np.ones_like(features), paths, meta).values()) == {0}
@@ -90,9 +106,10 @@ def test_a_network_that_sees_no_difference_finds_nobody():
     (lambda f, p, m: (f[:, 0], p, m), r"features of shape \(271,\)"),
     (lambda f, p, m: (np.where(np.arange(271)[:, None] == 5, np.nan, f), p, m), "feature of image 5 is not finite"),
     (lambda f, p, m: (np.where(np.arange(271)[:, None] == 6, 0, f), p, m), "feature of image 6 is zero"),
-    (lambda f, p, m: (f, p, m | {"probe_paths": ["Probe/77_0.jpg"]}), r"probe_paths: Probe/77_0\.jpg was not embedded"),
-    (lambda f, p, m: (f, p, m | {"distractor_paths": ["d.jpg"]}), r"distractor_paths: d\.jpg was not embedded"),
-    (lambda f, p, m: (f, p, m | {"gallery_paths": ["Gallery_Match/0_10.jpg"]}), r"probe Probe/[1-9]\d*_\d\.jpg has no mate"),
+    (lambda f, p, m: (f, p, m | {"probe_paths": ["Probe/77_0.jpg"]}), r"probe_paths: Probe/77_0\.jpg is not among the image paths"),
+    (lambda f, p, m: (f, p, m | {"distractor_paths": ["d.jpg"]}), r"distractor_paths: d\.jpg is not among the image paths"),
+    (lambda f, p, m: (f, p, m | {"gallery_paths": ["Gallery_Match/0_10.jpg"], "probe_paths": ["Probe/7_0.jpg", "Probe/8_1.jpg"]}),
+     r"no TinyFace probe has a mate: gallery_paths have no image of person 7 \(Probe/7_0\.jpg\) or any other"),
     (lambda f, p, m: (f, p, m | {"gallery_paths": []}), "gallery_paths is empty"),
     (lambda f, p, m: (f, p, m | {"probe_paths": []}), "probe_paths is empty"),
     (lambda f, p, m: (f, p, m | {"distractor_paths": m["probe_paths"]}), "Probe/.* is named more than once"),

@@ -9,8 +9,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
+from eval.set_folder import check_images
+from eval.tinyface import find_roles
 from eval.tinyface_set import find_tinyface, load_tinyface
 from tests.saved_sets import encode, save_images, save_metadata, smooth
 from utils.errors import InputError
@@ -112,6 +114,38 @@ def test_the_column_tells_which_image_a_row_is(tmp_path):
     np.testing.assert_array_equal(found.images[3], smooth(COUNT)[3])
 
 
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, tree):
+    """Nothing keeps the names of probes, mates and distractors from being the same; the names in an Arrow column may be without folders."""
+    for old, new in (("Gallery_Match/1_0.bmp", "Gallery_Match/1_1.png"), ("Gallery_Distractor/77.jpg", "Gallery_Distractor/1_1.png")):
+        move(tree, old, new)
+    found = load(tree)
+    lists = {role: sorted(path for path in found.image_paths if f"/{folder}/" in path) for role, folder in zip(LISTS, FILES)}
+    assert found.meta == lists and [path.endswith("/1_1.png") for path in found.image_paths].count(True) == 3
+    probes, gallery, distractors = find_roles(found.image_paths, found.meta)
+    assert [list(probes), list(gallery), list(distractors)] == [[0, 1, 2], [3, 4], [5, 6]]
+
+    paths = found.image_paths
+    names = [Path(path).name for path in paths]
+    elsewhere = [f"/data/{path}" for path in paths]
+    for number, (column, listed, expected) in enumerate([(names, paths, paths), (paths, names, paths), (elsewhere, paths, paths), (paths, paths[::-1], paths)]):
+        folder = write_saved(tmp_path, smooth(COUNT), f"set{number}", paths=column, image_paths=listed, **lists)
+        assert load(folder).image_paths == expected and load(folder).meta == lists
+
+
+def test_no_distractors_and_probes_without_mate_are_told_once(tmp_path, tree, caplog):
+    for name in FILES["Gallery_Distractor"]:
+        move(tree, f"Gallery_Distractor/{name}", None)
+    move(tree, "Gallery_Match/1_0.bmp", None)
+    assert load(tree).meta["distractor_paths"] == []
+    assert [message.split(": ", 1)[1] for message in caplog.messages if "published" not in message] == [
+        "the gallery has no mate of 2 probes, the first Testing_Set/Probe/1_1.png: counted as a miss at every rank",
+        "no distractors: the gallery has mates only"]
+    caplog.clear()
+    saved = write_saved(tmp_path, smooth(COUNT), "saved", probe_paths=PATHS[:2], gallery_paths=PATHS[3:4], distractor_paths=[])
+    assert load(saved).meta["distractor_paths"] == []
+    assert len(caplog.messages) == 2 and "no mate of 1 probe, Testing_Set/Probe/1_1.png:" in caplog.messages[0]
+
+
 def test_finding_the_folder(tmp_path):
     (tmp_path / "tinyface_aligned_pad_0.1").mkdir()
     assert find_tinyface(tmp_path, "tinyface") == find_tinyface(tmp_path, "tinyface_aligned_pad_0.1") == tmp_path / "tinyface_aligned_pad_0.1"
@@ -125,6 +159,7 @@ def test_images_in_worker_processes(tmp_path, layout):
     expected = np.stack([images[i] for i in range(COUNT)])
     copy = pickle.loads(pickle.dumps(images))
     np.testing.assert_array_equal(np.stack([copy[i] for i in range(COUNT)]), expected)
+    check_images(images, 2, "test")
     loader = DataLoader(images, batch_size=3, num_workers=2, worker_init_fn=start_worker, collate_fn=lambda batch: torch.from_numpy(np.stack(batch)))
     np.testing.assert_array_equal(torch.cat(list(loader)).numpy(), expected)
 
@@ -138,11 +173,15 @@ def test_fingerprint_follows_the_images(tree):
     assert len({first, second, load(tree).fingerprint}) == 3
 
 
-def test_a_set_of_the_published_name_and_another_size_is_told(tmp_path, caplog):
+def test_a_set_of_the_published_name_and_another_size_is_told(tmp_path, caplog, monkeypatch):
     load(write_tree(tmp_path, "mine"))
     assert not caplog.text
     load(write_tree(tmp_path, "TinyFace"))
     assert "TinyFace has 3 probes, 4 gallery images, the published set 3,728 probes, 157,871 gallery images" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr("utils.distributed.is_main", lambda: False)     # every rank reads the set, the first speaks
+    load(tmp_path / "TinyFace")
+    assert not caplog.text
 
 
 # --- a wrong tree -----------------------------------------------------------------------------------------------------------
@@ -162,13 +201,9 @@ def move(tree: Path, old: str, new: str | None) -> None:
     ([("Probe", None)], "Testing_Set: no folder Probe; TinyFace has Probe, Gallery_Match, Gallery_Distractor"),
     ([("Gallery_Distractor", None)], "no folder Gallery_Distractor"),
     ([("Gallery_Match/10_7.jpeg", "Gallery_Match/10_7.gif"), ("Gallery_Match/1_0.bmp", None)], r"Gallery_Match holds no images \(.jpg, .jpeg, .png"),
-    ([("Gallery_Distractor/77.jpg", None), ("Gallery_Distractor/a_b_1.jpg", None)], "Gallery_Distractor holds no images"),
-    ([("Gallery_Match/1_0.bmp", None)], "2 probes, the first Testing_Set/Probe/1_1.png, have no image of their identity in the gallery"),
-    ([("Gallery_Match/1_0.bmp", "Gallery_Match/11_0.bmp")], "2 probes"),
-    ([("Gallery_Distractor/77.jpg", "Gallery_Distractor/1_1.jpg")], "the images name 1_1 twice .*Probe/1_1.png and .*Distractor/1_1.jpg"),
-    ([("Probe/10_2.jpg", "Probe/1_9.png")], "name 1_9 twice"),
-    ([("Probe/10_2.jpg", "Probe/10.jpg")], "1 images, the first Testing_Set/Probe/10.jpg, whose names do not tell the identity"),
-    ([("Gallery_Match/1_0.bmp", "Gallery_Match/1.bmp")], "Gallery_Match/1.bmp, whose names"),
+    ([("Gallery_Match/1_0.bmp", "Gallery_Match/11_0.bmp"), ("Gallery_Match/10_7.jpeg", None)], "no TinyFace probe has a mate: .* no image of person 10"),
+    ([("Probe/10_2.jpg", "Probe/10.jpg")], r"the name does not tell the identity .* of 1 image, Testing_Set/Probe/10\.jpg$"),
+    ([("Gallery_Match/1_0.bmp", "Gallery_Match/1.bmp"), ("Probe/1_1.png", "Probe/1.png")], "of 2 images, the first Testing_Set/Probe/1.png"),
 ])
 def test_trees_that_do_not_fit(tree, moves, message):
     for old, new in moves:
@@ -183,7 +218,7 @@ def test_unreadable_and_unaligned_images(tree):
     refused(tree, "Probe/10_2.jpg: 4 bytes that are no image")
     (tree / PATHS[0]).write_bytes(encode(smooth(1)[0]))
     (tree / PATHS[4]).write_bytes(b"")
-    refused(tree, "1 files of 0 bytes, the first Testing_Set/Gallery_Match/1_0.bmp")
+    refused(tree, "1 empty file, Testing_Set/Gallery_Match/1_0.bmp: copy again")
     (tree / PATHS[4]).write_bytes(encode(smooth(1, (112, 100))[0]))
     images = load(tree).images                              # one image is read as a sample, not all
     with pytest.raises(InputError, match="Gallery_Match/1_0.bmp: the image is 100x112"):
@@ -191,6 +226,19 @@ def test_unreadable_and_unaligned_images(tree):
     (tree / PATHS[4]).unlink()
     with pytest.raises(InputError, match="Gallery_Match/1_0.bmp: No such file"):
         images[4]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_image_is_read_where_asked(tree, workers, capfd):
+    (tree / PATHS[4]).write_bytes(b"text")
+    (tree / PATHS[6]).write_bytes(b"text")
+    images, state = load(tree).images, torch.get_rng_state()
+    check_images(Subset(images, [0, 3, 5]), workers, "test")
+    check_images(Subset(images, []), workers, "test")
+    with pytest.raises(InputError, match=r"^\S*Gallery_Match/1_0.bmp: 4 bytes that are no image OpenCV can read$"):
+        check_images(images, workers, "test")
+    assert torch.equal(torch.get_rng_state(), state)        # a training run that checks first draws the same random numbers
+    assert capfd.readouterr() == ("", "")                   # the bar is for terminals
 
 
 def test_folders_of_neither_layout_or_both(tmp_path, tree):
@@ -206,26 +254,28 @@ def test_folders_of_neither_layout_or_both(tmp_path, tree):
     (dict(probe_paths=None), "metadata.pt lacks probe_paths; it holds image_paths, gallery_paths, distractor_paths"),
     (dict(image_paths=PATHS[:-1]), "the 6 image_paths of metadata.pt are not the 7 images in the column 'path'"),
     (dict(image_paths=PATHS[:-1] + ["x.jpg"]), "are not the 7 images"),
-    (dict(probe_paths=[]), "probe_paths has no entries"),
-    (dict(distractor_paths=[]), "distractor_paths has no entries"),
-    (dict(probe_paths=PATHS[:2] + ["Probe/1_99.jpg"]), "probe_paths has 1 paths of which there is no image, the first Probe/1_99.jpg"),
-    (dict(gallery_paths=PATHS[2:5]), "name 1_9 twice"),
-    (dict(probe_paths=PATHS[:3] + PATHS[:1]), "probe_paths, gallery_paths, distractor_paths name 10_2 twice"),
-    (dict(gallery_paths=PATHS[3:4], distractor_paths=PATHS[4:]), "2 probes, the first .*1_1.png, have no image of their identity"),
+    (dict(probe_paths=[]), "probe_paths is empty"),
+    (dict(gallery_paths=[]), "gallery_paths is empty"),
+    (dict(probe_paths=PATHS[:2] + ["Probe/1_99.jpg"]), "probe_paths: Probe/1_99.jpg is not among the image paths"),
+    (dict(gallery_paths=PATHS[2:5]), "Probe/1_9.JPG is named more than once"),
+    (dict(probe_paths=PATHS[:3] + PATHS[:1]), "Probe/10_2.jpg is named more than once in probe_paths, gallery_paths, distractor_paths"),
+    (dict(probe_paths=PATHS[:1], gallery_paths=PATHS[4:5]), "no TinyFace probe has a mate"),
     (dict(probe_paths="text"), "probe_paths is no list of strings"),
     (dict(probe_paths=[1, 2]), "probe_paths is no list of strings"),
     (dict(probe_paths=np.arange(3)), "probe_paths is no list of strings"),
     (dict(probe_paths=torch.arange(3)), "probe_paths is no list of strings"),
-    (dict(probe_paths=np.array([b"a"])), "refused: it holds a numpy array of S1"),
+    (dict(probe_paths=np.array([b"a"])), "probe_paths is a numpy array of S1; numbers and strings are expected"),
     (dict(probe_paths=os.system), "refused: it asks to load (posix|nt).system"),
 ])
 def test_metadata_that_does_not_fit(tmp_path, metadata, message):
     refused(write_saved(tmp_path, smooth(COUNT), **metadata), message)
 
 
-def test_two_images_of_one_key(tmp_path):
+def test_paths_that_could_be_of_two_images(tmp_path):
     paths = PATHS[:-1] + ["elsewhere/77.png"]
-    refused(write_saved(tmp_path, smooth(COUNT), paths=paths, distractor_paths=PATHS[5:6]), "the images name 77 twice .*77.jpg and elsewhere/77.png")
+    folder = write_saved(tmp_path, smooth(COUNT), paths=paths, distractor_paths=["77.jpg"])
+    refused(folder, "distractor_paths: 77.jpg could be .*Gallery_Distractor/77.jpg or elsewhere/77.png")
+    refused(write_saved(tmp_path, smooth(COUNT), "twice", paths=PATHS[:-1] + PATHS[-2:-1], distractor_paths=[]), "images 5 and 6 have the same path")
 
 
 def test_schema_needs_the_paths(tmp_path):

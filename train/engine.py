@@ -101,16 +101,16 @@ class Engine:
         self.open_window()
         if self.cfg.run_eval_at_start and self.step == 0:
             self.validate()
-            self.run_benchmarks()
+            self.run_benchmarks(self.epoch)
         stopped = False
         try:
             if self.benchmarks_are_due(self.epoch - 1) and self.samples == 0 and not distributed.main_computes(lambda: self.log.has_benchmarks(self.step)):
-                self.run_benchmarks()       # the run was ended between an epoch's last state and these figures
+                self.run_benchmarks(self.epoch - 1)     # the run was ended between an epoch's last state and these figures
             while self.epoch < self.cfg.num_epoch and not stopped:
                 epoch, stopped = self.epoch, self.train_epoch(stop)
                 self.save()                 # first: an evaluation that fails after hours loses nothing
                 if self.epoch > epoch and self.benchmarks_are_due(epoch) and not stopped:
-                    self.run_benchmarks()
+                    self.run_benchmarks(epoch)
         finally:
             end_workers(self.reading)
         if self.epoch < self.cfg.num_epoch:
@@ -281,8 +281,8 @@ class Engine:
                 checkpoint.save(self.backbone.state_dict(), self.run.folder.path / "best_backbone.pth")
         self.window_started += time.monotonic() - started       # no part of the training speed
 
-    def run_benchmarks(self) -> None:
-        """Measure IJB and TinyFace on all ranks together, with the state of this step on disk, and log with this step."""
+    def run_benchmarks(self, epoch: int) -> None:
+        """Measure IJB and TinyFace on all ranks together, with the state of this step on disk, and log with this step of ``epoch``."""
         if not self.benchmarks:
             return
         started = time.monotonic()
@@ -292,7 +292,7 @@ class Engine:
         for benchmark in self.benchmarks:
             results.setdefault(benchmark.kind, {})[benchmark.name] = run_benchmark(benchmark, self.backbone, device=self.run.device, precision=self.run.precision,
                                                                                    channels_last=self.cfg.channels_last)
-        self.log.benchmarks(self.step, self.epoch, results)
+        self.log.benchmarks(self.step, epoch, results)
         self.window_started += time.monotonic() - started
 
     def save(self) -> None:

@@ -15,7 +15,7 @@ from utils.errors import InputError
 
 _alone = False
 TIMEOUT = timedelta(minutes=30)      # the slowest wait of a rank: another one writing checkpoints or loading sets
-
+PATIENCE = timedelta(days=30)        # where every rank does work of its own
 
 def init(device: str = "auto") -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
@@ -96,13 +96,18 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def all_gather_object(value) -> list:
-    """Every rank's small picklable value, in rank order, on every rank."""
+def all_gather_object(value, group=None) -> list:
+    """Every rank's small picklable value, in rank order, on every rank. ``group``: None, or a ``patient_group()``."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
+
+
+def patient_group():
+    """All ranks, who may wait for each other for days; all call it together. None in a world of one."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
 
 
 def all_succeed(function):

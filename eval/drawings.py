@@ -18,23 +18,27 @@ SIZE = (6.2, 4.3)
 
 
 def draw_rocs(rocs: dict[str, Roc]) -> str:
-    """TPR against FPR (logarithmic) from 1e-6, or from what the pairs resolve; the operating points are dots, hollow where the pairs do not resolve them."""
+    """TPR against FPR (logarithmic) from the first operating point; the six are dots, hollow where the pairs do not resolve them.
+
+    What a curve reaches without any false accept stands at the left edge.
+    """
     def plot(axes):
-        left = max(1e-6, decade_below(min(1 / roc.impostor for roc in rocs.values())))
-        rates = np.geomspace(left, 1, POINTS)
+        rates = np.geomspace(FPRS[0], 1, POINTS)
         for color, (name, roc) in zip(cycle(COLORS), rocs.items()):
             axes.plot(rates, 100 * step_values(rates, roc.fpr, roc.tpr), color=color, linewidth=1.4, label=name)
             for rate, tpr in zip(FPRS, 100 * tpr_at(roc)[0]):
-                if rate >= left:
-                    axes.plot(rate, tpr, color=color, markerfacecolor=color if resolves(rate, roc.impostor) else "white", **DOT)
-        if any(left <= rate and not resolves(rate, roc.impostor) for rate in FPRS for roc in rocs.values()):
+                axes.plot(rate, tpr, color=color, markerfacecolor=color if resolves(rate, roc.impostor) else "white", **DOT)
+        if not all(resolves(FPRS[0], roc.impostor) for roc in rocs.values()):
             axes.plot([], [], color="#555555", markerfacecolor="white", label="finer than the pairs resolve", in_layout=False, **DOT)
-        set_rate_axes(axes, left, "false positive rate", "true positive rate (%)")
+        set_rate_axes(axes, FPRS[0], "false positive rate", "true positive rate (%)")
     return svg(plot, "ROC")
 
 
 def draw_separation(separation: Separation, roc: Roc | None, score_name: str) -> str:
-    """Share of the genuine and of the impostor pairs by score, logarithmic, as there are far more impostors and their tail matters; above, the thresholds of the operating points."""
+    """Share of the genuine and of the impostor pairs by score; above, the thresholds of the operating points.
+
+    Logarithmic, as there are far more impostors and their tail matters.
+    """
     def plot(axes):
         edges, genuine, impostor = merge_bins(separation)
         floor = 0.5 / max(genuine.sum(), impostor.sum())
@@ -79,7 +83,8 @@ def draw_cmc(curves: dict[str, np.ndarray]) -> str:
         longest = max(map(len, curves.values()))
         for color, (name, rates) in zip(cycle(COLORS), curves.items()):
             ranks = np.arange(1, len(rates) + 1)
-            axes.plot(ranks, 100 * np.asarray(rates), color=color, linewidth=1.4, marker="o", markersize=4, markevery=[rank - 1 for rank in (1, 5, 10, 20, 50, 100) if rank <= len(rates)], label=name)
+            marked = [rank - 1 for rank in (1, 5, 10, 20, 50, 100) if rank <= len(rates)]
+            axes.plot(ranks, 100 * np.asarray(rates), color=color, linewidth=1.4, marker="o", markersize=4, markevery=marked, label=name)
         axes.set(xlabel="rank", ylabel="identification rate (%)", ylim=rate_limits(axes), xscale="log" if longest > 20 else "linear")
         axes.set_xticks([rank for rank in (1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000) if rank <= longest])
         axes.xaxis.set_major_formatter("{x:.0f}")
