@@ -197,7 +197,7 @@ def test_plots_are_labelled(page):
 def test_every_operating_point_is_in_sight(monkeypatch, impostors, hollow):
     """However few the pairs: six dots within the axes, those that the pairs do not resolve hollow; the curve starts at the left edge."""
     axes = Figure().subplots()
-    monkeypatch.setattr(figures, "svg", lambda plot, title: plot(axes))
+    monkeypatch.setattr(drawings, "svg", lambda plot, title: plot(axes))
     label = np.arange(impostors + 50) < 50
     roc = roc_curve(np.random.default_rng(0).standard_normal(len(label)) + 3 * label, label)
     drawings.draw_rocs({"all": roc})
@@ -255,15 +255,15 @@ def test_curves_against_loops():
     roc = roc_curve(random.standard_normal(500) + np.arange(500) % 2, np.arange(500) % 2)
     rates = np.geomspace(1e-3, 1, 50)
     expected = [max(tpr for fpr, tpr in zip(roc.fpr, roc.tpr) if fpr <= rate) for rate in rates]
-    np.testing.assert_array_equal(figures.step_values(rates, roc.fpr, roc.tpr), expected)
+    np.testing.assert_array_equal(drawings.step_values(rates, roc.fpr, roc.tpr), expected)
     x = np.append(0.0, np.sort(random.uniform(1e-4, 1, 5000)))
-    kept, values = figures.thin(x, 2 * x)
-    assert len(kept) <= figures.POINTS and kept[0] == x[1] and kept[-1] == x[-1] and set(kept) <= set(x)
+    kept, values = drawings.thin(x, 2 * x)
+    assert len(kept) <= drawings.POINTS and kept[0] == x[1] and kept[-1] == x[-1] and set(kept) <= set(x)
     np.testing.assert_array_equal(values, 2 * kept)
     few = np.array([1.0, 0.1, 0.01])
-    np.testing.assert_array_equal(figures.thin(few, few)[0], few[::-1])
+    np.testing.assert_array_equal(drawings.thin(few, few)[0], few[::-1])
     bins = Separation(np.linspace(0, 1, 101), np.arange(100), np.full(100, 2), None, None)
-    edges, genuine, impostor = figures.merge_bins(bins)
+    edges, genuine, impostor = drawings.merge_bins(bins)
     assert len(edges) == 26 and genuine.sum() == 4950 and impostor.tolist() == [8] * 25 and genuine[0] == 0 + 1 + 2 + 3
 
 
