@@ -53,13 +53,13 @@ config.geom_margin_warmup_epoch = 1        # epochs until the geometry margin co
 config.sample_rate = 1.0                   # share of the other classes in each softmax (Partial FC)
 
 # --- teacher
-config.teacher = "iresnet50"               # the network of the file below: any of the networks above
-config.pretrained_teacher_path = ""        # its <step>backbone.pth, or a published one: AdaDistill
+config.teacher = "iresnet50"               # the network of the file below: any of the above, iresnet50_se, ...; cvlface_ir50, cvlface_ir101; onnx:PATH
+config.pretrained_teacher_path = ""        # its <step>backbone.pth, a published one, or a CVLFace folder: AdaDistill
 config.pretrained_teacher_header_path = "" # AMLDistill: the teacher's class centres
-config.teacher_repo_id = ""                # a repository of teachers (not read yet: download it and set the path)
-config.teacher_cache = ""                  # where such a repository is kept
-config.teacher_embeddings = ""             # cached teacher features (not read yet)
-config.color_space = "auto"                # what the teacher sees: "RGB", "BGR"; "auto": BGR for AdaFace .ckpt files, else RGB
+config.teacher_repo_id = ""                # a CVLFace repository on the Hugging Face hub, instead of a path; cvlface_* know theirs
+config.teacher_cache = ""                  # where repositories are kept; "": the hub's own folder
+config.teacher_embeddings = ""             # features of the teacher, from train/cache_teacher.py: it is not run again
+config.color_space = "auto"                # what the teacher sees: "RGB", "BGR"; "auto": as its configuration says, BGR for AdaFace .ckpt files, else RGB
 
 # --- optimisation
 config.batch_size = 128                    # images per process and forward pass

@@ -16,6 +16,7 @@ from easydict import EasyDict as edict
 
 from backbones import NAMES
 from utils.errors import InputError, nearest
+from utils.teacher import ONNX, TEACHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = ("MLLoss", "CosFace", "ArcFace", "AdaFace")
@@ -50,11 +51,6 @@ MAY_BE_NONE = {"m"}
 DATASET_KEYS = {"db_file_format", "rec", "data_path", "sample", "num_classes", "num_image", "num_epoch", "warmup_epoch", "milestones", "val_rec", "val_targets"}
 # a configuration file is a program of the user's: whatever goes wrong in it is told with its line
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
-NOT_YET = {     # keys whose machinery is not part of this version: saying so beats ignoring them
-    "teacher_repo_id": "download the repository and set pretrained_teacher_path to its model.safetensors",
-    "teacher_cache": "download the repository yourself",
-    "teacher_embeddings": "train with the live teacher",
-}
 
 
 def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
@@ -67,6 +63,8 @@ def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
     cfg = load_config(arguments.config, arguments.overrides)
     if cfg.use_geom_margin and method == "standalone":
         raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
+    if cfg.teacher_embeddings and method == "standalone":
+        raise InputError("teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, or set teacher_embeddings=")
     return cfg, arguments.resume
 
 
@@ -186,6 +184,8 @@ def check_value(key: str, value, base: Path):
             raise InputError(f"{key}={value!r} is unknown{nearest(value, kind)}; allowed: {', '.join(kind)}")
         return value
     kind, smallest = kind if isinstance(kind, tuple) else (kind, None)
+    if key == "teacher" and str(value).startswith(ONNX):
+        return ONNX + str(base / Path(value.removeprefix(ONNX)).expanduser())
     if kind is PathText:
         if not isinstance(value, (str, Path)):
             raise wrong
@@ -209,14 +209,15 @@ def describe(kind) -> str:
 
 def check_combinations(values: dict) -> None:
     """Refuse what single values cannot show."""
-    for key, instead in NOT_YET.items():
-        if values[key]:
-            raise InputError(f"{key} is not part of this version: {instead}")
     if not values["output"]:
         raise InputError("output is empty: name the folder of this run")
-    for key, name in (("network", values["network"]), ("teacher", values["teacher"].removesuffix("_se"))):
-        if name not in NAMES:
-            raise InputError(f"{key}={name!r} is an unknown network{nearest(name, NAMES)}; known: {', '.join(NAMES)}")
+    if values["network"] not in NAMES:
+        raise InputError(f"network={values['network']!r} is an unknown network{nearest(values['network'], NAMES)}; known: {', '.join(NAMES)}")
+    teacher = values["teacher"]
+    if teacher not in TEACHERS and not teacher.startswith(ONNX):
+        raise InputError(f"teacher={teacher!r} is unknown{nearest(teacher, TEACHERS)}; known: {', '.join(TEACHERS)}, {ONNX}PATH")
+    if values["teacher_embeddings"] and values["augment"]:
+        raise InputError("teacher_embeddings hold the features of the images as they are and mirrored: set augment=False, or teacher_embeddings= for the live teacher")
     if values["device"] not in ("auto", "cpu", "cuda") and not values["device"].removeprefix("cuda:").isdigit():
         raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda or cuda:N")
     if values["use_geom_margin"] and values["loss"] == "MLLoss":

@@ -1,6 +1,6 @@
 """Images to features: the only place where evaluation, inside and outside of training, runs a network."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -47,17 +47,38 @@ def embed(backbone: nn.Module, images: Images | Dataset, batch_size: int, *, fli
     All ranks call it together: each embeds a share and all receive everything. The backbone runs in eval mode and gets its mode back.
     Raises InputError, on all ranks, for no images, an unknown precision, an unreadable image, or a feature that is not finite.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if len(images) == 0:
         raise InputError("no images to embed")
     # DDP's forward broadcasts buffers, which would hang: ranks run different numbers of batches.
     backbone = backbone.module if isinstance(backbone, DistributedDataParallel) else backbone
-    device = torch.device(device) if device is not None else _device_of(backbone)
-    run = dict(flip=flip, device=device, precision=precision, channels_last=channels_last)
+    run = _options(backbone, flip, device, precision, channels_last)
     with _eval_mode(backbone):
         features = (_embed_share if store is None else _embed_missing)(backbone, images, batch_size, num_workers, store, name, run)
     return tuple(half.contiguous() for half in features.chunk(2, dim=1)) if flip else (features, None)
+
+
+def embed_parts(network: nn.Module, images: Images | Dataset, parts: list[range], batch_size: int, keep: Callable, *, num_workers: int = 0,
+                device: torch.device | str | None = None, precision: str = "fp32", channels_last: bool = False, name: str = "images") -> None:
+    """Compute the features of ``parts`` of the images, ranges of indices, and hand on those of each part when it is done; nothing stays in memory.
+
+    ``keep(part, features)`` receives (n, 2 D) float32 on the CPU: of the images and, side by side, of their mirror images. The rest as ``embed``,
+    but no collective runs: every rank has parts of its own, and its errors are its own.
+    """
+    run = _options(network, True, device, precision, channels_last)
+    with _eval_mode(network):
+        _embed_mine(network, images, parts, batch_size, num_workers, name, run, keep)
+
+
+def split(parts: list[range], batch_size: int) -> list[range]:
+    """The batches in which the images of ``parts`` are read: of each part ``batch_size`` at a time and then the rest."""
+    return [range(first, min(first + batch_size, part.stop)) for part in parts for first in range(part.start, part.stop, batch_size)]
+
+
+def _options(backbone, flip, device, precision, channels_last) -> dict:
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    device = torch.device(device) if device is not None else _device_of(backbone)
+    return dict(flip=flip, device=device, precision=precision, channels_last=channels_last)
 
 
 def _embed_share(backbone, images, batch_size, num_workers, store, name, run) -> torch.Tensor:
@@ -77,26 +98,27 @@ def _embed_missing(backbone, images, batch_size, num_workers, store, name, run) 
     return distributed.all_succeed(store.read)
 
 
-def _embed_parts(backbone, images, parts: list[range], batch_size, num_workers, name, run, keep) -> None:
-    """Call ``keep(part, features)`` for every part: (n, D or 2 D) float32 on the CPU. An error of one rank is raised on all when they are through."""
-    def embed_mine():
-        batches = _read(images, [range(first, min(first + batch_size, part.stop)) for part in parts for first in range(part.start, part.stop, batch_size)],
-                        num_workers, run["device"])
-        bar = tqdm(total=sum(map(len, parts)), desc=name, unit="img", leave=False, disable=None if distributed.is_main() else True)
-        try:
-            for part in parts:
-                features = []
-                for first in range(part.start, part.stop, batch_size):
-                    features.append(_embed_batch(backbone, next_batch(batches), **run))
-                    bar.update(min(batch_size, part.stop - first))
-                features = torch.cat(features).cpu()
-                _check_finite(features, part.start, images)
-                keep(part, features)
-        finally:
-            end_workers(batches)
-            bar.close()
+def _embed_parts(*arguments) -> None:
+    """As ``_embed_mine``, called by all ranks. An error of one rank is raised on all when they are through."""
+    distributed.all_succeed(lambda: _embed_mine(*arguments))
 
-    distributed.all_succeed(embed_mine)
+
+def _embed_mine(backbone, images, parts: list[range], batch_size, num_workers, name, run, keep) -> None:
+    """Call ``keep(part, features)`` for every part: (n, D or 2 D) float32 on the CPU."""
+    batches = _read(images, split(parts, batch_size), num_workers, run["device"])
+    bar = tqdm(total=sum(map(len, parts)), desc=name, unit="img", leave=False, disable=None if distributed.is_main() else True)
+    try:
+        for part in parts:
+            features = []
+            for batch in split([part], batch_size):
+                features.append(_embed_batch(backbone, next_batch(batches), **run))
+                bar.update(len(batch))
+            features = torch.cat(features).cpu()
+            _check_finite(features, part.start, images)
+            keep(part, features)
+    finally:
+        end_workers(batches)
+        bar.close()
 
 
 def _read(images, batches: list[range], num_workers: int, device: torch.device) -> Iterator:

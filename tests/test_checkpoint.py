@@ -19,7 +19,6 @@ from backbones import build_backbone
 from utils import checkpoint
 from utils.checkpoint import RunFolder, load_backbone, network_weights, read_kernel, read_tensors
 from utils.errors import InputError
-from utils.teacher import load_teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 ROOT = Path(checkpoint.__file__).resolve().parents[1]
@@ -57,30 +56,23 @@ def assert_holds(found: torch.nn.Module, weights) -> None:
 
 HEAD = {"head.kernel": torch.zeros(SIZE, 3), "head.t": torch.zeros(1), "head.batch_mean": torch.ones(1)}
 FORMATS = {
-    "AdaDistill, InsightFace": ("600backbone.pth", lambda w: w, "", False),
-    "DistributedDataParallel": ("backbone.pth", lambda w: prefixed(w, "module."), "", False),
-    "torch.compile": ("backbone.pth", lambda w: prefixed(w, "_orig_mod.module."), "", False),
-    "AdaFace": ("adaface.ckpt", lambda w: {"epoch": 25, "state_dict": prefixed(w, "model.", **HEAD)}, "model.", True),
-    "CVLFace": ("model.safetensors", lambda w: prefixed(w, "model.net."), "model.net.", False),
-    "CVLFace as .pth": ("model.pth", lambda w: prefixed(w, "model.net."), "model.net.", False),
+    "AdaDistill, InsightFace": ("600backbone.pth", lambda w: w, ""),
+    "arcface_torch's state": ("checkpoint_gpu_0.pt", lambda w: {"epoch": 3, "state_dict_backbone": w, "state_dict_softmax_fc": {"weight": torch.zeros(5, SIZE)},
+                                                                "state_optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, ""),
+    "DistributedDataParallel": ("backbone.pth", lambda w: prefixed(w, "module."), ""),
+    "torch.compile": ("backbone.pth", lambda w: prefixed(w, "_orig_mod.module."), ""),
+    "AdaFace": ("adaface.ckpt", lambda w: {"epoch": 25, "state_dict": prefixed(w, "model.", **HEAD)}, "model."),
+    "CVLFace": ("model.safetensors", lambda w: prefixed(w, "model.net."), "model.net."),
+    "CVLFace as .pth": ("model.pth", lambda w: prefixed(w, "model.net."), "model.net."),
+    "CVLFace's model.pt": ("model.pt", lambda w: prefixed(w, "net."), "net."),
 }
 
 
-@pytest.mark.parametrize("file, wrap, prefix, bgr", FORMATS.values(), ids=FORMATS)
-def test_published_formats(weights, tmp_path, file, wrap, prefix, bgr):
+@pytest.mark.parametrize("file, wrap, prefix", FORMATS.values(), ids=FORMATS)
+def test_published_formats(weights, tmp_path, file, wrap, prefix):
     path, student = save(wrap(weights), tmp_path / file), network()
     assert load_backbone(student, path, "test") == prefix
     assert_holds(student, weights)
-    teacher = load_teacher("mobilefacenet", path, SIZE)
-    assert_holds(teacher.network, weights)
-    images = torch.rand(2, 3, 112, 112)
-    torch.testing.assert_close(teacher(images), student.eval()(images.flip(1) if bgr else images))
-
-
-def test_color_space_can_be_said(weights, tmp_path):
-    path = save(weights, tmp_path / "converted.pth")
-    assert load_teacher("mobilefacenet", path, SIZE, "BGR").bgr and not load_teacher("mobilefacenet", path, SIZE, "auto").bgr
-    assert not load_teacher("mobilefacenet", save(FORMATS["AdaFace"][1](weights), tmp_path / "x.ckpt"), SIZE, "RGB").bgr
 
 
 def test_only_adafaces_class_centres_may_stand_beside_the_network():
@@ -116,7 +108,7 @@ def test_lightning_checkpoint_without_lightning(weights, tmp_path, lightning):
     patch.undo()
     safe = set(torch.serialization.get_safe_globals())
     assert "pytorch_lightning" not in sys.modules
-    assert load_teacher("mobilefacenet", path, SIZE).bgr
+    assert load_backbone(network(), path, "test") == "model."
     found = read_tensors(path, "test")
     assert found["hyper_parameters"] == {"arch": "ir_50", "m": 0.4} and not hasattr(found["hparams"], "lr"), "plain values stay, objects are empty"
     with pytest.raises(InputError, match="it asks to load print"):
@@ -153,20 +145,21 @@ def test_a_pickle_that_runs_code_is_refused(weights, tmp_path, write, function, 
 
 
 DAMAGED = {
-    "empty": b"",
-    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 174664256\n",
-    "html": b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>",
-    "image": b"\x89PNG\r\n\x1a\n" + bytes(100),
-    "end of a pickle": b"\x80\x02}q\x00.",
+    "empty": (b"", r"\)"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 174664256\n", r"; it looks like a Git LFS pointer .*\(git lfs pull\)"),
+    "html": (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>", "; it looks like a web page .*download it again"),
+    "image": (b"\x89PNG\r\n\x1a\n" + bytes(100), ""),
+    "end of a pickle": (b"\x80\x02}q\x00.", ""),
+    "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(100), "; it looks like an ONNX model: only a teacher may be one, by teacher=onnx:PATH"),
 }
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".ckpt", ".safetensors"])
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_what_is_no_checkpoint(tmp_path, content, suffix):
+@pytest.mark.parametrize("content, look", DAMAGED.values(), ids=DAMAGED)
+def test_what_is_no_checkpoint(tmp_path, content, look, suffix):
     path = tmp_path / f"teacher{suffix}"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="teacher: .*teacher") as caught:
+    with pytest.raises(InputError, match=f"teacher: .*teacher.*{look}$") as caught:
         load_backbone(network(), path, "teacher")
     assert "\n" not in str(caught.value)
 
@@ -178,8 +171,9 @@ def test_cut_off_and_damaged_files_are_one_line(tmp_path, legacy):
     data, random = whole.read_bytes(), np.random.default_rng(0)
     for length in range(0, len(data) - 1, 7):
         path.write_bytes(data[:length])
-        with pytest.raises(InputError):
+        with pytest.raises(InputError) as caught:
             read_tensors(path, "test")
+        assert "it looks like a PyTorch checkpoint" not in str(caught.value)
     for _ in range(300):        # a flipped byte may also go unnoticed, but nothing else may come out
         damaged = bytearray(data)
         damaged[random.integers(len(data))] ^= int(random.integers(1, 256))
@@ -193,8 +187,17 @@ def test_cut_off_and_damaged_files_are_one_line(tmp_path, legacy):
 def test_cut_off_safetensors(weights, tmp_path):
     path = save(weights, tmp_path / "model.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(InputError, match="no readable checkpoint"):
+    with pytest.raises(InputError, match=r"no readable checkpoint \([^;]*\)$"):
         load_backbone(network(), path, "teacher")
+
+
+def test_files_under_another_formats_name(weights, tmp_path):
+    save(weights, tmp_path / "model.safetensors").rename(tmp_path / "model.pth")
+    with pytest.raises(InputError, match=r"model\.pth .*; it looks like a safetensors file: name it \*\.safetensors"):
+        load_backbone(network(), tmp_path / "model.pth", "teacher")
+    save(weights, tmp_path / "backbone.pth").rename(tmp_path / "backbone.safetensors")
+    with pytest.raises(InputError, match=r"backbone\.safetensors .*; it looks like a PyTorch checkpoint: name it \*\.pth"):
+        load_backbone(network(), tmp_path / "backbone.safetensors", "teacher")
 
 
 def test_missing_file_says_where_and_how(tmp_path, monkeypatch):
@@ -208,11 +211,11 @@ def test_missing_file_says_where_and_how(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("made, look", [
-    (dict(name="iresnet18"), "iresnet18, embedding_size=16"),
-    (dict(name="iresnet18", use_se=True), "iresnet18 with SE=True, embedding_size=16"),
-    (dict(name="ir18"), "ir18, embedding_size=16"),
-    (dict(name="mbf", size=32), "mbf, embedding_size=32"),
-    (dict(name="mobilefacenet", size=32), "mobilefacenet, embedding_size=32"),
+    (dict(name="iresnet18"), "iresnet18, embedding_size=16: set network=iresnet18 embedding_size=16"),
+    (dict(name="iresnet18", use_se=True), "iresnet18 with SE=True, embedding_size=16: set network=iresnet18 SE=True embedding_size=16"),
+    (dict(name="ir18"), "ir18, embedding_size=16: set network=ir18 embedding_size=16"),
+    (dict(name="mbf", size=32), "mbf, embedding_size=32: set network=mbf embedding_size=32"),
+    (dict(name="mobilefacenet", size=32), "mobilefacenet, embedding_size=32: set network=mobilefacenet embedding_size=32"),
 ])
 def test_another_network_is_named(tmp_path, made, look):
     path, student = save(network(**made).state_dict(), tmp_path / "600backbone.pth"), network()
@@ -225,40 +228,140 @@ def test_another_network_is_named(tmp_path, made, look):
 def test_other_contents_are_named(weights, tmp_path):
     first = next(iter(weights))
     for content, message in [
-        ({"kernel": torch.zeros(SIZE, 3)}, "a header"),
+        ({"kernel": torch.zeros(SIZE, 3)}, "it looks like a header .* belongs to pretrained_teacher_header_path or pretrained_header_path"),
+        ({"weight": torch.zeros(3, SIZE)}, "it looks like a header"),
+        ({"state_dict_softmax_fc": {"weight": torch.zeros(3, SIZE)}}, "it looks like a header"),
+        ({"method": "AdaDistill", "step": 9, "epoch": 1, "samples": 0, "optimizer": {}, "rng": []}, r"it looks like the state of a run .*backbone\.pth"),
+        (prefixed(network("ir18").state_dict(), "model."), r"it looks like an AdaFace IR-18 checkpoint \(ir18, embedding_size=16\): set network=ir18"),
+        (prefixed(network("ir18").state_dict(), "net."), "it looks like a CVLFace IR-18 checkpoint"),
         ({**weights, first: 3}, f"1 other shapes \\({first} is int instead of"),
         ({key: value for key, value in weights.items() if key != first}, f"1 missing keys \\({first}\\)"),
         ({**weights, "extra.weight": torch.zeros(1)}, r"1 unexpected keys \(extra\.weight\)"),
         (prefixed(weights, "model.", **{"loss.weight": torch.zeros(1)}), r"1 unexpected keys \(loss\.weight\)"),
         ({1: torch.zeros(1)}, r"1 unexpected keys \(1\)"),
         ({}, "missing keys"),
-        ([torch.zeros(1)], "holds a list, not a dict"),
-        (torch.zeros(1), "holds a Tensor, not a dict"),
+        ([torch.zeros(1)], "holds a list, not a dict of tensors$"),
+        (torch.zeros(1), "holds a Tensor, not a dict of tensors$"),
+        (torch.zeros(3, SIZE), "holds a Tensor, not a dict of tensors; it looks like a header"),
     ]:
         with pytest.raises(InputError, match=message):
             load_backbone(network(), save(content, tmp_path / "x.pth"), "teacher")
 
 
-def test_kernel(tmp_path):
-    kernel = torch.rand(SIZE, 5)
-    path = save({"kernel": kernel.half()}, tmp_path / "600header.pth")
-    found = read_kernel(path, "teacher header", SIZE, 5)
-    assert found.dtype == torch.float32 and torch.equal(found, kernel.half().float())
-    with pytest.raises(InputError, match=r"teacher header: .*class centres \(16, 5\), but .* is \(16, 6\)"):
-        read_kernel(path, "teacher header", SIZE, 6)
-    with pytest.raises(InputError, match="has no tensor 'kernel'; its keys are weight"):
-        read_kernel(save({"weight": kernel}, tmp_path / "x.pth"), "teacher header", SIZE, 5)
+# --- class centres --------------------------------------------------------------------------------------------------------------------
+
+CENTERS = torch.rand(SIZE, 5, generator=torch.Generator().manual_seed(3))
+HEADERS = {
+    "AdaDistill": ("600header.pth", {"kernel": CENTERS.half(), "batch_mean": torch.zeros(1)}),
+    "AdaFace": ("adaface.ckpt", {"state_dict": {"model.input_layer.0.weight": torch.zeros(2), "head.kernel": CENTERS.half()}}),
+    "arcface_torch, one process": ("softmax_fc_gpu_0.pt", {"weight": CENTERS.half().t()}),
+    "arcface_torch, AdamW": ("header.pt", {"weight_activated": CENTERS.half().t()}),
+    "arcface_torch, state": ("checkpoint_gpu_0.pt", {"epoch": 1, "state_dict_backbone": {"fc.weight": torch.zeros(SIZE, 5)},
+                                                     "state_dict_softmax_fc": {"weight": CENTERS.half().t()}}),
+    "arcface_torch, 2021": ("rank_0_softmax_weight.pt", CENTERS.half().t().contiguous()),
+    "CVLFace": ("classifier_rank0.pt", {"partial_fc.weight": CENTERS.half().t()}),
+    "DistributedDataParallel": ("header.pth", {"module.kernel": CENTERS.half()}),
+    "safetensors": ("header.safetensors", {"kernel": CENTERS.half()}),
+}
 
 
-# --- the teacher ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("file, content", HEADERS.values(), ids=HEADERS)
+def test_class_centres(tmp_path, file, content):
+    found = read_kernel(save(content, tmp_path / file), "teacher header", SIZE, 5)
+    assert found.dtype == torch.float32 and torch.equal(found, CENTERS.half().float())
 
-def test_teacher_stays_frozen_and_in_eval_mode(weights, tmp_path):
-    teacher = load_teacher("mobilefacenet", save(weights, tmp_path / "t.pth"), SIZE)
-    torch.nn.Sequential(teacher).train()
-    assert not any(module.training for module in teacher.modules()) and not any(p.requires_grad for p in teacher.parameters())
-    images = torch.rand(4, 3, 112, 112, requires_grad=True)
-    assert not teacher.train()(images).requires_grad
-    assert_holds(teacher.network, weights)
+
+def test_the_key_decides_which_axis_the_classes_are(tmp_path):
+    square = torch.rand(SIZE, SIZE)
+    for content, expected in [({"kernel": square}, square), ({"weight": square}, square.t()), (square, square.t()), ({"head.kernel": square}, square)]:
+        assert torch.equal(read_kernel(save(content, tmp_path / "header.pth"), "test", SIZE, SIZE), expected)
+
+
+@pytest.mark.parametrize("content, message", [
+    ({"kernel": torch.zeros(SIZE, 7)}, r"teacher header: .*class centres \(16, 7\), but \(embedding_size, num_classes\) of this run is \(16, 5\)$"),
+    ({"kernel": torch.zeros(5, SIZE)}, r"class centres \(5, 16\), but .* is \(16, 5\)$"),
+    ({"kernel": torch.zeros(8, 5)}, r"class centres \(8, 5\), but .* is \(16, 5\); the student learns in the space of these centres: set embedding_size=8"),
+    ({"weight": torch.zeros(SIZE, 5)}, r"class centres \(5, 16\), but"),
+    ({"weight": torch.zeros(5)}, "has no class centres .*its keys are weight$"),
+    ({"kernel": 3}, "has no class centres .*its keys are kernel$"),
+    ({"optimizer": {}, "rng": [], "step": 1, "epoch": 1, "samples": 0}, r"its keys are optimizer, .*; it looks like the state of a run .*header\.pth"),
+    ([CENTERS], "holds a list, not class centres"),
+    (torch.zeros(5), "holds a Tensor, not class centres"),
+])
+def test_other_class_centres_are_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        read_kernel(save(content, tmp_path / "header.pth"), "teacher header", SIZE, 5)
+
+
+def test_a_network_holds_no_class_centres(tmp_path, weights):
+    for content in (weights, {"state_dict": prefixed(weights, "model.")}):
+        with pytest.raises(InputError, match="looks like mobilefacenet, a network: train/class_centers.py computes the class centres of one"):
+            read_kernel(save(content, tmp_path / "600backbone.pth"), "teacher header", SIZE, 5)
+    with pytest.raises(InputError, match="teacher header: no file at .*no.pth; train one"):
+        read_kernel(tmp_path / "no.pth", "teacher header", SIZE, 5, "train one")
+    with pytest.raises(InputError, match="teacher header: no path is set; train one"):
+        read_kernel("", "teacher header", SIZE, 5, "train one")
+
+
+CLASSES, RANKS = 27, 11     # 11 ranks: an order of names would put 10 before 2; 27: the first five ranks hold three classes, the others two
+SHARES = {
+    "checkpoint_gpu_{}.pt": lambda weight: {"epoch": 1, "state_dict_backbone": {}, "state_dict_softmax_fc": {"weight": weight}},
+    "softmax_fc_gpu_{}.pt": lambda weight: {"weight": weight},
+    "rank_{}_softmax_weight.pt": lambda weight: weight,
+    "rank:{}_softmax_weight.pt": lambda weight: weight,
+    "classifier_rank{}.pt": lambda weight: {"partial_fc.weight": weight},
+}
+
+
+def write_shares(folder: Path, name="softmax_fc_gpu_{}.pt", ranks=RANKS, classes=CLASSES) -> torch.Tensor:
+    """The shares of all ranks, as Partial FC deals the classes out, and another file; returns the whole (D, C)."""
+    weight = torch.rand(classes, SIZE)
+    start = 0
+    for rank in range(ranks):
+        count = classes // ranks + int(rank < classes % ranks)
+        save(SHARES[name](weight[start:start + count].clone()), folder / name.format(rank))
+        start += count
+    save({"x": 1}, folder / "backbone.pth")
+    return weight.t()
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_all_ranks(tmp_path, name):
+    whole = write_shares(tmp_path, name)
+    if name.startswith("rank_"):
+        save(torch.zeros(3, SIZE), tmp_path / "rank_0_softmax_weight_mom.pt")
+    for path in (tmp_path, tmp_path / name.format("*"), str(tmp_path / name.format("*"))):
+        assert torch.equal(read_kernel(path, "teacher header", SIZE, CLASSES), whole)
+
+
+def test_shares_may_have_other_names(tmp_path):
+    whole = write_shares(tmp_path)
+    for file in tmp_path.glob("softmax*"):
+        file.rename(tmp_path / f"v2_fc-{file.stem.rpartition('_')[2]}.pth")
+    assert torch.equal(read_kernel(tmp_path / "v2_fc-*.pth", "test", SIZE, CLASSES), whole)
+
+
+def test_shares_that_do_not_make_a_whole(tmp_path):
+    def refused(message, path=tmp_path, size=SIZE, classes=CLASSES):
+        with pytest.raises(InputError, match=message):
+            read_kernel(path, "teacher header", size, classes)
+
+    refused(r"teacher header: .* holds no checkpoint_gpu_\*\.pt, .*name the header's file, or a pattern such as")
+    refused("matches no file", tmp_path / "softmax_fc_gpu_*.pt")
+    write_shares(tmp_path)
+    refused(r"\(16, 3\), but .* is \(16, 27\); softmax_fc_gpu_0.pt looks like one rank's share: name its folder", tmp_path / "softmax_fc_gpu_0.pt")
+    refused(r"gpu_4.pt holds 3 classes, but rank 4 of 11 has 2 of num_classes=26: files of other ranks are missing, or .*another training set", classes=26)
+    refused(r"class centres \(16, 27\), but .* \(8, 27\); .*set embedding_size=16", size=8)
+    (tmp_path / "softmax_fc_gpu_10.pt").unlink()
+    refused("softmax_fc_gpu_5.pt holds 2 classes, but rank 5 of 10 has 3 of num_classes=27: files of other ranks are missing")
+    save({"weight": torch.zeros(3, 8)}, tmp_path / "softmax_fc_gpu_1.pt")
+    refused(r"gpu_1.pt holds 8-d class centres, softmax_fc_gpu_0.pt 16-d ones")
+    (tmp_path / "softmax_fc_gpu_4.pt").unlink()
+    refused("no file of rank 4 beside .*softmax_fc_gpu_9.pt")
+    save(torch.zeros(3, SIZE), tmp_path / "rank_0_softmax_weight.pt")
+    refused(r"matches files of several kinds: name one, rank_\*_softmax_weight.pt or softmax_fc_gpu_\*.pt")
+    save(torch.zeros(3, SIZE), tmp_path / "rank_0_softmax_weight_mom.pt")
+    refused(r"are momenta of the optimizer, the class centres are in rank_\*_softmax_weight.pt", tmp_path / "rank_*_mom.pt")
 
 
 # --- writing --------------------------------------------------------------------------------------------------------------------------

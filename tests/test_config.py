@@ -147,6 +147,7 @@ def test_paths_start_at_the_root_in_files_and_at_the_current_directory_on_the_co
     monkeypatch.setenv("HOME", "/home/me")
     cfg = load_config(partial(tmp_path, rec="data/mine", pretrained_teacher_path="~/t.pth"), ["output=runs/a", "val_rec=/abs/val", "data_path=~/faces"])
     assert (cfg.rec, cfg.output, cfg.val_rec) == (str(ROOT / "data/mine"), str(tmp_path / "runs/a"), "/abs/val")
+    assert load_config(ROOT / "config" / "config.py", ["teacher=onnx:models/r50.onnx"]).teacher == f"onnx:{tmp_path / 'models/r50.onnx'}"
     assert (cfg.pretrained_teacher_path, cfg.data_path, cfg.pretrained_header_path) == ("/home/me/t.pth", "/home/me/faces", "")
 
 
@@ -192,7 +193,8 @@ def test_wrong_types_in_a_file(tmp_path, values, message):
     (["val_rec="], "val_targets need val_rec"),
     (["eval_ijb=True", "ijb_root="], "eval_ijb=True needs ijb_root, the folder of the sets, and ijb_targets, their names"),
     (["eval_tinyface=True", "tinyface_targets=[]"], "eval_tinyface=True needs tinyface_root, the folder of the sets, and tinyface_targets"),
-    (["teacher_repo_id=someone/teachers"], "teacher_repo_id is not part of this version: download"),
+    (["teacher_embeddings=cache", "augment=True"], "teacher_embeddings hold the features of the images as they are and mirrored: set augment=False"),
+    (["teacher=cvlface_ir5"], "teacher='cvlface_ir5' is unknown, did you mean 'cvlface_ir50'?"),
 ])
 def test_bad_combinations(overrides, message):
     refused(message, DEFAULTS, *overrides)

@@ -1,15 +1,16 @@
 """The training loop that all three methods share. It knows nothing of the method: a script hands it a function that returns a loss.
 
-    loss_of(student, images, labels, epoch) -> (loss, stats)
+    loss_of(student, batch, epoch) -> (loss, stats)
 
-student: the network as the engine wraps it (autocast, compiled, DistributedDataParallel); images (B, 3, 112, 112) in [-1, 1]; labels (B,) int64;
-epoch: fractional; loss: 0-d; stats: named 0-d tensors for the log.
+student: the network as the engine wraps it (autocast, compiled, DistributedDataParallel); batch: an Inputs; epoch: fractional; loss: 0-d;
+stats: named 0-d tensors for the log.
 """
 
 import logging
 import math
 import time
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -37,6 +38,21 @@ def learning_rate(cfg, epoch: int, fraction: float) -> float:
     if epoch < cfg.warmup_epoch:
         return base * ((epoch + fraction + 1) / (cfg.warmup_epoch + 1)) ** 2
     return base * 0.1 ** sum(milestone - 1 <= epoch for milestone in cfg.milestones)
+
+
+def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+    """(B, 2, D) float16 features of images and mirror images -> (B, D) float32 of those that ``flip`` (B,) bool shows; None: none is mirrored."""
+    plain, mirrored = features.unbind(1)
+    return (plain if flip is None else torch.where(flip[:, None], mirrored, plain)).float()
+
+
+class Inputs(NamedTuple):
+    """What a rank computes with at a time, on its device: images (B, 3, 112, 112) in [-1, 1], labels (B,) int64, and the teacher's features (B, D) float32
+    of these images, mirrored or not, if the data set has them."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor | None
 
 
 class Engine:
@@ -161,9 +177,9 @@ class Engine:
             group["lr"] = lr
         total, means = 0.0, {}
         for part in range(cfg.accumulate):
-            images, labels = next(source)
+            batch = next(source)
             with self.student.no_sync() if part < cfg.accumulate - 1 else nullcontext():
-                loss, stats = self.loss_of(self.student, images, labels, self.epoch + fraction)
+                loss, stats = self.loss_of(self.student, batch, self.epoch + fraction)
                 self.scaler.scale(loss / cfg.accumulate).backward()
             total = total + loss.detach() / cfg.accumulate
             means = {name: means.get(name, 0.0) + value / cfg.accumulate for name, value in stats.items()}
@@ -176,7 +192,7 @@ class Engine:
         return total, means
 
     def read_batches(self):
-        """Yield (images (B, 3, 112, 112) on the device, labels) of this epoch, mirrored and augmented as a function of the position alone."""
+        """Yield the Inputs of this epoch, mirrored and augmented as a function of the position alone."""
         cfg, device, samples = self.cfg, self.run.device, self.batches.samples
         batches = self.reading = iter(self.loader)
         while True:
@@ -187,11 +203,13 @@ class Engine:
                 return
             self.note_bad_records(batch.bad)
             flip = mirrored(cfg.seed, self.epoch, samples, self.batches.global_batch)[self.rank * cfg.batch_size:][:cfg.batch_size] if cfg.flip else None
-            images = to_input(batch.images.to(device, non_blocking=True), None if flip is None else flip.to(device, non_blocking=True), cfg.channels_last)
+            flip = None if flip is None else flip.to(device, non_blocking=True)
+            images = to_input(batch.images.to(device, non_blocking=True), flip, cfg.channels_last)
+            features = None if batch.features is None else features_shown(batch.features.to(device, non_blocking=True), flip)
             if cfg.augment:
                 images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
             samples += self.batches.global_batch
-            yield images, batch.labels.to(device, non_blocking=True)
+            yield Inputs(images, batch.labels.to(device, non_blocking=True), features)
 
     # --- what is watched
 

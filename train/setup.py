@@ -14,13 +14,16 @@ from backbones import build_backbone
 from eval.benchmarks import benchmarks_of
 from eval.verification import load_targets
 from utils import distributed
-from utils.checkpoint import ADAFACE_PREFIX, RunFolder, load_backbone, read_kernel
+from utils.checkpoint import ADAFACE_PREFIX, RunFolder, load_backbone, read_kernel, sha256
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
+from utils.hub import find_weights
 from utils.loading import STOP_SIGNALS
 from utils.logging import start_log
 from utils.precision import autocast, choose_precision
 from utils.recordio import replacing
+from utils.teacher import ONNX, load_teacher
+from utils.teacher_cache import TeacherCache, open_cache
 
 
 class Run(NamedTuple):
@@ -157,15 +160,39 @@ def load_centers(header, cfg, path: str, what: str, hint: str = "") -> None:
     logging.info("Class centres from %s", path)
 
 
-def place_teacher(teacher, cfg, run: Run):
-    """The teacher on this process's device, compiled like the student, as a function images -> (B, D) float32 features."""
-    teacher = teacher.to(run.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+def open_teacher(cfg, run: Run, dataset):
+    """The teacher as a function ``batch -> (B, D) float32`` features without gradient, on this process's device.
+
+    With ``cfg.teacher_embeddings`` they are read with the images of ``dataset``, and no teacher is built; else the teacher runs, compiled like the student.
+    Errors: InputError if weights or cache are missing, do not fit, or have other than cfg.embedding_size dimensions.
+    """
+    if cfg.teacher_embeddings:
+        dataset.teacher_features = open_teacher_cache(cfg, dataset)
+        size = dataset.teacher_features.embedding_size
+        if size != cfg.embedding_size:
+            raise InputError(f"teacher_embeddings: {cfg.teacher_embeddings} holds {size}-d features, but embedding_size={cfg.embedding_size}: the student learns in the "
+                             f"teacher's space: set embedding_size={size}, or choose a teacher of {cfg.embedding_size} dimensions")
+        return lambda batch: batch.features
+    teacher = load_teacher(cfg, cfg.embedding_size).to(run.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     network = torch.compile(teacher) if cfg.compile else teacher
 
-    def features(images):
+    def features(batch):
         with autocast(run.device, run.precision):
-            return network(images)
+            return network(batch.images)
     return features
+
+
+def open_teacher_cache(cfg, dataset) -> TeacherCache:
+    """The features in ``cfg.teacher_embeddings``. Errors: as ``open_cache``; where pretrained_teacher_path or an ONNX file is set, they must be of its weights."""
+    weights = Path(cfg.pretrained_teacher_path) if cfg.pretrained_teacher_path else None
+    if weights and weights.is_dir():
+        weights = find_weights(weights)
+    if weights and not weights.is_file():
+        raise InputError(f"teacher: no file at {weights}, whose features teacher_embeddings should be; without pretrained_teacher_path they are taken as they are")
+    digest = load_teacher(cfg).sha256 if cfg.teacher.startswith(ONNX) else sha256(weights) if weights else None
+    cache = open_cache(cfg.teacher_embeddings, dataset, digest, cfg.color_space)
+    logging.info("Teacher features from %s", cache.describe())
+    return cache
 
 
 class Validation(NamedTuple):

@@ -2,8 +2,8 @@
 
     ./run_AMLDistill.sh pretrained_teacher_header_path=output/teacher/295672header.pth loss=ArcFace output=output/ArcDistill
 
-The student's features are pulled to where the teacher's classifier keeps each class; the teacher's network itself
-is needed only for the geometry margin.
+The student's features are pulled to where the teacher's classifier keeps each class (train/class_centers.py computes it where only
+a backbone is published); the teacher's network itself, or teacher_embeddings, is needed only for the geometry margin.
 """
 
 import sys
@@ -16,7 +16,6 @@ from train import setup
 from train.engine import Engine
 from utils.errors import run as run_main
 from utils.losses import build_header
-from utils.teacher import load_teacher
 
 
 def main():
@@ -26,12 +25,10 @@ def main():
         student = setup.build_student(cfg)
         header = build_header("AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
         setup.load_teacher_centers(header, cfg)
-        teacher = None
-        if cfg.use_geom_margin:
-            teacher = setup.place_teacher(load_teacher(cfg.teacher, cfg.pretrained_teacher_path, cfg.embedding_size, cfg.color_space), cfg, run)
+        teacher = setup.open_teacher(cfg, run, dataset) if cfg.use_geom_margin else None
 
-        def loss_of(student, images, labels, epoch):
-            return header(student(images), labels, teacher(images) if teacher else None, epoch)
+        def loss_of(student, batch, epoch):
+            return header(student(batch.images), batch.labels, teacher(batch) if teacher else None, epoch)
 
         Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation).train()
 

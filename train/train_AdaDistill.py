@@ -2,6 +2,7 @@
 
     ./run_AdaDistill.sh pretrained_teacher_path=output/teacher/295672backbone.pth adaptive_alpha=True output=output/AdaArcDistill
     ./run_AdaDistill.sh pretrained_teacher_path=... loss=AdaFace use_geom_margin=True output=output/AdaDistillGeometry
+    ./run_AdaDistill.sh teacher_embeddings=data/teacher                      # its features, from train/cache_teacher.py: it is not run again
 
 No gradient ever moves a centre: every step sets w_y <- alpha w_y + (1 - alpha) t, with alpha the student's cosine to the teacher
 (times the teacher's to the centre, if adaptive_alpha), and the student learns by cross-entropy against these centres.
@@ -17,7 +18,6 @@ from train import setup
 from train.engine import Engine
 from utils.errors import run as run_main
 from utils.losses import build_header
-from utils.teacher import load_teacher
 
 
 def main():
@@ -27,10 +27,10 @@ def main():
         student = setup.build_student(cfg)
         header = build_header("AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
         setup.load_pretrained_centers(header, cfg)
-        teacher = setup.place_teacher(load_teacher(cfg.teacher, cfg.pretrained_teacher_path, cfg.embedding_size, cfg.color_space), cfg, run)
+        teacher = setup.open_teacher(cfg, run, dataset)
 
-        def loss_of(student, images, labels, epoch):
-            return header(student(images), labels, teacher(images), epoch)
+        def loss_of(student, batch, epoch):
+            return header(student(batch.images), batch.labels, teacher(batch), epoch)
 
         Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation).train()
 

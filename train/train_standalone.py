@@ -27,8 +27,8 @@ def main():
         header = build_header("standalone", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
         setup.load_pretrained_centers(header, cfg)
 
-        def loss_of(student, images, labels, epoch):
-            return header(student(images), labels)
+        def loss_of(student, batch, epoch):
+            return header(student(batch.images), batch.labels)
 
         Engine(cfg, run, "standalone", dataset, student, header, loss_of, validation).train()
 

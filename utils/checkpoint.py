@@ -5,21 +5,27 @@ import logging
 import pickle
 import re
 import struct
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from backbones import NAMES, build_backbone
 from utils.errors import InputError
+from utils.looks import bytes_look_like, feature_size, looks_like, which_network
 from utils.recordio import replacing
 
 # what torch.load raises for files that are cut off, no checkpoints at all, made by another program, or not readable from the disk
 UNREADABLE = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError, OverflowError, struct.error, OSError, SafetensorError)
 WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")      # DistributedDataParallel's and torch.compile's
 ADAFACE_PREFIX = "model."                               # of AdaFace's releases, whose networks see BGR images
-PUBLISHED_PREFIXES = ("model.net.", ADAFACE_PREFIX, "")       # CVLFace, AdaFace, everybody else
+CVLFACE_PREFIXES = ("model.net.", "net.")                # of CVLFace's model.safetensors and model.pt
+PUBLISHED_PREFIXES = ("model.net.", ADAFACE_PREFIX, "net.", "")
+STATES = ("state_dict", "state_dict_backbone")          # where PyTorch Lightning and arcface_torch's whole training state keep a network
+CENTER_KEYS = {"kernel": False, "head.kernel": False, "weight": True, "partial_fc.weight": True, "weight_activated": True}    # classes first?
+# what the ranks of arcface_torch (three generations) and of CVLFace write
+RANK_FILES = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt", "rank:*_softmax_weight.pt", "classifier_rank*.pt")
 FRAMEWORK = re.compile(r"argparse\.Namespace$|(pytorch_)?lightning(_fabric)?\.")     # of which published .ckpt files mention classes
 
 
@@ -29,23 +35,33 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
     what and hint go into the message: what the file was wanted for and how to get it.
     Errors: InputError if it is missing, no checkpoint, cut off, or holds anything but tensors and plain values.
     """
+    content = read_file(path, what, hint)
+    if not isinstance(content, dict):
+        raise InputError(f"{what}: {path} holds a {type(content).__name__}, not a dict of tensors{advice(looks_like(content))}")
+    return content
+
+
+def read_file(path: str | Path, what: str, hint: str = ""):
+    """As ``read_tensors``, whatever the file holds: a dict, a tensor, a list."""
     if not str(path):
         raise InputError(f"{what}: no path is set" + (f"; {hint}" if hint else ""))
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{what}: no file at {path.absolute()}" + (f"; {hint}" if hint else ""))
+    kind = "safetensors" if path.suffix == ".safetensors" else "checkpoint"
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else load_pickled(path)
+        return load_file(path) if kind == "safetensors" else load_pickled(path)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks to load {name[1]}, which is code and no tensor" if name else "it holds more than tensors, or is no checkpoint"
-        raise InputError(f"{what}: {path} was refused: {reason}") from error
+        raise InputError(f"{what}: {path} was refused: {reason}{advice(bytes_look_like(path, kind))}") from error
     except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{what}: {path} is no readable checkpoint ({reason[:120]})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{what}: {path} holds a {type(content).__name__}, not a dict of tensors")
-    return content
+        raise InputError(f"{what}: {path} is no readable checkpoint ({reason[:120]}){advice(bytes_look_like(path, kind))}") from error
+
+
+def advice(look: str) -> str:
+    return f"; it looks like {look}" if look else ""
 
 
 def load_pickled(path: Path):
@@ -71,11 +87,11 @@ class StandIn:
 
 
 def network_weights(content: dict) -> tuple[dict, str]:
-    """Bare network weights in a published checkpoint's dict, and the prefix their keys had ("model." AdaFace, "model.net." CVLFace, "").
+    """Bare network weights in a published checkpoint's dict, and the prefix their keys had ("model." AdaFace, "model.net." or "net." CVLFace, "").
 
     Keys without the prefix stay as they are, so that a strict load refuses them, but for the class centres (``head.``) of AdaFace's files.
     """
-    state = content.get("state_dict", content)
+    state = next((content[key] for key in STATES if key in content), content)
     if not isinstance(state, dict):
         return {}, ""
     state = {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
@@ -89,17 +105,23 @@ def load_backbone(network: torch.nn.Module, path: str | Path, what: str, hint: s
     Errors: as ``read_tensors``, and InputError naming the first differing keys or shapes and which network they look like.
     """
     weights, prefix = network_weights(read_tensors(path, what, hint))
-    expected = network.state_dict()
-    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    shapes = [f"{key} is {shape_of(weights[key])} instead of {shape_of(expected[key])}" for key in expected
-              if key in weights and shape_of(weights[key]) != shape_of(expected[key])]
-    differences = [f"{len(keys)} {name} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                   for name, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes)) if keys]
-    if differences:
-        look = looks_like(weights)
-        raise InputError(f"{what}: {path} does not fit: {'; '.join(differences)}" + (f"; it looks like {look}" if look else ""))
+    check_fit(network.state_dict(), weights, f"{what}: {path}", prefix)
     network.load_state_dict(weights)
     return prefix
+
+
+def check_fit(expected: dict, weights: dict, subject: str, prefix: str, key: str = "network") -> None:
+    """Refuse weights that have other keys or shapes than ``expected``, naming the first of them and the setting that fits.
+
+    subject: the message's first words. prefix: of the weights' keys in the file. key: "network" or "teacher", which the setting is of.
+    """
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    shapes = [f"{name} is {shape_of(weights[name])} instead of {shape_of(expected[name])}" for name in expected
+              if name in weights and shape_of(weights[name]) != shape_of(expected[name])]
+    differences = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+                   for kind, names in (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes)) if names]
+    if differences:
+        raise InputError(f"{subject} does not fit: {'; '.join(differences)}{advice(looks_like(weights, prefix, key))}")
 
 
 def shape_of(value):
@@ -107,38 +129,95 @@ def shape_of(value):
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
-def looks_like(weights: dict) -> str:
-    """Which network has exactly these keys and shapes, in words; "" if none of ours."""
-    linear = [value for key, value in weights.items() if isinstance(value, torch.Tensor) and value.dim() == 2 and "weight" in key]
-    if "kernel" in weights:
-        return "a header (class centres), not a network"
-    if not linear:
-        return ""
-    size = linear[-1].shape[0]
-    shapes = {key: tuple(value.shape) for key, value in weights.items() if isinstance(value, torch.Tensor)}
-    for name in NAMES:
-        for use_se in (False, True) if name.startswith("iresnet") else (False,):
-            with torch.device("meta"):
-                state = build_backbone(name, size, use_se=use_se).state_dict()
-            if {key: tuple(value.shape) for key, value in state.items()} == shapes:
-                return f"{name}{' with SE=True' if use_se else ''}, embedding_size={size}"
-    return ""
-
-
 def read_kernel(path: str | Path, what: str, embedding_size: int, num_classes: int, hint: str = "") -> torch.Tensor:
-    """The (D, C) class centres of a ``header.pth``. Errors: as ``read_tensors``, and InputError for another key or shape."""
-    content = read_tensors(path, what, hint)
-    if not isinstance(content.get("kernel"), torch.Tensor):
-        raise InputError(f"{what}: {path} has no tensor 'kernel'; its keys are {', '.join(map(str, list(content)[:5]))}")
-    if tuple(content["kernel"].shape) != (embedding_size, num_classes):
-        raise InputError(f"{what}: {path} holds class centres {tuple(content['kernel'].shape)}, but (embedding_size, num_classes) "
-                         f"of this run is {(embedding_size, num_classes)}")
-    return content["kernel"].float()
+    """Class centres (D, C) in float32, from whatever a training has left of them.
+
+    path: a file with ``kernel`` (D, C) (AdaDistill's and this project's header.pth), ``head.kernel`` (D, C) (AdaFace's .ckpt), ``weight`` (C, D)
+    (arcface_torch) or a bare (C, D) tensor; or what arcface_torch's and CVLFace's ranks wrote, a file each with their share of ``weight``: the
+    folder, or a pattern such as "folder/checkpoint_gpu_*.pt".
+    Errors: as ``read_tensors``, and InputError for other contents or shapes, and for shares that are missing or not as Partial FC deals classes out.
+    """
+    files = find_shares(path, what)
+    kernel = join_shares(files, what, num_classes) if files else find_centers(read_file(path, what, hint), f"{what}: {path}")
+    if tuple(kernel.shape) != (embedding_size, num_classes):
+        mend = ""
+        if not files and rank_of(Path(path).name)[0] in RANK_FILES:
+            mend = f"; {Path(path).name} looks like one rank's share: name its folder, {Path(path).parent}"
+        elif kernel.shape[1] == num_classes:
+            mend = f"; the student learns in the space of these centres: set embedding_size={kernel.shape[0]}"
+        raise InputError(f"{what}: {path} holds class centres {tuple(kernel.shape)}, but (embedding_size, num_classes) "
+                         f"of this run is {(embedding_size, num_classes)}{mend}")
+    return kernel.float()
 
 
-def sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+def find_centers(content, subject: str) -> torch.Tensor:
+    """The (D, C) class centres among a file's contents; which axis is which is told by the key. Errors: InputError if there are none."""
+    if isinstance(content, torch.Tensor) and content.dim() == 2:
+        return content.t()      # arcface_torch's rank_0_softmax_weight.pt
+    if not isinstance(content, dict):
+        raise InputError(f"{subject} holds a {type(content).__name__}, not class centres")
+    state = next((content[key] for key in ("state_dict_softmax_fc", "state_dict") if isinstance(content.get(key), dict)), content)
+    state = {WRAPPERS.sub("", str(key)): value for key, value in state.items()}
+    for key, classes_first in CENTER_KEYS.items():
+        if isinstance(state.get(key), torch.Tensor) and state[key].dim() == 2:
+            return state[key].t() if classes_first else state[key]
+    weights, _ = network_weights(content)
+    network, _ = which_network(weights, feature_size(weights))
+    look = f"{network}, a network: train/class_centers.py computes the class centres of one" if network else looks_like(weights)
+    raise InputError(f"{subject} has no class centres ({', '.join(CENTER_KEYS)}); its keys are {', '.join(list(state)[:5])}{advice(look)}")
+
+
+def find_shares(path: str | Path, what: str) -> dict[int, Path]:
+    """{rank: file} where ``path`` is a folder or a pattern; {} where it is a file's. Errors: InputError if no files are found, or of several kinds."""
+    if not str(path):
+        return {}
+    path = Path(path)
+    if path.is_dir():
+        found = [file for file in path.iterdir() if rank_of(file.name)[0] in RANK_FILES]
+        missing = f"holds no {', '.join(RANK_FILES)}: name the header's file, or a pattern such as {path / RANK_FILES[0]}"
+    elif any(letter in path.name for letter in "*?[") and not path.exists():
+        found, missing = [file for file in path.parent.glob(path.name) if re.search(r"\d", file.name)], "matches no file with a rank in its name"
+    else:
+        return {}
+    kinds = sorted({rank_of(file.name)[0] for file in found})
+    if len(kinds) != 1:
+        raise InputError(f"{what}: {path} {'matches' if kinds else missing}{' files of several kinds: name one, ' if kinds else ''}{' or '.join(kinds)}")
+    if "_mom." in kinds[0]:
+        raise InputError(f"{what}: {path} are momenta of the optimizer, the class centres are in {kinds[0].replace('_mom.', '.')}")
+    return {rank_of(file.name)[1]: file for file in found}
+
+
+def rank_of(name: str) -> tuple[str, int]:
+    """("checkpoint_gpu_*.pt", 3) of "checkpoint_gpu_3.pt": the last number is the rank; (name, 0) without one."""
+    found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
+    return (f"{found[1]}*{found[3]}", int(found[2])) if found else (name, 0)
+
+
+def join_shares(files: dict[int, Path], what: str, num_classes: int) -> torch.Tensor:
+    """The (D, C) class centres of all ranks. Errors: InputError if a rank is missing, or has another number of classes than Partial FC gives it."""
+    missing = sorted(set(range(max(files) + 1)) - files.keys())
+    if missing:
+        raise InputError(f"{what}: no file of rank {', '.join(map(str, missing))} beside {files[max(files)]}")
+    shares = []
+    for rank, file in sorted(files.items()):
+        shares.append(find_centers(read_file(file, what), f"{what}: {file}"))
+        expected = num_classes // len(files) + (rank < num_classes % len(files))      # the first ranks take one of the rest each
+        if shares[-1].shape[1] != expected:
+            raise InputError(f"{what}: {file} holds {shares[-1].shape[1]} classes, but rank {rank} of {len(files)} has {expected} of num_classes={num_classes}: "
+                             "files of other ranks are missing, or they are of another training set")
+        if shares[-1].shape[0] != shares[0].shape[0]:
+            raise InputError(f"{what}: {file} holds {shares[-1].shape[0]}-d class centres, {files[0].name} {shares[0].shape[0]}-d ones")
+    return torch.cat(shares, dim=1)
+
+
+def sha256(*paths: str | Path) -> str:
+    """The SHA-256 of a file, or of several one after another, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            for block in iter(partial(file.read, 1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def save(content: dict, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 Torch is imported only where a batch is made, so that the MXNet backend runs in MXNet's own environment, which has no torch.
 """
+import hashlib
 import logging
 import os
 import struct
@@ -17,19 +18,24 @@ from utils.recordio import EXACT_IN_FLOAT32, IndexedRecordIO, IRHeader, RecordEr
 if TYPE_CHECKING:
     import torch
 
+    from utils.teacher_cache import TeacherCache
+
 IMAGE_SIZE = (112, 112)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
 LONGEST_HOLE = 1000     # so many damaged records in a row are a damaged file: stop looking for a neighbour
+OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64      # for the identity of a set: half a second for six million images
 
 log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Images (B, 112, 112, 3) uint8 RGB; labels (B,) int64; the damaged records of this batch as (key, reason)."""
+    """Images (B, 112, 112, 3) uint8 RGB; labels (B,) int64; the damaged records of this batch as (key, reason); the teacher's
+    features of the images and of their mirror images (B, 2, D) float16, None for a set without."""
 
     images: "torch.Tensor"
     labels: "torch.Tensor"
     bad: list[tuple[int | str, str]]
+    features: "torch.Tensor | None" = None
 
 
 def decode(encoded: bytes) -> np.ndarray:
@@ -60,10 +66,12 @@ def first_label(header: IRHeader) -> float:
 class FaceImages:
     """What both kinds of set share: decoding, the label check, and the replacement of damaged records.
 
-    A subclass sets ``num_classes`` and ``root_dir`` and defines ``__len__``, ``_name(index)`` and ``_encoded(index)`` -> (bytes, label).
+    A subclass sets ``num_classes`` and ``root_dir`` and defines ``__len__``, ``_name(index)``, ``_encoded(index)`` -> (bytes, label), ``_label(index)`` and
+    ``identity()``. ``teacher_features``: where every batch finds its teacher features; None: nowhere.
     """
 
     num_classes: int
+    teacher_features: "TeacherCache | None" = None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """(uint8 RGB image (112, 112, 3), label). RecordError if it is damaged, InputError if its label is out of range."""
@@ -75,31 +83,37 @@ class FaceImages:
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         """The images of ``indices`` as one Batch; the DataLoader calls it once a batch (with ``collate_fn=keep_batch``).
 
-        A damaged record is listed in ``bad`` and replaced by the next good one (index + 1, cyclic).
+        A damaged record is listed in ``bad`` and replaced by the next good one (index + 1, cyclic), whose label and features come with it.
         Errors: InputError for a label out of range, or if LONGEST_HOLE records in a row are damaged.
         """
         import torch
-        images, labels, bad = self.read_batch(indices)
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad)
+        images, labels, bad, found = self._read_rows(indices)
+        features = None if self.teacher_features is None else torch.from_numpy(self.teacher_features.read(found))
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, features)
 
     def read_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[tuple[int | str, str]]]:
-        """As ``__getitems__``, in NumPy arrays."""
+        """As ``__getitems__``, in NumPy arrays and without features."""
+        return self._read_rows(indices)[:3]
+
+    def _read_rows(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[tuple[int | str, str]], list[int]]:
+        """(images, labels, bad, the index that each image really was read from)."""
         images = np.empty((len(indices), *IMAGE_SIZE, 3), np.uint8)
         labels = np.empty(len(indices), np.int64)
-        bad = []
+        bad, found = [], list(indices)
         for row, index in enumerate(indices):
             try:
                 labels[row] = self._read_into(index, images[row])
             except RecordError as error:
                 bad.append((self._name(index), str(error)))
-                labels[row] = self._read_next_good(index, images[row])
-        return images, labels, bad
+                found[row], labels[row] = self._read_next_good(index, images[row])
+        return images, labels, bad, found
 
-    def _read_next_good(self, index: int, out: np.ndarray) -> int:
-        """Fill ``out`` with the first readable image after ``index``; returns its label."""
+    def _read_next_good(self, index: int, out: np.ndarray) -> tuple[int, int]:
+        """Fill ``out`` with the first readable image after ``index``; returns (its index, its label)."""
         for step in range(1, min(len(self), LONGEST_HOLE + 1)):
+            neighbour = (index + step) % len(self)
             try:
-                return self._read_into((index + step) % len(self), out)
+                return neighbour, self._read_into(neighbour, out)
             except RecordError as error:
                 last = error
         raise InputError(f"no readable image among the {min(len(self), LONGEST_HOLE)} after {self._name(index)} of {self.root_dir} "
@@ -116,6 +130,24 @@ class FaceImages:
             raise InputError(f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set has {self.num_classes} "
                              f"classes (0 ... {self.num_classes - 1}); mend its property file or config.num_classes")
         return int(label)
+
+    def name_of(self, index: int) -> int | str:
+        """What messages call an image: a record's key, or the path below ``root_dir``."""
+        return self._name(index)
+
+    def labels(self, indices: Sequence[int]) -> np.ndarray:
+        """(n,) int64 labels without reading the images; -1 for a record without a readable header. Errors: InputError for a label out of range."""
+        found = (self._label(index) for index in indices)
+        return np.array([-1 if label is None else self._checked(label, index) for index, label in zip(indices, found)], np.int64)
+
+    def identity(self) -> dict:
+        """What tells this set from any other, wherever it lies: kind, number and bytes of the images, and a SHA-256 over their order and over some of them."""
+        raise NotImplementedError
+
+
+def sampled(length: int, count: int) -> np.ndarray:
+    """At most ``count`` indices spread evenly over 0 ... length - 1, both ends among them."""
+    return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64))
 
 
 def keep_batch(batch: Batch) -> Batch:
@@ -155,6 +187,26 @@ class MXFaceDataset(FaceImages):
     def _encoded(self, index: int) -> tuple[bytes, float]:
         header, encoded = self._records.read(self._name(index))
         return encoded, first_label(header)
+
+    def _label(self, index: int) -> float | None:
+        try:
+            glance = self._index.glance(self._name(index))
+        except RecordError:
+            return None
+        return None if glance.id < 0 else glance.label
+
+    def identity(self) -> dict:
+        """The size of ``train.rec``, and a SHA-256 over all keys, their offsets and some whole records (every 89th offset and 64 records of MS1MV2)."""
+        digest = hashlib.sha256(self._keys.astype("<i8").tobytes())
+        offsets = [self._index.offset(self._name(index)) for index in sampled(len(self), OFFSETS_LOOKED_AT)]
+        digest.update(np.array(offsets, "<i8").tobytes())
+        for index in sampled(len(self), RECORDS_LOOKED_AT):
+            try:
+                record = self._index.read_idx(self._name(index))
+            except RecordError:
+                record = b"damaged"
+            digest.update(hashlib.sha256(record).digest())
+        return dict(kind="records", images=len(self), bytes=os.path.getsize(self._index.rec_path), sha256=digest.hexdigest())
 
     def _image_keys(self) -> np.ndarray:
         """Keys of the records that are images, ascending: the same whether the index was found or rebuilt."""
@@ -288,6 +340,27 @@ class FaceDatasetFolder(FaceImages):
                 return file.read(), int(self._labels[index])
         except OSError as error:
             raise RecordError(f"cannot be read: {error.strerror}") from None
+
+    def _label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def identity(self) -> dict:
+        """The bytes of all files together, and a SHA-256 over all paths below ``root_dir``, their sizes and 64 whole files."""
+        sizes = np.array([self._size(index) for index in range(len(self))], "<i8")
+        digest = hashlib.sha256(b"\n".join(self._paths.tolist()) + sizes.tobytes())
+        for index in sampled(len(self), RECORDS_LOOKED_AT):
+            try:
+                content = self._encoded(index)[0]
+            except RecordError:
+                content = b"damaged"
+            digest.update(hashlib.sha256(content).digest())
+        return dict(kind="folder", images=len(self), bytes=int(sizes[sizes >= 0].sum()), sha256=digest.hexdigest())
+
+    def _size(self, index: int) -> int:
+        try:
+            return os.path.getsize(os.path.join(self.root_dir, self._name(index)))
+        except OSError:
+            return -1       # a damaged record like any other
 
 
 def list_identities(root_dir: str, sample: int | None = None) -> list[list[str]]:

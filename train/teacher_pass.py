@@ -1,0 +1,72 @@
+"""One pass of the teacher over the training set, which cache_teacher.py and class_centers.py share."""
+
+import logging
+import sys
+
+import torch
+from torch.utils.data import DataLoader
+
+from eval.embed import embed_parts, split
+from utils import distributed
+from utils.dataset import keep_batch
+from utils.loading import end_workers, next_batch, start_worker
+from utils.precision import choose_precision
+from utils.teacher import load_teacher
+
+log = logging.getLogger(__name__)
+
+
+def log_to_console() -> None:
+    """Show what the libraries report on rank 0, and the warnings of the others."""
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO if distributed.is_main() else logging.WARNING)
+
+
+class TrainingImages:
+    """The images of a training set as eval.embed takes them, decoded ahead by workers: the batches of ``parts``, in that order and no other.
+
+    ``damaged``: {index: reason} of the records met so far whose images are those of the next good one.
+    """
+
+    def __init__(self, dataset, parts: list[range], batch_size: int, num_workers: int, device: torch.device):
+        self.dataset, self.damaged = dataset, {}
+        self.reading = iter(DataLoader(dataset, batch_sampler=split(parts, batch_size), collate_fn=keep_batch, num_workers=num_workers,
+                                       worker_init_fn=start_worker, pin_memory=device.type == "cuda"))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, batch: slice) -> torch.Tensor:
+        found = next_batch(self.reading)
+        for name, reason in found.bad:
+            index = next(index for index in range(batch.start, batch.stop) if self.dataset.name_of(index) == name)
+            log.warning("damaged record %s, the features are those of the next good one: %s", name, reason)
+            self.damaged[index] = reason
+        return found.images
+
+    def name_of(self, index: int) -> str:
+        return f"record {self.dataset.name_of(index)}"
+
+    def close(self) -> None:
+        end_workers(self.reading)
+
+
+class TeacherPass:
+    """The teacher of ``cfg`` on this process's device, and how it is run over ``dataset``."""
+
+    def __init__(self, cfg, dataset, device: torch.device):
+        self.cfg, self.dataset, self.device = cfg, dataset, device
+        self.precision = choose_precision(cfg.precision, device)
+        self.teacher = load_teacher(cfg).to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+
+    def run(self, parts: list[range], keep) -> None:
+        """Call ``keep(part, features, damaged)`` for every part: (n, 2, D) float32 of images and mirror images, on the CPU; the indices of its damaged records."""
+        cfg = self.cfg
+        images = TrainingImages(self.dataset, parts, cfg.val_batch_size, cfg.num_workers, self.device)
+
+        def keep_part(part, features):
+            keep(part, features.view(len(part), 2, -1), [index for index in part if index in images.damaged])
+        try:
+            embed_parts(self.teacher, images, parts, cfg.val_batch_size, keep_part, device=self.device, precision=self.precision,
+                        channels_last=cfg.channels_last, name="teacher")
+        finally:
+            images.close()

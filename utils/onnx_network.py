@@ -1,0 +1,197 @@
+"""Any ONNX face model as a frozen network, run by onnxruntime (requirements/onnx.txt)."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.errors import InputError
+from utils.looks import bytes_look_like
+
+CUDA = "CUDAExecutionProvider"
+PASSING = ("Identity", "Cast", "Transpose", "Dropout")     # nodes that leave the pixels' values alone
+
+log = logging.getLogger(__name__)
+
+
+class Scale(NamedTuple):
+    """What a graph takes where the other networks take x in [-1, 1]: x * factor + offset, told in words."""
+
+    factor: float
+    offset: float
+    words: str
+
+
+NORMALISED = Scale(1.0, 0.0, "(x / 255 - 0.5) / 0.5")
+UNIT = Scale(0.5, 0.5, "x / 255, the graph does the rest")
+BYTES = Scale(127.5, 127.5, "x as it is (0 to 255), the graph does the rest")
+
+
+class OnnxNetwork(nn.Module):
+    """(B, 3, 112, 112) float32 in [-1, 1] -> (B, D) float32 on the same device.
+
+    A model whose batch is 1, whether it says so or only behaves so, is run image by image. It has no parameters that ``to`` could move: the
+    session is made for the device of the images. With onnxruntime's CUDA provider it runs on a GPU, otherwise on the CPU, with a warning.
+
+    scale: see ``Scale``. embedding_size: D. parameter_count: of the graph. files: the model, and those in which it keeps its weights.
+    Errors: InputError if onnxruntime or onnx is not installed, or the file missing, unreadable or of another form.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self.path = Path(path)
+        graph = read_graph(self.path)
+        self.files = [self.path, *sorted({self.path.parent / name for name in external_files(graph)})]
+        self.parameter_count = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
+        self.batch = check_form(graph, self.path)
+        self.scale = input_scale(graph)
+        self.device, self.session = torch.device("cpu"), self.open_session(torch.device("cpu"))
+        self.input = self.session.get_inputs()[0].name
+        self.embedding_size = self.probe()
+
+    def open_session(self, device: torch.device):
+        """onnxruntime's session on a device, as far as it has the provider for it."""
+        import onnxruntime
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3          # errors: its warnings tell of shapes that are checked here
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers = ["CPUExecutionProvider"]
+        if device.type == "cuda" and CUDA in onnxruntime.get_available_providers():
+            providers.insert(0, (CUDA, {"device_id": device.index or 0}))
+        try:
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+        except failures() as error:
+            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error)})") from error
+        if device.type == "cuda" and CUDA not in session.get_providers():
+            log.warning("The teacher %s runs on the CPU: onnxruntime has no working CUDA provider here (pip install onnxruntime-gpu)", self.path)
+        return session
+
+    def probe(self) -> int:
+        """Run the model once, and with two images where it allows that; returns D. Errors: InputError if it does not give a row of features for an image."""
+        try:
+            shape = self.session.run(None, {self.input: np.zeros((1, 3, 112, 112), np.float32)})[0].shape
+        except failures() as error:
+            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error)})") from error
+        if len(shape) != 2 or shape[0] != 1:
+            raise InputError(f"teacher: {self.path} gives {shape} for one image, not (1, D) features")
+        if self.batch != 1:
+            try:
+                if self.session.run(None, {self.input: np.zeros((2, 3, 112, 112), np.float32)})[0].shape != (2, shape[1]):
+                    self.batch = 1
+            except failures():      # converters often leave a fixed shape inside
+                self.batch = 1
+        return shape[1]
+
+    @torch.compiler.disable
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.device != self.device:
+            self.device, self.session = images.device, self.open_session(images.device)
+        array = (images.detach().float() * self.scale.factor + self.scale.offset).cpu().contiguous().numpy()
+        step = 1 if self.batch == 1 else max(len(array), 1)
+        features = [self.session.run(None, {self.input: array[start:start + step]})[0] for start in range(0, len(array), step)]
+        features = np.concatenate(features) if features else np.zeros((0, self.embedding_size), np.float32)
+        return torch.from_numpy(features).to(images.device)
+
+
+def failures() -> tuple:
+    """onnxruntime's exceptions, which have no base class of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+    return tuple(value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def read_graph(path: Path):
+    """The model's graph. Errors: as ``OnnxNetwork``."""
+    try:
+        import onnx
+        import onnxruntime      # noqa: F401  missing is better told now
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise InputError(f"teacher: ONNX models need onnxruntime and onnx: pip install -r requirements/onnx.txt ({error})") from error
+    if not path.is_file():
+        raise InputError(f"teacher: no file at {path.absolute()} (teacher=onnx:PATH)")
+    look = bytes_look_like(path, "onnx")
+    wrong = InputError(f"teacher: {path} is no ONNX model" + (f"; it looks like {look}" if look else ""))
+    try:
+        graph = onnx.load(path, format="protobuf", load_external_data=False).graph
+    except DecodeError as error:
+        raise wrong from error
+    if not graph.node:
+        raise wrong
+    return graph
+
+
+def external_files(graph) -> list[str]:
+    """Names of the files beside the model in which it keeps weights."""
+    return [entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"]
+
+
+def check_form(graph, path: Path) -> int:
+    """The model's batch size, 0 if it takes any. Errors: InputError unless it is one image tensor in, one feature tensor out."""
+    inputs = inputs_of(graph)
+    for kind, values in (("inputs", inputs), ("outputs", graph.output)):
+        if len(values) != 1:
+            raise InputError(f"teacher: {path} has {len(values)} {kind} ({', '.join(value.name for value in values)}): a face network has one")
+    tensor, output = inputs[0].type.tensor_type, graph.output[0].type.tensor_type
+    shape = [dim.dim_value for dim in tensor.shape.dim]             # 0 where it is open
+    if tensor.elem_type != 1 or len(shape) != 4 or any(size not in (0, wanted) for size, wanted in zip(shape[1:], (3, 112, 112))):
+        raise InputError(f"teacher: {path} takes {described(tensor)}, not (N, 3, 112, 112) of float32")
+    if shape[0] > 1:
+        raise InputError(f"teacher: {path} takes batches of {shape[0]} only: export it with an open batch, or one of 1")
+    if output.HasField("shape") and len(output.shape.dim) != 2 or output.elem_type != 1:
+        raise InputError(f"teacher: {path} gives {described(output)}, not (N, D) features of float32")
+    return shape[0]
+
+
+def inputs_of(graph) -> list:
+    """The graph's inputs, without the weights, which older files list among them."""
+    weights = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in weights]
+
+
+def described(tensor) -> str:
+    from onnx import TensorProto
+    return f"({', '.join(str(dim.dim_value or dim.dim_param or '?') for dim in tensor.shape.dim)}) of {TensorProto.DataType.Name(tensor.elem_type).lower()}"
+
+
+def input_scale(graph) -> Scale:
+    """What the graph takes, by InsightFace's convention: one that first subtracts and multiplies takes 0 to 255, any other takes normalised pixels.
+
+    Its constants tell more: the pixel that becomes zero is about 127.5 in a graph that takes 0 to 255, 0.5 in one that takes 0 to 1.
+    """
+    factor, offset, kinds = 1.0, 0.0, set()
+    for kind, constant in first_arithmetic(graph):
+        kinds.add("Mul" if kind == "Div" else kind)
+        if kind in ("Sub", "Add"):
+            offset += constant if kind == "Add" else -constant
+        else:
+            by = constant if kind == "Mul" or not constant else 1 / constant
+            factor, offset = factor * by, offset * by
+    zero = -offset / factor if factor else 0.0
+    if kinds >= {"Sub", "Mul"}:
+        return UNIT if 0 < zero <= 1 else BYTES
+    return BYTES if zero > 1 else NORMALISED
+
+
+def first_arithmetic(graph):
+    """(operator, mean of its constant) of the nodes between the input and the first layer."""
+    from onnx import numpy_helper
+    constants = {tensor.name: tensor for tensor in graph.initializer if not tensor.external_data}
+    constants |= {node.output[0]: attribute.t for node in graph.node if node.op_type == "Constant" for attribute in node.attribute if attribute.name == "value"}
+    value = inputs_of(graph)[0].name
+    for node in graph.node:
+        if value not in node.input or node.op_type == "Shape":
+            continue
+        if node.op_type not in PASSING:
+            places = (0, 1) if node.op_type in ("Add", "Mul") else (0,) if node.op_type in ("Sub", "Div") else ()     # where the pixels may stand
+            place = list(node.input).index(value)
+            if place not in places or node.input[1 - place] not in constants:
+                return
+            yield node.op_type, float(np.mean(numpy_helper.to_array(constants[node.input[1 - place]])))
+        value = node.output[0]
