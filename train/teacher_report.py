@@ -1,0 +1,188 @@
+"""Look at a teacher as it will be used, before a student is trained from it for days.
+
+    python train/teacher_report.py teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt --sample 5000
+
+prints the accuracy of the teacher on the pair sets of the configuration (those that are there) and, on a sample of whole classes of the training set, the
+mean cosine of a feature to the mean of its class's other images and to the nearest other class, and how often its own class is the nearest: with the
+colours as the teacher gets them and with red and blue exchanged. A teacher that does better with them exchanged gets the wrong ones
+(color_space), one that cannot tell the classes apart is the wrong file for this set; both are said in a line that begins with WARNING.
+On several ranks: torchrun --nproc_per_node 4 train/teacher_report.py ...
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+from torch import nn
+
+from config.schema import ROOT, load_config
+from eval import verification
+from eval.embed import embed
+from train import setup
+from train.teacher_pass import log_to_console
+from utils import distributed
+from utils.errors import InputError, run
+from utils.precision import choose_precision
+from utils.teacher import load_teacher
+
+WINDOWS = 50            # places of the set where a sample is looked for
+SHORTEST_WINDOW = 20    # images there
+SMALLEST_CLASS = 2      # images: the others' mean needs one
+CLEAR = 3.0             # standard errors: less of a difference between the colour orders is chance
+DIFFERENT = 0.005       # cosine: less is of no consequence
+TELLS_APART = 0.05      # cosine: a teacher that knows faces has several tenths between own and other classes
+
+
+class Closeness(NamedTuple):
+    """Of each sampled image, (n,): cosine to the mean of its class's other images, to the nearest other class's mean."""
+
+    own: np.ndarray
+    other: np.ndarray
+
+    def describe(self) -> str:
+        return f"{self.own.mean():8.3f} {self.other.mean():14.3f} {100 * (self.own > self.other).mean():18.1f}"
+
+
+def main():
+    arguments = parse_arguments()
+    cfg = load_config(arguments.config, arguments.overrides)
+    device = distributed.init(cfg.device)
+    log_to_console()
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    teacher = load_teacher(cfg).to(device, memory_format=layout)
+    dataset = setup.build_dataset(cfg)
+    images, labels = distributed.all_succeed(lambda: read_sample(dataset, choose_sample(dataset, arguments.sample, cfg.seed)))
+    how = dict(device=device, precision=choose_precision(cfg.precision, device), channels_last=cfg.channels_last)
+    say(f"{teacher.name}, {how['precision']} on {distributed.world_size()} x {device.type}")
+    report_pair_sets(teacher, cfg, how)
+    report_sample(teacher, images, labels, cfg, how)
+    distributed.shutdown()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", default=str(ROOT / "config" / "config.py"), metavar="FILE", help="configuration file (default: config/config.py)")
+    parser.add_argument("--sample", type=int, default=5000, metavar="N", help="training images to look at (%(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. teacher=ir50 color_space=RGB")
+    arguments = parser.parse_intermixed_args()
+    if arguments.sample < 4:
+        raise InputError(f"--sample {arguments.sample}: two classes of two images need 4")
+    return arguments
+
+
+def say(line: str) -> None:
+    if distributed.is_main():
+        print(line, flush=True)
+
+
+def report_pair_sets(teacher: nn.Module, cfg, how: dict) -> None:
+    say("\npair set          Accuracy ± Std (%)")
+    for name in cfg.val_targets:
+        if not (Path(cfg.val_rec) / f"{name}.bin").is_file():
+            say(f"{name:16}  skipped: no {Path(cfg.val_rec) / f'{name}.bin'}")
+            continue
+        figures = verification.test(verification.load_targets(cfg.val_rec, [name])[name], teacher, cfg.val_batch_size, **how)
+        say(f"{name:16}  {100 * figures['Accuracy-Flip']:11.2f} ± {100 * figures['Accuracy-Std']:4.2f}")
+
+
+def report_sample(teacher: nn.Module, images: np.ndarray, labels: np.ndarray, cfg, how: dict) -> None:
+    """Print how close the sampled images are to their classes, in both colour orders, and what is suspicious about it."""
+    say(f"\n{len(images)} training images of {len(np.unique(labels))} classes: mean cosine to\ncolours           own class    nearest other    own is nearest (%)")
+    found = {}
+    for name, network in ((f"{teacher.color_space}, as set", teacher), ("exchanged", Exchanged(teacher))):
+        plain, mirrored = embed(network, images, cfg.val_batch_size, name=name, **how)
+        found[name] = closeness((plain + mirrored).numpy(), labels)
+        say(f"{name:16}  {found[name].describe()}")
+    for warning in suspicions(*found.values()):
+        say(f"WARNING: {warning}")
+
+
+class Exchanged(nn.Module):
+    """A network that is shown images with red and blue exchanged."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images.flip(1))
+
+
+def suspicions(as_set: Closeness, exchanged: Closeness) -> list[str]:
+    """What is wrong with a teacher, in words, by the gap between own and nearest other class."""
+    gap, other_gap = (found.own - found.other for found in (as_set, exchanged))
+    gain = other_gap - gap
+    words = []
+    if gain.mean() > max(DIFFERENT, CLEAR * gain.std() / np.sqrt(len(gain))):
+        words.append(f"the classes lie {gain.mean():.3f} further apart with red and blue exchanged: the teacher gets the wrong colours; set color_space to the other order")
+    if max(gap.mean(), other_gap.mean()) < TELLS_APART:
+        words.append(f"an image is hardly nearer to its own class than to another ({gap.mean():.3f}): the wrong weights, images of another alignment, or labels of another set")
+    return words
+
+
+def closeness(features: np.ndarray, labels: np.ndarray) -> Closeness:
+    """features (n, D), not normalised; labels (n,), each with at least SMALLEST_CLASS images.
+
+    The own class's mean leaves the image itself out: with it even random features would seem close to their class.
+    """
+    features = features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)
+    classes, row = np.unique(labels, return_inverse=True)
+    sums = np.zeros((len(classes), features.shape[1]))
+    np.add.at(sums, row, features)
+    others = sums[row] - features
+    own = np.einsum("nd,nd->n", features, others) / np.linalg.norm(others, axis=1)
+    cosines = features @ (sums / np.linalg.norm(sums, axis=1, keepdims=True)).T
+    cosines[np.arange(len(row)), row] = -np.inf
+    return Closeness(own, cosines.max(axis=1))
+
+
+def choose_sample(dataset, count: int, seed: int) -> np.ndarray:
+    """Indices of about ``count`` images of classes with at least SMALLEST_CLASS of them, rising. Errors: InputError if there are no two such classes.
+
+    Sets that are grouped by class, as InsightFace's, show whole classes at a few places; of shuffled ones all labels are read.
+    """
+    count = min(count, len(dataset))
+    windows = max(1, min(WINDOWS, count // SHORTEST_WINDOW))
+    length = count // windows
+    starts = np.linspace(0, len(dataset) - length, windows).astype(np.int64)
+    looked_at = np.unique(starts[:, None] + np.arange(length))
+    chosen = with_company(looked_at, dataset.labels(looked_at))
+    if len(chosen) < len(looked_at) / 2:
+        every = np.arange(len(dataset))
+        labels = dataset.labels(every)
+        order = np.random.default_rng(seed).permutation(labels.max() + 1)       # whole classes, in random order, until there are enough
+        rank = np.append(order, len(order))[labels]
+        members = every[np.argsort(rank, kind="stable")][:count]
+        chosen = with_company(members, labels[members])
+    if len(np.unique(dataset.labels(chosen))) < 2:
+        raise InputError(f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} images among {len(dataset)} images: nothing to compare")
+    return np.sort(chosen)
+
+
+def with_company(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Those whose class has SMALLEST_CLASS of them; labels below 0 are of damaged records."""
+    _, row, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return indices[(counts[row] >= SMALLEST_CLASS) & (labels >= 0)]
+
+
+def read_sample(dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 112, 112, 3) uint8 RGB and labels (n,), without damaged records and those they leave alone in their class."""
+    images, labels, bad = dataset.read_batch(indices.tolist())
+    damaged = {name for name, _ in bad}
+    if damaged:
+        logging.warning("%d damaged records are left out", len(damaged))
+    good = np.array([place for place, index in enumerate(indices.tolist()) if dataset.name_of(index) not in damaged], np.int64)
+    good = with_company(good, labels[good])
+    if len(np.unique(labels[good])) < 2:
+        raise InputError(f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} readable images in the sample: see data/README.md")
+    return images[good], labels[good]
+
+
+if __name__ == "__main__":
+    run(main)
