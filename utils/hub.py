@@ -11,8 +11,6 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from utils.errors import InputError
 
 WEIGHTS = ("model.safetensors", "pretrained_model/model.pt")                # the first that is there is read
@@ -100,9 +98,8 @@ def read_configuration(folder: Path) -> Stated | None:
 def read_stated(path: Path) -> Stated | None:
     """One configuration file; None for a config.json that is not CVLFace's."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, OSError) as error:       # ValueError: of JSON's syntax or of the encoding
+        content = parse(path.read_text(encoding="utf-8"), path)
+    except (ValueError, OSError) as error:       # ValueError: of the syntax or of the encoding
         raise InputError(f"teacher: {path} is unreadable ({reason(error)})") from error
     conf = content.get("conf") if path.suffix == ".json" and isinstance(content, dict) else content
     if conf is None and path.suffix == ".json":
@@ -116,6 +113,20 @@ def read_stated(path: Path) -> Stated | None:
     if type(conf["output_dim"]) is not int:
         raise InputError(f"teacher: {path} states output_dim {conf['output_dim']!r}, which is no number of dimensions")
     return Stated(network_of(conf, path), conf["output_dim"], conf["color_space"], path)
+
+
+def parse(text: str, path: Path):
+    """The content of a .json or .yaml file. Errors: ValueError for another syntax."""
+    if path.suffix == ".json":
+        return json.loads(text)
+    try:
+        import yaml         # only those who have such a teacher need it
+    except ImportError as error:
+        raise InputError(f"teacher: {path} needs PyYAML: pip install -r requirements/requirement.txt") from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(reason(error)) from error
 
 
 def network_of(conf: dict, path: Path) -> str:
