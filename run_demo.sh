@@ -13,7 +13,7 @@ case "${1:-}" in
     *) fail "unknown argument $1; usage: ./run_demo.sh [--quick]" ;;
 esac
 
-set_up requirement.txt datasets
+set_up requirement.txt "datasets, huggingface_hub, yaml"
 if [ "$name" = demo ] && ! (cd "$root" && "$PYTHON" -c 'import sys, torch; from utils.precision import choose_precision
 sys.exit(not torch.cuda.is_available() and choose_precision("auto", torch.device("cpu")) == "fp32")'); then
     echo "This CPU has no bf16 arithmetic: a smaller set and teacher, to stay within 20 minutes"

@@ -4,7 +4,7 @@
 #   ./run_tests.sh -k recordio -x      arguments go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
-set_up test.txt "pytest, pytest_timeout, datasets, sklearn, skimage"
+set_up test.txt "pytest, pytest_timeout, datasets, huggingface_hub, yaml, sklearn, skimage, onnx, onnxruntime"
 # small networks: one thread each is as fast, and the same on all machines
 export OMP_NUM_THREADS=1
 cd "$root"

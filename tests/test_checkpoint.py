@@ -260,6 +260,7 @@ HEADERS = {
                                                      "state_dict_softmax_fc": {"weight": CENTERS.half().t()}}),
     "arcface_torch, 2021": ("rank_0_softmax_weight.pt", CENTERS.half().t().contiguous()),
     "CVLFace": ("classifier_rank0.pt", {"partial_fc.weight": CENTERS.half().t()}),
+    "CVLFace, one process": ("classifier.pt", {"classifier.weight": CENTERS.half().t()}),
     "DistributedDataParallel": ("header.pth", {"module.kernel": CENTERS.half()}),
     "safetensors": ("header.safetensors", {"kernel": CENTERS.half()}),
 }
@@ -282,6 +283,7 @@ def test_the_key_decides_which_axis_the_classes_are(tmp_path):
     ({"kernel": torch.zeros(5, SIZE)}, r"class centres \(5, 16\), but .* is \(16, 5\)$"),
     ({"kernel": torch.zeros(8, 5)}, r"class centres \(8, 5\), but .* is \(16, 5\); the student learns in the space of these centres: set embedding_size=8"),
     ({"weight": torch.zeros(SIZE, 5)}, r"class centres \(5, 16\), but"),
+    ({"kernel": torch.full((SIZE, 5), torch.nan)}, "holds class centres that are not finite"),
     ({"weight": torch.zeros(5)}, "has no class centres .*its keys are weight$"),
     ({"kernel": 3}, "has no class centres .*its keys are kernel$"),
     ({"optimizer": {}, "rng": [], "step": 1, "epoch": 1, "samples": 0}, r"its keys are optimizer, .*; it looks like the state of a run .*header\.pth"),

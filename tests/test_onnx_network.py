@@ -71,6 +71,12 @@ def test_conventions(tmp_path, caplog, before, words, constant_nodes):
     assert caplog.messages[0].endswith(f" parameters, 16-d features, 112x112 RGB input, {words}, {path}, SHA-256 {sha256(path)}")
 
 
+@pytest.mark.parametrize("before, words", [((("Div", 255.0),), "x as it is (0 to 255), the graph does the rest"), ((("Mul", 1 / 128),), "x as it is (0 to 255), the graph does the rest"),
+                                           ((("Sub", 0.5),), "x / 255, the graph does the rest")])
+def test_one_operator_tells_as_much(tmp_path, before, words):
+    assert load_teacher(config(f"onnx:{onnx_model(tmp_path / 'face.onnx', before)}"), SIZE).normalisation == words
+
+
 @pytest.mark.parametrize("options", [dict(batch=1), dict(flat=1), dict(batch=1, flat=1)], ids=["said", "fixed inside", "both"])
 def test_models_of_one_image_at_a_time(tmp_path, options):
     teacher = load_teacher(config(f"onnx:{onnx_model(tmp_path / 'face.onnx', **options)}"))

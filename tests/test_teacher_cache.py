@@ -108,12 +108,12 @@ def test_the_cache_holds_the_teachers_features(runs, features, exact, teacher, f
     assert (np.abs(features - exact) <= ROUNDING * np.abs(exact) + 1e-5).all()
     manifest = json.loads((runs / "cache" / "manifest.json").read_text())
     assert manifest["teacher"] == dict(name="mobilefacenet", precision="fp32", file="backbone.pth", sha256=sha256(teacher), color_space="RGB",
-                                       normalisation="(x / 255 - 0.5) / 0.5", imported=None)
+                                       normalisation="(x / 255 - 0.5) / 0.5", imported=None, repository="", color_space_set=False)
     assert manifest["images"] == IMAGES and manifest["embedding_size"] == SIZE and manifest["replaced"] == []
     assert sorted(path.name for path in (runs / "cache").iterdir()) == ["features.npy", "manifest.json"]
     log = (runs / "log").read_text()
     assert "24 images to compute, 0 are in" in log
-    assert f"Teacher features from {runs}/cache: 24 x 2 x 32, teacher mobilefacenet, SHA-256 {sha256(teacher)}, made with fp32" in log
+    assert f"Teacher features from {runs}/cache: 24 x 2 x 32, teacher mobilefacenet, SHA-256 {sha256(teacher)}, RGB images, (x / 255 - 0.5) / 0.5, made with fp32" in log
 
 
 def test_a_killed_command_goes_on_where_it_was(runs, two_ranks):
@@ -193,13 +193,14 @@ def run_here(monkeypatch, script, *arguments):
     script.main()
 
 
-def write_cache(path, dataset, values=None, name="mobilefacenet", sha256="a" * 64, color_space="RGB", replaced=()):
+def write_cache(path, dataset, values=None, name="mobilefacenet", sha256="a" * 64, color_space="RGB", replaced=(), color_space_set=False):
     """A cache of given (N, 2, D) features, written as the command writes it."""
     values = numbered(len(dataset)) if values is None else values
-    writer = CacheWriter(path, make_manifest(dataset, values.shape[2], Origin(name, "fp32", "backbone.pth", sha256, color_space, "(x / 255 - 0.5) / 0.5")), main=True)
+    origin = Origin(name, "fp32", "backbone.pth", sha256, color_space, "(x / 255 - 0.5) / 0.5", color_space_set=color_space_set)
+    writer = CacheWriter(path, make_manifest(dataset, values.shape[2], origin), main=True)
     for part in writer.missing():
         writer.write(part, values[part.start:part.stop], [index for index in replaced if index in part])
-    writer.finish({index: dataset.name_of(index) for index in replaced})
+    writer.finish(dataset.name_of)
     return path
 
 

@@ -18,7 +18,7 @@ from tests.commands import ROOT, command, environment
 from tests.test_teacher_cache import CACHE, CLASSES, IMAGES, SIZE, dataset, faces, numbered, options, run_here, teacher, write_cache      # noqa: F401 (fixtures)
 from train import cache_teacher, setup
 from utils import teacher_cache
-from utils.checkpoint import sha256
+from utils.checkpoint import RunFolder, sha256
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.recordio import IndexedRecordIO, IRHeader, pack, unpack
@@ -88,11 +88,40 @@ def test_a_folder_of_identities_is_told_from_others(tmp_path):
 
 def test_a_cache_of_another_teacher_is_refused(dataset, tmp_path):
     cache = write_cache(tmp_path / "cache", dataset)
-    assert open_cache(cache, dataset, "a" * 64, "RGB").describe().endswith(f"24 x 2 x 32, teacher mobilefacenet, SHA-256 {'a' * 64}, made with fp32")
+    assert open_cache(cache, dataset, "a" * 64, "RGB").describe().endswith(f"24 x 2 x 32, teacher mobilefacenet, SHA-256 {'a' * 64}, RGB images, (x / 255 - 0.5) / 0.5, made with fp32")
     with pytest.raises(InputError, match=f"made from other weights, SHA-256 {'a' * 64}, than those of the teacher that is set, SHA-256 {'b' * 64}; make it"):
         open_cache(cache, dataset, "b" * 64)
     with pytest.raises(InputError, match="was made from RGB images, color_space=BGR; make it"):
         open_cache(cache, dataset, color_space="BGR")
+    with pytest.raises(InputError, match="was made from mobilefacenet, not from owner/name; make it"):
+        open_cache(cache, dataset, repository="owner/name")
+
+
+def test_a_cache_with_colours_against_the_teachers_own_must_be_asked_for(dataset, tmp_path):
+    cache = write_cache(tmp_path / "cache", dataset, color_space="BGR", color_space_set=True)
+    assert open_cache(cache, dataset, "a" * 64, "BGR").images == open_cache(cache, dataset).images == IMAGES
+    with pytest.raises(InputError, match="was made with color_space=BGR against the teacher's own: set it here as well"):
+        open_cache(cache, dataset, "a" * 64)
+
+
+def test_the_same_weights_under_another_name_are_the_same_teacher(dataset, tmp_path):
+    cache = write_cache(tmp_path / "cache", dataset)
+    manifest = make_manifest(dataset, SIZE, Origin("cvlface_ir50", "fp32", "model.safetensors", "a" * 64, "RGB", "(x / 255 - 0.5) / 0.5", repository="owner/name"))
+    assert CacheWriter(cache, manifest, main=True).complete
+
+
+def test_a_record_that_was_mended_since_has_no_features(dataset, tmp_path):
+    cache = write_cache(tmp_path / "cache", dataset, replaced=[3])
+    with pytest.raises(InputError, match="record 4 of .* was damaged when .* was made and can be read now; remove the folder"):
+        open_cache(cache, dataset)
+
+
+def test_a_resumed_run_keeps_its_teacher(dataset, tmp_path):
+    fresh, resumed = (setup.Run(torch.device("cpu"), "fp32", RunFolder(tmp_path), step) for step in (0, 5))
+    setup.keep_to_one_teacher(fresh, "a" * 64)
+    setup.keep_to_one_teacher(resumed, "a" * 64)
+    with pytest.raises(InputError, match=f"trained from a teacher with SHA-256 {'a' * 64}, this one has {'b' * 64}"):
+        setup.keep_to_one_teacher(resumed, "b" * 64)
 
 
 def configured(faces, *more):
@@ -102,7 +131,8 @@ def configured(faces, *more):
 def test_training_refuses_what_does_not_fit(faces, dataset, teacher, tmp_path, monkeypatch):
     """pretrained_teacher_path of other weights, or of none; another embedding size; augmentation; standalone training."""
     cache = write_cache(tmp_path / "cache", dataset, sha256=sha256(teacher))
-    place = setup.Run(torch.device("cpu"), "fp32", None, 0)
+    (tmp_path / "run").mkdir()
+    place = setup.Run(torch.device("cpu"), "fp32", RunFolder(tmp_path / "run"), 0)
     setup.open_teacher(configured(faces, f"teacher_embeddings={cache}", f"pretrained_teacher_path={teacher}"), place, dataset)
     (tmp_path / "other.pth").write_bytes(b"other weights")
     for more, message in [
@@ -188,11 +218,12 @@ def test_only_the_same_features_go_on(dataset, tmp_path, monkeypatch):
     os.close(writer.progress)
     writer = writer_of(tmp_path, dataset)
     assert not writer.complete and writer.missing() == []
-    writer.finish({})
+    writer.finish(str)
     assert np.array_equal(np.load(tmp_path / "features.npy"), values.astype(np.float16))
     assert writer_of(tmp_path, dataset).complete
-    with pytest.raises(InputError, match="holds features of something else: teacher.name mobilefacenet instead of ir50"):
-        writer_of(tmp_path, dataset, name="ir50")
+    with pytest.raises(InputError, match="holds features of something else: teacher.color_space RGB instead of BGR"):
+        writer_of(tmp_path, dataset, color_space="BGR")
+    assert writer_of(tmp_path, dataset, name="ir50").complete, "the same weights under another name"
 
 
 def test_two_commands_do_not_write_one_cache(dataset, tmp_path):

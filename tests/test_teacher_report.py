@@ -19,7 +19,7 @@ def test_closeness_equals_loops():
     features, labels = random.standard_normal((30, 5)).astype(np.float32), random.integers(0, 6, 30) * 7
     labels[:12] = np.repeat(np.unique(labels), 2)[:12] if len(np.unique(labels)) == 6 else labels[:12]
     found = closeness(features, labels)
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True).astype(np.float64)
+    unit = features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     for i in range(30):
         own = unit[(labels == labels[i]) & (np.arange(30) != i)].mean(axis=0)
         others = [unit[labels == other].mean(axis=0) for other in np.unique(labels) if other != labels[i]]
@@ -87,7 +87,7 @@ def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
     """A network that tells people apart by how red they are next to blue: what it sees decides the colour order."""
     torch.manual_seed(0)
     torch.save(build_backbone("mobilefacenet", 32).state_dict(), tmp_path / "teacher.pth")
-    arguments = ["dataset=synthetic", f"rec={data}", f"val_rec={data}", "val_targets=frontal,pose", "teacher=mobilefacenet", "device=cpu", "precision=fp32",
+    arguments = ["dataset=synthetic", f"rec={data}", f"val_rec={data}", "teacher=mobilefacenet", "device=cpu", "precision=fp32",
                  f"pretrained_teacher_path={tmp_path / 'teacher.pth'}", "--sample", 40]
     output = run(REPORT, *arguments)
     assert "frontal" in output and "pose              skipped: no " in output and "40 training images of 8 classes" in output
@@ -96,6 +96,7 @@ def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
     own = {line[:16].strip(): line.split()[-3:] for text in (output, bgr) for line in text.splitlines() if line.startswith(("RGB, as set", "BGR, as set"))}
     exchanged = [line.split()[-3:] for text in (output, bgr) for line in text.splitlines() if line.startswith("exchanged")]
     assert own["RGB, as set"] == exchanged[1] and own["BGR, as set"] == exchanged[0]
+    assert "pose.bin not found" in run(REPORT, *arguments, "val_targets=frontal,pose", expect=1)
     output = run(REPORT, *arguments[:-3], "pretrained_teacher_path=/nowhere.pth", expect=1)
     assert "error: teacher: no file at /nowhere.pth" in output and "Traceback" not in output
 

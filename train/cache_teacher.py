@@ -31,9 +31,10 @@ from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.checkpoint import sha256
 from utils.errors import InputError, run
+from utils.teacher import ONNX, repository_of
 from utils.teacher_cache import CacheWriter, Origin, TeacherCache, make_manifest, read_manifest
 
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError)     # what zipfile and NumPy's headers raise
+DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError)     # what zipfile and NumPy's headers raise
 
 
 def main():
@@ -51,7 +52,7 @@ def main():
         writer = compute_features(cfg, dataset, output, device)
     if distributed.is_main():
         if writer:
-            writer.finish({index: dataset.name_of(index) for index in writer.replaced()})
+            writer.finish(dataset.name_of)
         logging.info("%s\ntrain from it with teacher_embeddings=%s", TeacherCache(output, read_manifest(output)).describe(), output)
     distributed.shutdown()
 
@@ -69,7 +70,9 @@ def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
     """Every rank computes its share of what is missing. Returns the writer, None if the cache was complete before."""
     teacher_pass = TeacherPass(cfg, dataset, device)
     teacher = teacher_pass.teacher
-    origin = Origin(teacher.name, teacher_pass.precision, Path(teacher.path).name, teacher.sha256, teacher.color_space, teacher.normalisation)
+    precision = "fp32" if teacher.name.startswith(ONNX) else teacher_pass.precision       # onnxruntime knows no autocast
+    origin = Origin(teacher.name, precision, Path(teacher.path).name, teacher.sha256, teacher.color_space, teacher.normalisation,
+                    repository=repository_of(cfg), color_space_set=cfg.color_space != "auto" and teacher.color_space != teacher.own_color_space)
     writer = open_writer(output, make_manifest(dataset, teacher.embedding_size, origin))
     if writer is None:
         logging.info("nothing to compute")

@@ -6,7 +6,7 @@
 
 writes {"kernel": (D, C)}, which pretrained_teacher_header_path takes. A centre is the mean of the L2-normalised features of all images of its class and of
 their mirror images. (output may be a folder: class_centers.pth in it.) It prints the number of classes, how many images they have, and the
-mean cosine between a feature and its class centre, which is the mean length of the centres: near 0, the teacher does not know these images.
+mean cosine between a feature and its class centre, which is the mean length of the centres.
 A killed run starts again; where the teacher takes hours, make the cache first, which goes on.
 """
 
@@ -36,11 +36,13 @@ def main():
     device = distributed.init(cfg.device)
     log_to_console()
     output = distributed.main_computes(lambda: prepare_output(Path(cfg.output)))
+    patient = distributed.patient_group()
     dataset = setup.build_dataset(cfg)
     parts = [range(first, min(first + PART, len(dataset))) for first in range(0, len(dataset), PART)][distributed.rank()::distributed.world_size()]
     centers = ClassMeans(cfg.num_classes)
     for_each_part = from_cache if cfg.teacher_embeddings else from_teacher
     for_each_part(cfg, dataset, parts, device, lambda part, features, damaged: centers.add(features, labels_of(dataset, part, damaged)))
+    distributed.all_gather_object(None, patient)      # a rank may be further behind than the collectives below would wait
     kernel = centers.kernel(dataset.root_dir)
     if distributed.is_main():
         save(kernel, output)
@@ -56,6 +58,8 @@ def parse_arguments():
     parser.add_argument("--config", default=str(ROOT / "config" / "config.py"), metavar="FILE", help="configuration file (default: config/config.py)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. output=data/teacher_centers.pth")
     arguments = parser.parse_intermixed_args()
+    if not any(override.startswith("output=") for override in arguments.overrides):
+        raise InputError("no file for the centres: name one with output=FILE.pth")
     return load_config(arguments.config, arguments.overrides)
 
 

@@ -20,9 +20,10 @@ from utils.errors import InputError
 from utils.hub import find_weights
 from utils.loading import STOP_SIGNALS
 from utils.logging import start_log
+from utils.onnx_network import weight_files
 from utils.precision import autocast, choose_precision
 from utils.recordio import replacing
-from utils.teacher import ONNX, load_teacher
+from utils.teacher import ONNX, load_teacher, repository_of
 from utils.teacher_cache import TeacherCache, open_cache
 
 
@@ -151,7 +152,7 @@ def load_teacher_centers(header, cfg) -> None:
     if cfg.pretrained_header_path and cfg.pretrained_teacher_header_path:
         raise InputError("AMLDistill's centres are the teacher's: set pretrained_teacher_header_path or pretrained_header_path, not both")
     load_centers(header, cfg, cfg.pretrained_teacher_header_path or cfg.pretrained_header_path, "teacher header (pretrained_teacher_header_path)",
-                 "train a teacher with run_standalone.sh and take its last <step>header.pth")
+                 "train a teacher with run_standalone.sh and take its last <step>header.pth, or compute the centres with train/class_centers.py")
 
 
 def load_centers(header, cfg, path: str, what: str, hint: str = "") -> None:
@@ -168,18 +169,37 @@ def open_teacher(cfg, run: Run, dataset):
     """
     if cfg.teacher_embeddings:
         dataset.teacher_features = open_teacher_cache(cfg, dataset)
+        teacher = dataset.teacher_features.manifest["teacher"]
+        keep_to_one_teacher(run, teacher["sha256"] or teacher["imported"])
         size = dataset.teacher_features.embedding_size
         if size != cfg.embedding_size:
             raise InputError(f"teacher_embeddings: {cfg.teacher_embeddings} holds {size}-d features, but embedding_size={cfg.embedding_size}: the student learns in the "
                              f"teacher's space: set embedding_size={size}, or choose a teacher of {cfg.embedding_size} dimensions")
         return lambda batch: batch.features
     teacher = load_teacher(cfg, cfg.embedding_size).to(run.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    keep_to_one_teacher(run, teacher.sha256)
     network = torch.compile(teacher) if cfg.compile else teacher
 
     def features(batch):
         with autocast(run.device, run.precision):
             return network(batch.images)
     return features
+
+
+def keep_to_one_teacher(run: Run, digest: str) -> None:
+    """Remember the SHA-256 of the teacher in the run's folder. Errors: InputError if the ranks have different teachers, or a resumed run had another."""
+    found = distributed.all_gather_object(digest)
+    if len(set(found)) > 1:
+        raise InputError(f"the ranks have different teachers, SHA-256 {', '.join(dict.fromkeys(found))}: give all machines the same file")
+    file = run.folder.path / "teacher.json"
+
+    def compare():
+        before = json.loads(file.read_text())["sha256"] if run.resume_step and file.is_file() else digest
+        if before != digest:
+            raise InputError(f"resume: {run.folder.path} was trained from a teacher with SHA-256 {before}, this one has {digest}: set the same, or another output=")
+        with replacing(file) as out:
+            out.write((json.dumps(dict(sha256=digest)) + "\n").encode())
+    distributed.main_computes(compare)
 
 
 def open_teacher_cache(cfg, dataset) -> TeacherCache:
@@ -189,8 +209,11 @@ def open_teacher_cache(cfg, dataset) -> TeacherCache:
         weights = find_weights(weights)
     if weights and not weights.is_file():
         raise InputError(f"teacher: no file at {weights}, whose features teacher_embeddings should be; without pretrained_teacher_path they are taken as they are")
-    digest = load_teacher(cfg).sha256 if cfg.teacher.startswith(ONNX) else sha256(weights) if weights else None
-    cache = open_cache(cfg.teacher_embeddings, dataset, digest, cfg.color_space)
+    if cfg.teacher.startswith(ONNX):
+        digest = sha256(*weight_files(Path(cfg.teacher.removeprefix(ONNX))))
+    else:
+        digest = sha256(weights) if weights else None
+    cache = open_cache(cfg.teacher_embeddings, dataset, digest, cfg.color_space, repository_of(cfg))
     logging.info("Teacher features from %s", cache.describe())
     return cache
 

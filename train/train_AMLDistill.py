@@ -6,6 +6,7 @@ The student's features are pulled to where the teacher's classifier keeps each c
 a backbone is published); the teacher's network itself, or teacher_embeddings, is needed only for the geometry margin.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def main():
         header = build_header("AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
         setup.load_teacher_centers(header, cfg)
         teacher = setup.open_teacher(cfg, run, dataset) if cfg.use_geom_margin else None
+        if cfg.teacher_embeddings and not teacher:
+            logging.info("teacher_embeddings are not read: without the geometry margin AMLDistill needs the teacher's class centres only")
 
         def loss_of(student, batch, epoch):
             return header(student(batch.images), batch.labels, teacher(batch) if teacher else None, epoch)

@@ -23,7 +23,7 @@ ADAFACE_PREFIX = "model."                               # of AdaFace's releases,
 CVLFACE_PREFIXES = ("model.net.", "net.")                # of CVLFace's model.safetensors and model.pt
 PUBLISHED_PREFIXES = ("model.net.", ADAFACE_PREFIX, "net.", "")
 STATES = ("state_dict", "state_dict_backbone")          # where PyTorch Lightning and arcface_torch's whole training state keep a network
-CENTER_KEYS = {"kernel": False, "head.kernel": False, "weight": True, "partial_fc.weight": True, "weight_activated": True}    # classes first?
+CENTER_KEYS = {"kernel": False, "head.kernel": False, "weight": True, "partial_fc.weight": True, "classifier.weight": True, "weight_activated": True}    # classes first?
 # what the ranks of arcface_torch (three generations) and of CVLFace write
 RANK_FILES = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt", "rank:*_softmax_weight.pt", "classifier_rank*.pt")
 FRAMEWORK = re.compile(r"argparse\.Namespace$|(pytorch_)?lightning(_fabric)?\.")     # of which published .ckpt files mention classes
@@ -147,6 +147,8 @@ def read_kernel(path: str | Path, what: str, embedding_size: int, num_classes: i
             mend = f"; the student learns in the space of these centres: set embedding_size={kernel.shape[0]}"
         raise InputError(f"{what}: {path} holds class centres {tuple(kernel.shape)}, but (embedding_size, num_classes) "
                          f"of this run is {(embedding_size, num_classes)}{mend}")
+    if not torch.isfinite(kernel).all():
+        raise InputError(f"{what}: {path} holds class centres that are not finite (NaN or infinite): take the header of an earlier step")
     return kernel.float()
 
 

@@ -44,7 +44,7 @@ class OnnxNetwork(nn.Module):
         super().__init__()
         self.path = Path(path)
         graph = read_graph(self.path)
-        self.files = [self.path, *sorted({self.path.parent / name for name in external_files(graph)})]
+        self.files = files_of(self.path, graph)
         self.parameter_count = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
         self.batch = check_form(graph, self.path)
         self.scale = input_scale(graph)
@@ -127,9 +127,14 @@ def read_graph(path: Path):
     return graph
 
 
-def external_files(graph) -> list[str]:
-    """Names of the files beside the model in which it keeps weights."""
-    return [entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"]
+def weight_files(path: Path) -> list[Path]:
+    """The model's file and those beside it in which it keeps weights. Errors: as ``OnnxNetwork``."""
+    return files_of(path, read_graph(path))
+
+
+def files_of(path: Path, graph) -> list[Path]:
+    names = {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    return [path, *sorted(path.parent / name for name in names)]
 
 
 def check_form(graph, path: Path) -> int:
@@ -176,7 +181,9 @@ def input_scale(graph) -> Scale:
     zero = -offset / factor if factor else 0.0
     if kinds >= {"Sub", "Mul"}:
         return UNIT if 0 < zero <= 1 else BYTES
-    return BYTES if zero > 1 else NORMALISED
+    if kinds == {"Sub"} and 0 < zero <= 1:
+        return UNIT
+    return BYTES if zero > 1 or 0 < abs(factor) < 0.02 else NORMALISED      # a factor of 1/255 or 1/128 alone scales bytes
 
 
 def first_arithmetic(graph):
@@ -192,6 +199,8 @@ def first_arithmetic(graph):
             places = (0, 1) if node.op_type in ("Add", "Mul") else (0,) if node.op_type in ("Sub", "Div") else ()     # where the pixels may stand
             place = list(node.input).index(value)
             if place not in places or node.input[1 - place] not in constants:
+                if places:
+                    log.warning("The ONNX graph begins with %s of something that cannot be read: pixels are taken to be scaled to [-1, 1]; check with train/teacher_report.py", node.op_type)
                 return
             yield node.op_type, float(np.mean(numpy_helper.to_array(constants[node.input[1 - place]])))
         value = node.output[0]

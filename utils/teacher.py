@@ -14,7 +14,7 @@ from utils.hub import CONFIGURATIONS, Stated, fetch, find_weights, read_configur
 from utils.looks import feature_size
 from utils.onnx_network import NORMALISED, OnnxNetwork
 
-HINT = "train one with run_standalone.sh, or set pretrained_teacher_path to a published backbone"
+HINT = "train one with run_standalone.sh, set pretrained_teacher_path to a published backbone, or teacher=cvlface_ir50 to fetch one"
 ONNX = "onnx:"      # onnx:PATH, any ONNX face model
 
 log = logging.getLogger(__name__)
@@ -41,15 +41,16 @@ class Teacher(nn.Module):
 
     bgr: the weights were trained on BGR images (AdaFace's releases), so the channels are turned around first.
     Of one that ``load_teacher`` made: name (the configuration's word), path and sha256 (of the file its weights are from), color_space
-    ("RGB" or "BGR"), normalisation (of pixels x, in words), embedding_size (D).
+    ("RGB" or "BGR") and own_color_space (what it would be if the configuration did not set it), normalisation (of pixels x, in words), embedding_size (D).
     """
 
     def __init__(self, network: nn.Module, bgr: bool, *, name: str = "", path: str = "", sha256: str = "",
-                 normalisation: str = NORMALISED.words, embedding_size: int = 0):
+                 normalisation: str = NORMALISED.words, embedding_size: int = 0, own_color_space: str = ""):
         super().__init__()
         self.network, self.bgr = network.eval().requires_grad_(False), bgr
         self.name, self.path, self.sha256, self.normalisation, self.embedding_size = name, path, sha256, normalisation, embedding_size
         self.color_space = "BGR" if bgr else "RGB"
+        self.own_color_space = own_color_space or self.color_space
 
     def train(self, mode: bool = True):
         return super().train(False)      # BatchNorm of a teacher must never follow the student's batches
@@ -107,21 +108,29 @@ def load_published(cfg) -> tuple[Teacher, str]:
     if stated and stated.embedding_size != size:
         raise InputError(f"teacher: {stated.path} states output_dim {stated.embedding_size}, but the features of {file} have {size} dimensions")
     backbone.to_empty(device="cpu").load_state_dict(weights)
+    own = color_order("auto", stated, prefix)
+    for word, found, expected in (("colour order", own, entry.color_space), ("dimensions", size, entry.embedding_size)):
+        if expected and found != expected:
+            raise InputError(f"teacher: {file} has {word} {found}, but teacher={cfg.teacher} has {expected}: set teacher={entry.network}")
     bgr = color_order(cfg.color_space, stated, prefix) == "BGR"
-    return Teacher(backbone, bgr, name=cfg.teacher, path=str(file), sha256=sha256(file), embedding_size=size), origin
+    return Teacher(backbone, bgr, name=cfg.teacher, path=str(file), sha256=sha256(file), embedding_size=size, own_color_space=own), origin
 
 
 def load_onnx(cfg) -> tuple[Teacher, str]:
     """A teacher that is an ONNX model; InsightFace's take RGB."""
     network = OnnxNetwork(Path(cfg.teacher.removeprefix(ONNX)).expanduser())
     return Teacher(network, cfg.color_space == "BGR", name=cfg.teacher, path=str(network.path), sha256=sha256(*network.files),
-                   normalisation=network.scale.words, embedding_size=network.embedding_size), str(network.path)
+                   normalisation=network.scale.words, embedding_size=network.embedding_size, own_color_space="RGB"), str(network.path)
+
+
+def repository_of(cfg) -> str:
+    """The repository that ``cfg`` takes the weights from; "": a file."""
+    return cfg.teacher_repo_id or ("" if cfg.pretrained_teacher_path or cfg.teacher.startswith(ONNX) else TEACHERS[cfg.teacher].repo_id)
 
 
 def locate(cfg, entry: Entry) -> tuple[Path | str, str, Stated | None]:
     """(the weights' file, where it is from in words, what the configuration beside it states), fetched where a repository is meant."""
-    path = cfg.pretrained_teacher_path
-    repo_id = cfg.teacher_repo_id or ("" if path else entry.repo_id)
+    path, repo_id = cfg.pretrained_teacher_path, repository_of(cfg)
     if repo_id:
         folder = fetch(repo_id, cfg.teacher_cache)
         return find_weights(folder), f"{repo_id} at revision {folder.name}", configuration_of(folder)

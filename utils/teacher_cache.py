@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.errors import InputError
-from utils.recordio import RecordFile, replacing
+from utils.recordio import RecordError, RecordFile, replacing
 
 FORMAT = 1
 PART = 1024                 # images a rank computes before it writes and marks them: 2 MB of 512 dimensions, a minute of work at most
@@ -42,6 +42,8 @@ class Origin(NamedTuple):
     color_space: str | None = None
     normalisation: str | None = None
     imported: str | None = None     # SHA-256 of the file they were imported from
+    repository: str = ""            # on the hub
+    color_space_set: bool = False   # by config.color_space, and not the teacher's own
 
 
 class TeacherCache:
@@ -77,7 +79,8 @@ class TeacherCache:
 
     def describe(self) -> str:
         teacher = self.manifest["teacher"]
-        source = f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}, made with {teacher['precision']}"
+        source = (f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}, {teacher['color_space']} images, {teacher['normalisation']}, "
+                  f"made with {teacher['precision']}")
         if teacher["imported"]:
             source = f"imported from {teacher['name']}, SHA-256 {teacher['imported']}, {teacher['precision']}"
         return f"{self.path}: {self.images} x 2 x {self.embedding_size}, {source}"
@@ -87,10 +90,11 @@ def row_bytes(embedding_size: int) -> int:
     return 2 * embedding_size * np.dtype(np.float16).itemsize
 
 
-def open_cache(path: str | Path, dataset, sha256: str | None = None, color_space: str = "auto") -> TeacherCache:
+def open_cache(path: str | Path, dataset, sha256: str | None = None, color_space: str = "auto", repository: str = "") -> TeacherCache:
     """The cache in the folder ``path``, if it is complete and belongs to ``dataset`` and to the teacher.
 
-    sha256: of the teacher's weights, None: whatever teacher made it. color_space: what that teacher is to see, "auto": whatever it saw.
+    sha256: of the teacher's weights, None: whatever teacher made it; repository: where on the hub they are, "": anywhere. color_space: what that
+    teacher is to see, "auto": what is its own.
     Errors: InputError if there is none, it is unfinished or damaged, or anything differs, naming both values.
     """
     path = Path(path)
@@ -102,9 +106,25 @@ def open_cache(path: str | Path, dataset, sha256: str | None = None, color_space
         made = f"SHA-256 {teacher['sha256']}" if teacher["sha256"] else "unknown ones, for its features were imported"
         raise InputError(f"teacher_embeddings: {path} was made from other weights, {made}, than those of the teacher that is set, SHA-256 {sha256}; "
                          f"{MAKE} for this teacher, or set no teacher to take what the cache holds")
+    if repository and teacher["repository"] != repository:
+        raise InputError(f"teacher_embeddings: {path} was made from {teacher['repository'] or teacher['name']}, not from {repository}; {MAKE} for this teacher, or set "
+                         "teacher_repo_id= and a teacher without a repository to take what the cache holds")
+    if sha256 and color_space == "auto" and teacher["color_space_set"]:
+        raise InputError(f"teacher_embeddings: {path} was made with color_space={teacher['color_space']} against the teacher's own: set it here as well, or {MAKE} without")
     if color_space != "auto" and teacher["color_space"] not in (color_space, None):
         raise InputError(f"teacher_embeddings: {path} was made from {teacher['color_space']} images, color_space={color_space}; {MAKE}, or set color_space=auto")
+    for index in cache.replaced:
+        refuse_mended(dataset, index, path)
     return cache
+
+
+def refuse_mended(dataset, index: int, path: Path) -> None:
+    """A record that was damaged when the cache was made has another image's features there: it must still be damaged."""
+    try:
+        dataset[index]
+    except RecordError:
+        return
+    raise InputError(f"teacher_embeddings: record {dataset.name_of(index)} of {dataset.root_dir} was damaged when {path} was made and can be read now; {AGAIN}")
 
 
 def read_manifest(path: Path) -> dict:
@@ -213,7 +233,10 @@ class CacheWriter:
         return True
 
     def _refuse_other(self, found: dict) -> None:
-        if differing := differences(found, self.manifest):
+        # the same weights may have been called otherwise, or lie elsewhere now
+        found, wanted = (dict(manifest, teacher={key: value for key, value in manifest["teacher"].items() if key not in ("name", "file", "repository")})
+                         for manifest in (found, self.manifest))
+        if differing := differences(found, wanted):
             raise InputError(f"{self.path} holds features of something else: {differing}; choose another folder, or remove this one")
 
     def _lock(self) -> None:
@@ -282,6 +305,9 @@ class CacheWriter:
         bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2)))
         if len(bad):
             raise InputError(f"the features of image index {part.start + bad[0]} are not finite or exceed 65504, the largest float16, as do those of {len(bad) - 1} more")
+        empty = np.flatnonzero(~values.any(axis=2).all(axis=1))
+        if len(empty):
+            raise InputError(f"the features of image index {part.start + empty[0]} are zero in float16, as are those of {len(empty) - 1} more")
         status = np.full(len(part), DONE, np.uint8)
         status[[index - part.start for index in replaced]] = REPLACED
         try:
@@ -294,12 +320,13 @@ class CacheWriter:
         except OSError as error:
             raise InputError(f"cannot write {self._array()} ({error.strerror}); what is done is kept: make room and start the same command again") from error
 
-    def finish(self, names: dict) -> None:
-        """Wait for the other ranks' parts, then give the files their names and write the manifest; rank 0 only. names: {index: record} of the replaced images."""
+    def finish(self, name_of) -> None:
+        """Wait for the other ranks' parts, then give the files their names and write the manifest; rank 0 only. name_of: index -> record."""
         while self.missing():
             time.sleep(0.2)     # and not in a collective: a rank may be hours behind, which is longer than those wait
         if self.features.exists():
             os.replace(self.features, self.path / "features.npy")
+        names = {index: name_of(index) for index in self.replaced()}
         with replacing(self.path / "manifest.json") as file:
             file.write((json.dumps(dict(self.manifest, replaced=sorted(names.items())), indent=2) + "\n").encode())
         self._remove_leftovers()
