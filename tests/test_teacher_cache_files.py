@@ -221,7 +221,7 @@ def test_only_the_same_features_go_on(dataset, tmp_path, monkeypatch):
     writer.finish(str)
     assert np.array_equal(np.load(tmp_path / "features.npy"), values.astype(np.float16))
     assert writer_of(tmp_path, dataset).complete
-    with pytest.raises(InputError, match="holds features of something else: teacher.color_space RGB instead of BGR"):
+    with pytest.raises(InputError, match="holds features of something else: teacher.color_space None instead of BGR"):
         writer_of(tmp_path, dataset, color_space="BGR")
     assert writer_of(tmp_path, dataset, name="ir50").complete, "the same weights under another name"
 
