@@ -141,6 +141,7 @@ def _on_rank(rank: int, world: int, folder: str) -> None:
         results["alone"] = embed(small_backbone(), Files(3 + rank), 2)
     assert distributed.world_size() == world
     torch.save(results, f"{folder}/{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 

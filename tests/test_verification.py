@@ -335,6 +335,7 @@ def _embed_on_rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     backbone = nn.parallel.DistributedDataParallel(small_backbone())
     torch.save([embed(backbone, faces(count), 2) for count in (1, 2, 8)], f"{folder}/{rank}.pt")
+    dist.barrier()      # no rank closes its connections while another one is still using them
     dist.destroy_process_group()
 
 
