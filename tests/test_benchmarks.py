@@ -24,12 +24,7 @@ FULL, BATCH, STANDALONE = ROOT / "eval" / "run_full_eval.py", ROOT / "eval" / "r
 HOW = ["--device", "cpu", "network=mobilefacenet", "embedding_size=32"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,13 +23,7 @@ NOT_THERE = {ROOT / "data" / "ijb" / "IJBB": "IJBB", ROOT / "data" / "ijb" / "IJ
 HOW = ("--device", "cpu", "--precision", "fp32", "--val-batch-size", "7")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the commands have here: threads that compete with other processes for the cores are many times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

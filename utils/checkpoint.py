@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.looks import bytes_look_like, feature_size, looks_like, which_network
 from utils.recordio import replacing
 
@@ -56,8 +56,7 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         reason = f"it asks to load {name[1]}, which is code and no tensor" if name else "it holds more than tensors, or is no checkpoint"
         raise InputError(f"{what}: {path} was refused: {reason}{advice(bytes_look_like(path, kind))}") from error
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{what}: {path} is no readable checkpoint ({reason[:120]}){advice(bytes_look_like(path, kind))}") from error
+        raise InputError(f"{what}: {path} is no readable checkpoint ({first_line(error, 120)}){advice(bytes_look_like(path, kind))}") from error
 
 
 def advice(look: str) -> str:

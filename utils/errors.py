@@ -21,6 +21,11 @@ def nearest(word, known) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
+def first_line(error: BaseException, most: int = 160) -> str:
+    """What another library's error says, short enough for a line of ours; its type where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0][:most]
+
+
 def run(main) -> None:
     """Call ``main()``; an InputError or a full or forbidden disk becomes one line on stderr and exit status 1, all else is a bug and keeps its traceback."""
     try:

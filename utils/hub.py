@@ -11,7 +11,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 
 WEIGHTS = ("model.safetensors", "pretrained_model/model.pt")                # the first that is there is read
 CONFIGURATIONS = ("pretrained_model/model.yaml", "config.json")             # likewise
@@ -65,14 +65,10 @@ def download(repo_id: str, files: list[str], cache: str) -> Path:
     except utils.RepositoryNotFoundError as error:
         raise InputError(f"teacher: the hub has no {repo_id}, or it is private: check teacher_repo_id, and HF_TOKEN for a private one") from error
     except utils.LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({reason(error.__cause__ or error)})"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub cannot be reached ({first_line(error.__cause__ or error)})"
         raise InputError(f"teacher: {repo_id} is not in {cache} and {why}: run once with a connection, {OTHERWISE}") from error
     except (OSError, RuntimeError, utils.HfHubHTTPError.__bases__[0], transfer) as error:
-        raise InputError(f"teacher: {repo_id} could not be fetched to {cache} ({reason(error)}): try again, {OTHERWISE}") from error
-
-
-def reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
+        raise InputError(f"teacher: {repo_id} could not be fetched to {cache} ({first_line(error)}): try again, {OTHERWISE}") from error
 
 
 def find_weights(folder: Path) -> Path:
@@ -100,7 +96,7 @@ def read_stated(path: Path) -> Stated | None:
     try:
         content = parse(path.read_text(encoding="utf-8"), path)
     except (ValueError, OSError) as error:       # ValueError: of the syntax or of the encoding
-        raise InputError(f"teacher: {path} is unreadable ({reason(error)})") from error
+        raise InputError(f"teacher: {path} is unreadable ({first_line(error)})") from error
     conf = content.get("conf") if path.suffix == ".json" and isinstance(content, dict) else content
     if conf is None and path.suffix == ".json":
         return None
@@ -126,7 +122,7 @@ def parse(text: str, path: Path):
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(reason(error)) from error
+        raise ValueError(first_line(error)) from error
 
 
 def network_of(conf: dict, path: Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.looks import bytes_look_like
 
 CUDA = "CUDAExecutionProvider"
@@ -64,7 +64,7 @@ class OnnxNetwork(nn.Module):
         try:
             session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except failures() as error:
-            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error)})") from error
+            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
         if device.type == "cuda" and CUDA not in session.get_providers():
             log.warning("The teacher %s runs on the CPU: onnxruntime has no working CUDA provider here (pip install onnxruntime-gpu)", self.path)
         return session
@@ -74,7 +74,7 @@ class OnnxNetwork(nn.Module):
         try:
             shape = self.session.run(None, {self.input: np.zeros((1, 3, 112, 112), np.float32)})[0].shape
         except failures() as error:
-            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error)})") from error
+            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
         if len(shape) != 2 or shape[0] != 1:
             raise InputError(f"teacher: {self.path} gives {shape} for one image, not (1, D) features")
         if self.batch != 1:
@@ -100,10 +100,6 @@ def failures() -> tuple:
     """onnxruntime's exceptions, which have no base class of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
     return tuple(value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def read_graph(path: Path):
