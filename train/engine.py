@@ -76,7 +76,8 @@ class Engine:
         self.backbone, self.header = student.to(run.device, memory_format=layout), header.to(run.device)
         self.student = self.wrap(self.backbone)
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD([*self.weights, *header.parameters()], lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
+        self.optimizer = torch.optim.SGD([*self.weights, *header.parameters()], lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+                                         fused=run.precision != "fp16")     # whose scaler may skip the first step, and then a fused one would keep uninitialised momentum
         scaling = dict(device=run.device.type, enabled=run.precision == "fp16")
         self.scaler = ShardedGradScaler(**scaling) if self.world > 1 else torch.amp.GradScaler(**scaling)
 

@@ -49,8 +49,23 @@ def to_input(images: torch.Tensor, flip: torch.Tensor | None = None, channels_la
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}")
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    if images.device.type == "cpu":
+        return look_up(images, flip).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     if flip is not None:
         images = torch.where(flip[:, None, None, None], images.flip(2), images)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)
+    return normalise(images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout))
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """float32 0 ... 255 to [-1, 1], in place."""
     return x.div_(255).sub_(0.5).div_(0.5)
+
+
+def look_up(images: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+    """``normalise`` on a CPU: (B, H, W, 3) uint8 to float32 through a table of its 256 values, image by image in the cache: a quarter of the time, the same bits."""
+    table = normalise(torch.arange(256, dtype=torch.float32)).numpy()
+    x = torch.empty(images.shape, dtype=torch.float32)
+    for image, out, mirrored in zip(images.numpy(), x.numpy(), [False] * len(images) if flip is None else flip.tolist()):
+        cv2.LUT(cv2.flip(image, 1) if mirrored else image, table, dst=out)
+    return x

@@ -11,6 +11,7 @@ from torch import nn
 from utils import distributed
 
 INIT_STD = 0.01
+SHORTEST = 1e-12       # as F.normalize
 INIT_CHUNK = 4096      # classes drawn from one seed, so that a rank draws its own share only and every world size draws the same
 
 
@@ -28,6 +29,14 @@ class ClassCenters(nn.Module):
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
+        self.measured = None
+
+    @torch.no_grad()
+    def per_length(self) -> torch.Tensor:
+        """(classes of this rank,) 1 / length of every centre. Kept while ``weight`` stays as it is, which learned centres never do: reading them all costs a tenth of a step."""
+        if self.learned or self.measured is None or self.measured[0] != state_of(self.weight):
+            self.measured = state_of(self.weight), one_over_length(self.weight)
+        return self.measured[1]
 
     def owned(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """labels (B,) of the global batch -> (rows of the batch, rows of ``weight``) of the samples whose class lives here."""
@@ -67,7 +76,20 @@ class AdaptiveCenters(ClassCenters):
         moved = weight * self.weight[columns] + (1 - weight) * teacher[rows]
         classes, member = columns.unique(return_inverse=True)
         total = moved.new_zeros((len(classes), moved.shape[1]), dtype=torch.float64).index_add_(0, member, moved.double())
+        per_length = self.per_length()
         self.weight[classes] = (total / member.bincount(minlength=len(classes))[:, None]).float()
+        per_length[classes] = one_over_length(self.weight[classes])
+        self.measured = state_of(self.weight), per_length
+
+
+def state_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Changes whenever the tensor's values do: where they lie, and how often they were written in place."""
+    return tensor.data_ptr(), tensor._version
+
+
+def one_over_length(rows: torch.Tensor) -> torch.Tensor:
+    """(n, D) -> (n,), bounded as F.normalize bounds it."""
+    return torch.linalg.vector_norm(rows, dim=1).clamp_min_(SHORTEST).reciprocal_()
 
 
 def draw_rows(start: int, stop: int, embedding_size: int) -> torch.Tensor:

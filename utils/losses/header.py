@@ -53,8 +53,8 @@ class Header(nn.Module):
                 if self.training:
                     self.centers.update(teacher, alpha, rows, columns)
                 stats.update(alpha=alpha, lam=confidence, cos_st=followed)
-            weight, columns = self.sampled(columns)
-            loss = MarginSoftmaxLoss.apply(features, weight, rows, columns, partial(self.apply_margin, norms, geom, stats), self.s, self.margin.clip, self.buffer)
+            weight, per_length, columns = self.sampled(columns)
+            loss = MarginSoftmaxLoss.apply(features, weight, per_length, rows, columns, partial(self.apply_margin, norms, geom, stats), self.s, self.margin.clip, self.buffer)
         return loss, {name: value.detach().mean() for name, value in stats.items()}
 
     def apply_margin(self, norms, geom, stats, cosine):
@@ -65,16 +65,16 @@ class Header(nn.Module):
     def sampled(self, columns):
         """All centres of this rank, or with sample_rate < 1 that share of them: those in the batch and others drawn at random (Partial FC, An et al. 2022).
 
-        Returns the chosen rows of ``weight`` and the columns of the batch among them.
+        Returns the chosen rows of ``weight``, 1 / their lengths, and the columns of the batch among them.
         """
-        weight = self.centers.weight
+        weight, per_length = self.centers.weight, self.centers.per_length()
         wanted = round(self.sample_rate * len(weight))
         if wanted >= len(weight):
-            return weight, columns
+            return weight, per_length, columns
         chance = torch.rand(len(weight), device=weight.device)
         chance[columns] = 2.0                                        # the positives always come along
         chosen = chance.topk(max(wanted, len(columns.unique()), 1)).indices.sort().values
-        return weight[chosen], torch.searchsorted(chosen, columns)
+        return weight[chosen], per_length[chosen], torch.searchsorted(chosen, columns)
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
         """{"kernel": (D, C), and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""

@@ -14,7 +14,6 @@ import torch
 from utils import distributed
 
 BLOCK = 2048        # centres whose gradient is projected at a time, while it is in the processor's cache
-SHORTEST = 1e-12    # as F.normalize
 
 
 class Buffer:
@@ -35,17 +34,16 @@ class Buffer:
 
 
 class MarginSoftmaxLoss(torch.autograd.Function):
-    """loss = apply(features, weight, rows, columns, margin, scale, clip, buffer), the mean over the global batch, the same on all ranks.
+    """loss = apply(features, weight, per_length, rows, columns, margin, scale, clip, buffer), the mean over the global batch, the same on all ranks.
 
-    features (B, D) of the global batch, normalised, and weight (C of this rank, D), of any length, float32; rows, columns: the samples whose class is here;
-    margin: (B,) own cosines -> (B,) differentiable; clip: bound of all cosines, or None. Backward may run once.
+    features (B, D) of the global batch, normalised, and weight (C of this rank, D), of any length, float32; per_length (C,) = 1 / length;
+    rows, columns: the samples whose class is here; margin: (B,) own cosines -> (B,) differentiable; clip: bound of all cosines, or None. Backward may run once.
     """
 
     @staticmethod
-    def forward(ctx, features, weight, rows, columns, margin, scale, clip, buffer):
+    def forward(ctx, features, weight, per_length, rows, columns, margin, scale, clip, buffer):
         cosine = buffer.take(len(features), len(weight), features.device)
         torch.mm(features, weight.t(), out=cosine)
-        per_length = torch.linalg.vector_norm(weight, dim=1).clamp_min_(SHORTEST).reciprocal_()
         cosine.mul_(per_length)
         own = cosine.new_zeros(cosine.shape[0])
         own[rows] = cosine[rows, columns]
@@ -90,7 +88,7 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         grad_features = grad @ weight if ctx.needs_input_grad[0] else None
         grad_weight = centers_gradient(grad, features, weight, per_length) if ctx.needs_input_grad[1] else None
         ctx.buffer.give_back(grad)
-        return grad_features, grad_weight, None, None, None, None, None, None
+        return grad_features, grad_weight, None, None, None, None, None, None, None
 
 
 def centers_gradient(grad: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, per_length: torch.Tensor) -> torch.Tensor:
