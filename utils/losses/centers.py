@@ -1,47 +1,90 @@
 """Where the class centres come from: learned by SGD, the teacher's frozen header, or a moving average of teacher features.
 
-Every rank holds a contiguous share of the classes as rows of ``weight`` (classes of this rank, D). Checkpoints speak of the whole
-published kernel (D, C) and are gathered from, or cut for, any number of ranks.
+Every rank holds a contiguous share of the classes as rows of ``weight`` (classes of this rank, D), in float32 or bf16, beside the network or in the
+host's memory. Nothing here copies all of them: they are read, and learned ones moved, block by block. Checkpoints speak of the whole
+published kernel (D, C), or of rows of the whole (C, D) that any number of ranks can share out anew (utils/sharded.py).
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from utils import distributed
+from utils.errors import InputError
 
 INIT_STD = 0.01
-SHORTEST = 1e-12       # as F.normalize
 INIT_CHUNK = 4096      # classes drawn from one seed, so that a rank draws its own share only and every world size draws the same
+SHORTEST = 1e-12       # as F.normalize
+BLOCK_ROWS = {"cpu": 2048, "cuda": 32768}      # centres at a time: on a CPU what stays in its cache, on a GPU what keeps it busy
+
+
+class Pending(NamedTuple):
+    """A gradient in the form of its two factors: ``grad`` (B, n) of the products of features and centres, and ``features`` (B, D); chosen: the n rows, None: all."""
+
+    grad: torch.Tensor
+    features: torch.Tensor
+    chosen: torch.Tensor | None
 
 
 class ClassCenters(nn.Module):
-    """(C, D) class centres of which this rank holds rows ``start`` to ``stop``, drawn from N(0, 0.01)."""
+    """(C, D) class centres of which this rank holds rows ``start`` to ``stop``, drawn from N(0, 0.01).
+
+    dtype: float32 or bf16. on_host: they stay in the host's memory wherever the module is moved.
+    Errors: InputError if there are so few classes that a rank would hold none.
+    """
 
     learned = False
 
-    def __init__(self, num_classes: int, embedding_size: int):
+    def __init__(self, num_classes: int, embedding_size: int, dtype: torch.dtype = torch.float32, on_host: bool = False):
         super().__init__()
-        self.num_classes = num_classes
-        self.start, self.stop = (num_classes * number // distributed.world_size() for number in (distributed.rank(), distributed.rank() + 1))
-        weight = draw_rows(self.start, self.stop, embedding_size)
+        world, share = distributed.world_size(), -(-num_classes // distributed.world_size())
+        if (world - 1) * share >= num_classes:
+            raise InputError(f"{num_classes} classes cannot be shared out over {world} ranks")
+        self.num_classes, self.on_host = num_classes, on_host
+        self.start, self.stop = (min(share * number, num_classes) for number in (distributed.rank(), distributed.rank() + 1))
+        weight = draw_rows(self.start, self.stop, embedding_size, dtype)
         if self.learned:
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
         self.measured = None
 
+    def _apply(self, fn, recurse=True):
+        return self if self.on_host else super()._apply(fn, recurse)
+
+    def locate(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """labels (B,) of the global batch -> (mine (B,) bool: the class lives here; columns (B,): its row of ``weight``, some row where it does not).
+
+        All B, whoever owns them: to pick out its own, a rank would have to wait for its GPU and count them.
+        """
+        mine = (labels >= self.start) & (labels < self.stop)
+        return mine, (labels - self.start).clamp(0, self.stop - self.start - 1)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of ``weight`` (n, D), float32, on the device of ``rows``; no gradient."""
+        return self.weight.detach()[rows.to(self.weight.device)].to(rows.device, torch.float32)
+
+    def blocks(self, chosen: torch.Tensor | None, device: torch.device, size: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield (their places in the order of ``chosen``, those centres (n, D) float32 on ``device``), ``size`` at a time.
+
+        chosen: row numbers, None: all. size 0: all at once if they already lie there like that, else BLOCK_ROWS.
+        """
+        in_place = chosen is None and self.weight.device == device and self.weight.dtype == torch.float32
+        count = len(self.weight) if chosen is None else len(chosen)
+        size = size or (count if in_place else BLOCK_ROWS[device.type])
+        for first in range(0, count, size):
+            part = slice(first, min(first + size, count))
+            yield part, self.weight.detach()[part if chosen is None else chosen[part]].to(device, torch.float32)
+
     @torch.no_grad()
     def per_length(self) -> torch.Tensor:
-        """(classes of this rank,) 1 / length of every centre. Kept while ``weight`` stays as it is, which learned centres never do: reading them all costs a tenth of a step."""
-        if self.learned or self.measured is None or self.measured[0] != state_of(self.weight):
-            self.measured = state_of(self.weight), one_over_length(self.weight)
+        """(classes of this rank,) 1 / length of every centre. Kept while ``weight`` stays as it is: reading all of it again costs a tenth of a step."""
+        if self.measured is None or self.measured[0] != state_of(self.weight):
+            self.measured = state_of(self.weight), torch.cat([one_over_length(block) for _, block in self.blocks(None, self.weight.device)])
         return self.measured[1]
-
-    def owned(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """labels (B,) of the global batch -> (rows of the batch, rows of ``weight``) of the samples whose class lives here."""
-        rows = ((labels >= self.start) & (labels < self.stop)).nonzero(as_tuple=True)[0]
-        return rows, labels[rows] - self.start
 
     def whole(self, shard: torch.Tensor) -> torch.Tensor:
         """Any (classes of this rank, D) tensor -> the whole (D, C) on every rank. A collective: call it on all ranks."""
@@ -53,9 +96,51 @@ class ClassCenters(nn.Module):
 
 
 class LearnedCenters(ClassCenters):
-    """Moved by SGD together with the backbone (standalone training)."""
+    """Moved by SGD together with the backbone (standalone training).
+
+    Autograd gives ``weight`` a gradient as usual. With ``defer`` it stays in its two factors, which are B / D of its size, until ``step`` moves the centres.
+    """
 
     learned = True
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.defer, self.pending, self.momentum = False, [], None
+
+    def gradient(self, pending: list[Pending], chosen: torch.Tensor | None, part: slice, block: torch.Tensor) -> torch.Tensor:
+        """The gradient of the centres ``block``, which lie at ``part`` of ``chosen``: without its share along the centre itself, whose length changes no cosine."""
+        gradient = torch.zeros_like(block)
+        for grad, features, columns in pending:
+            gradient.addmm_((grad[:, part] if columns is chosen else picked(grad, columns, chosen[part])).t(), features)
+        direction = block * one_over_length(block)[:, None]
+        return gradient.sub_(direction.mul_((gradient * direction).sum(1, keepdim=True)))
+
+    def dense_gradient(self, pending: Pending) -> torch.Tensor:
+        """The gradient of all of ``weight``, for autograd."""
+        dense = torch.zeros_like(self.weight)
+        for part, block in self.blocks(pending.chosen, pending.grad.device, BLOCK_ROWS[pending.grad.device.type]):
+            dense[part if pending.chosen is None else pending.chosen[part]] = self.gradient([pending], pending.chosen, part, block).to(dense)
+        return dense
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float, weight_decay: float, scale: float = 1.0) -> None:
+        """One step of SGD with the gradients that ``defer`` has kept, which are ``scale`` times too large; they are forgotten.
+
+        Classes that were not sampled stay as they are, their momentum too, as in Partial FC (An et al. 2022).
+        """
+        pending, self.pending = self.pending, []
+        if self.momentum is None:
+            self.momentum = torch.zeros_like(self.weight)
+        chosen = pending[0].chosen
+        if chosen is not None and len(pending) > 1:
+            chosen = torch.cat([one.chosen for one in pending]).unique()
+        device = pending[0].grad.device
+        for part, block in self.blocks(chosen, device, BLOCK_ROWS[device.type]):
+            rows = part if chosen is None else chosen[part]
+            gradient = self.gradient(pending, chosen, part, block).div_(scale).add_(block, alpha=weight_decay)
+            velocity = self.momentum[rows].to(device, torch.float32).mul_(momentum).add_(gradient)
+            store(self.momentum, rows, velocity)
+            store(self.weight, rows, block.sub_(velocity, alpha=lr))
 
 
 class FrozenCenters(ClassCenters):
@@ -66,20 +151,40 @@ class AdaptiveCenters(ClassCenters):
     """w_y <- alpha w_y + (1 - alpha) t/|t|: the teacher's features, faster the less the student follows (AdaDistill, ECCV 2024)."""
 
     @torch.no_grad()
-    def update(self, teacher: torch.Tensor, alpha: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
+    def update(self, teacher: torch.Tensor, alpha: torch.Tensor, mine: torch.Tensor, columns: torch.Tensor) -> None:
         """Move the centres of this rank's classes.
 
-        teacher (B, D) normalised and alpha (B,) of the global batch; rows and columns as ``owned`` gives them. Several images of one class
+        teacher (B, D) normalised and alpha (B,) of the global batch; mine and columns as ``locate`` gives them. Several images of one class
         start from the same old centre and their results are averaged, in float64, so that their order cannot be seen.
         """
-        weight = alpha[rows, None]
-        moved = weight * self.weight[columns] + (1 - weight) * teacher[rows]
-        classes, member = columns.unique(return_inverse=True)
-        total = moved.new_zeros((len(classes), moved.shape[1]), dtype=torch.float64).index_add_(0, member, moved.double())
+        old = self.take(columns)
+        moved = (alpha[:, None] * old + (1 - alpha[:, None]) * teacher).double()
+        same = (columns[:, None] == columns) & mine & mine[:, None]
+        mean = (same.double() @ moved / same.sum(1, keepdim=True).clamp_min(1)).float()
+        # every write to a row must say the same: images of one class repeat its first, those of other ranks the first of this rank
+        first = mine.int().argmax(0, keepdim=True)
+        source = torch.where(mine, same.int().argmax(1), first)
+        rows, moved = columns[source], torch.where(mine[first][:, None], mean[source], old[source])
         per_length = self.per_length()
-        self.weight[classes] = (total / member.bincount(minlength=len(classes))[:, None]).float()
-        per_length[classes] = one_over_length(self.weight[classes])
+        rows, moved = rows.to(self.weight.device), moved.to(self.weight)
+        self.weight[rows] = moved
+        per_length[rows] = one_over_length(moved.float())
         self.measured = state_of(self.weight), per_length
+
+
+def picked(grad: torch.Tensor, columns: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Columns of ``grad`` (B, n), which are those of the classes ``columns`` (n,) ascending: of ``wanted`` (k,), zero for the others."""
+    at = torch.searchsorted(columns, wanted).clamp_(max=len(columns) - 1)
+    return grad[:, at] * (columns[at] == wanted)
+
+
+def store(tensor: torch.Tensor, rows, values: torch.Tensor) -> None:
+    """Write float32 values into rows of a float32 or bf16 tensor; bf16 is rounded up or down at random, so that steps smaller than its resolution still count."""
+    if tensor.dtype == torch.bfloat16:
+        bits = values.view(torch.int32)
+        noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
+        values = ((bits + noise) & ~0xFFFF).view(torch.float32)
+    tensor.detach()[rows] = values.to(tensor)
 
 
 def state_of(tensor: torch.Tensor) -> tuple[int, int]:
@@ -92,10 +197,10 @@ def one_over_length(rows: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(rows, dim=1).clamp_min_(SHORTEST).reciprocal_()
 
 
-def draw_rows(start: int, stop: int, embedding_size: int) -> torch.Tensor:
+def draw_rows(start: int, stop: int, embedding_size: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows start..stop of one N(0, 0.01) matrix that depends on rank 0's random state only, not on how many ranks share it."""
     seed = int(distributed.broadcast(torch.randint(2**62, (1,))))
-    rows = torch.empty(stop - start, embedding_size)
+    rows = torch.empty(stop - start, embedding_size, dtype=dtype)
     for chunk in range(start // INIT_CHUNK, -(-stop // INIT_CHUNK)):
         drawn = torch.empty(INIT_CHUNK, embedding_size).normal_(0, INIT_STD, generator=torch.Generator().manual_seed(seed + chunk))
         first, last = max(start, chunk * INIT_CHUNK), min(stop, (chunk + 1) * INIT_CHUNK)
@@ -103,11 +208,9 @@ def draw_rows(start: int, stop: int, embedding_size: int) -> torch.Tensor:
     return rows
 
 
-def cosine_to_own_center(features: torch.Tensor, weight: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def cosine_to_own_center(features: torch.Tensor, centers: ClassCenters, mine: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """cos(feature, own centre) (B,) on every rank, no gradient; features (B, D) normalised, each value known to one rank and summed."""
-    cosine = features.new_zeros(features.shape[0])
-    cosine[rows] = (F.normalize(weight[columns]) * features[rows]).sum(1)
-    return distributed.all_reduce(cosine)
+    return distributed.all_reduce(torch.where(mine, (F.normalize(centers.take(columns)) * features).sum(1), 0.0))
 
 
 CENTERS = {"standalone": LearnedCenters, "AMLDistill": FrozenCenters, "AdaDistill": AdaptiveCenters}

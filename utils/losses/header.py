@@ -38,23 +38,24 @@ class Header(nn.Module):
             features = distributed.gather_features(features.float())
             labels = distributed.all_gather(labels)
             check_labels(labels, self.centers.num_classes)
-            rows, columns = self.centers.owned(labels)
+            mine, columns = self.centers.locate(labels)
             norms = features.norm(dim=1)
             features = F.normalize(features)
             stats, geom = {}, None
             if features_t is not None:
                 teacher = F.normalize(distributed.all_gather(features_t.detach().float()))
                 followed = (features.detach() * teacher).sum(1).clamp(-1, 1)
-                confidence = cosine_to_own_center(teacher, self.centers.weight, rows, columns).clamp(1e-6, 1)
+                confidence = cosine_to_own_center(teacher, self.centers, mine, columns).clamp(1e-6, 1)
             if self.geometry:
                 geom = stats["geom"] = self.geometry(confidence, followed, epoch)
             if adaptive:
                 alpha = (followed * confidence if self.adaptive_alpha else followed).clamp(1e-6, 1)
                 if self.training:
-                    self.centers.update(teacher, alpha, rows, columns)
+                    self.centers.update(teacher, alpha, mine, columns)
                 stats.update(alpha=alpha, lam=confidence, cos_st=followed)
-            weight, per_length, columns = self.sampled(columns)
-            loss = MarginSoftmaxLoss.apply(features, weight, per_length, rows, columns, partial(self.apply_margin, norms, geom, stats), self.s, self.margin.clip, self.buffer)
+            chosen, columns = self.sampled(mine, columns)
+            loss = MarginSoftmaxLoss.apply(features, self.centers.weight, self.centers, chosen, mine, columns, partial(self.apply_margin, norms, geom, stats),
+                                           self.s, self.margin.clip, self.buffer)
         return loss, {name: value.detach().mean() for name, value in stats.items()}
 
     def apply_margin(self, norms, geom, stats, cosine):
@@ -62,19 +63,20 @@ class Header(nn.Module):
         stats.update(margin_stats)
         return target
 
-    def sampled(self, columns):
+    def sampled(self, mine, columns):
         """All centres of this rank, or with sample_rate < 1 that share of them: those in the batch and others drawn at random (Partial FC, An et al. 2022).
 
-        Returns the chosen rows of ``weight``, 1 / their lengths, and the columns of the batch among them.
+        Returns (the chosen rows of ``weight`` ascending, or None for all; the columns of the batch among them). A share smaller than the global batch has
+        the batch's size: how many classes a batch really has here is known to the GPU alone.
         """
-        weight, per_length = self.centers.weight, self.centers.per_length()
-        wanted = round(self.sample_rate * len(weight))
-        if wanted >= len(weight):
-            return weight, per_length, columns
-        chance = torch.rand(len(weight), device=weight.device)
-        chance[columns] = 2.0                                        # the positives always come along
-        chosen = chance.topk(max(wanted, len(columns.unique()), 1)).indices.sort().values
-        return weight[chosen], per_length[chosen], torch.searchsorted(chosen, columns)
+        count, device = len(self.centers.weight), self.centers.weight.device
+        wanted = max(round(self.sample_rate * count), min(len(columns), count))
+        if self.sample_rate == 1 or wanted == count:
+            return None, columns
+        positives = columns.to(device), torch.where(mine, 2.0, 0.0).to(device)
+        chance = torch.rand(count, device=device).scatter_reduce_(0, *positives, "amax")       # the positives always come along
+        chosen = chance.topk(wanted, sorted=False).indices.sort().values
+        return chosen, torch.searchsorted(chosen, columns.to(device)).clamp_(max=wanted - 1).to(columns.device)
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
         """{"kernel": (D, C), and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
@@ -119,13 +121,16 @@ class GeometryMargin:
 
 
 def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h=0.333, t_alpha=0.01, adaptive_alpha=True,
-                 use_geom_margin=False, geom_margin_w=1.0, geom_margin_k=3.0, geom_margin_warmup_epoch=0, sample_rate=1.0) -> nn.Module:
+                 use_geom_margin=False, geom_margin_w=1.0, geom_margin_k=3.0, geom_margin_warmup_epoch=0, sample_rate=1.0,
+                 centers_dtype=torch.float32, centers_on_host=False) -> nn.Module:
     """A header for (D = embedding_size, C = num_classes); see ``Header`` for what it returns.
 
     method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or "AdaDistill" (moving average of teacher features).
     loss: "MLLoss", "CosFace", "ArcFace" or "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.45, 0.4). s: scale of the logits.
     h, t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha. geom_*: geometry margin, warm-up in epochs.
     sample_rate: share of the classes that enter the softmax of a step, those of the batch always among them.
+    centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all products are float32. centers_on_host: they stay in the
+    host's memory when the header is moved to a GPU.
     Errors: InputError for unknown names and for combinations that make no sense.
     """
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
@@ -137,12 +142,10 @@ def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h
         raise InputError("use_geom_margin widens a margin and MLLoss has none: choose ArcFace, CosFace or AdaFace")
     if not 0 < sample_rate <= 1:
         raise InputError(f"sample_rate={sample_rate} is no share of the classes: it must be above 0 and at most 1")
-    if num_classes < distributed.world_size():
-        raise InputError(f"{num_classes} classes cannot be shared out over {distributed.world_size()} ranks")
     m = MARGINS[loss].default_m if m is None else m
     margin = AdaFace(m, h, t_alpha) if loss == "AdaFace" else MARGINS[loss](m)
     geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch) if use_geom_margin else None
-    return Header(CENTERS[method](num_classes, embedding_size), margin, s, adaptive_alpha, geometry, sample_rate)
+    return Header(CENTERS[method](num_classes, embedding_size, centers_dtype, centers_on_host), margin, s, adaptive_alpha, geometry, sample_rate)
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:

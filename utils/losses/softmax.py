@@ -6,14 +6,13 @@ In plain words, for one rank (f, w normalised):
 
 The Function below computes the same with one (B, classes of this rank) buffer, which holds in turn the cosines, the
 probabilities and their gradient. The centres are never copied: their lengths divide the columns of that buffer instead. A gradient for
-them is made only where somebody asks for one.
+them is made only where somebody asks for one. Nothing waits for the GPU.
 """
 
 import torch
 
 from utils import distributed
-
-BLOCK = 2048        # centres whose gradient is projected at a time, while it is in the processor's cache
+from utils.losses.centers import Pending, one_over_length
 
 
 class Buffer:
@@ -34,20 +33,18 @@ class Buffer:
 
 
 class MarginSoftmaxLoss(torch.autograd.Function):
-    """loss = apply(features, weight, per_length, rows, columns, margin, scale, clip, buffer), the mean over the global batch, the same on all ranks.
+    """loss = apply(features, weight, centers, chosen, mine, columns, margin, scale, clip, buffer), the mean over the global batch, the same on all ranks.
 
-    features (B, D) of the global batch, normalised, and weight (C of this rank, D), of any length, float32; per_length (C,) = 1 / length;
-    rows, columns: the samples whose class is here; margin: (B,) own cosines -> (B,) differentiable; clip: bound of all cosines, or None. Backward may run once.
+    features (B, D) of the global batch, normalised float32; weight: centers.weight, so that autograd knows of it; chosen: its rows that take part, None: all;
+    mine (B,) bool, columns (B,): whether a sample's class is here and where among the chosen; margin: (B,) own cosines -> (B,) differentiable;
+    clip: bound of all cosines, or None. Backward may run once.
     """
 
     @staticmethod
-    def forward(ctx, features, weight, per_length, rows, columns, margin, scale, clip, buffer):
-        cosine = buffer.take(len(features), len(weight), features.device)
-        torch.mm(features, weight.t(), out=cosine)
-        cosine.mul_(per_length)
-        own = cosine.new_zeros(cosine.shape[0])
-        own[rows] = cosine[rows, columns]
-        own = distributed.all_reduce(own)
+    def forward(ctx, features, weight, centers, chosen, mine, columns, margin, scale, clip, buffer):
+        rows = torch.arange(len(features), device=features.device)
+        cosine, per_length = cosines(features, centers, chosen, buffer)
+        own = distributed.all_reduce(torch.where(mine, cosine[rows, columns], 0.0))
         with torch.enable_grad():
             own.requires_grad_(True)
             target = margin(own)
@@ -58,7 +55,7 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         if clip is not None:
             outside = (cosine > clip).logical_or_(cosine < -clip)
             cosine.clamp_(-clip, clip)
-        cosine[rows, columns] = target[rows]
+        cosine[rows, columns] = torch.where(mine, target, cosine[rows, columns])
         logits = cosine.mul_(scale)
         largest = distributed.all_reduce(logits.amax(1), "max")
         exponentials = logits.sub_(largest[:, None]).exp_()
@@ -66,10 +63,10 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         target_logit = scale * target - largest
         loss = (total.log() - target_logit).mean()
 
-        ctx.exponentials, ctx.buffer = exponentials, buffer
+        ctx.exponentials, ctx.centers, ctx.chosen, ctx.buffer = exponentials, centers, chosen, buffer
         ctx.outside, ctx.scale = outside, scale
         ctx.own_grad = (target_logit.exp() / total - 1) * slope
-        ctx.save_for_backward(features, weight, rows, columns, total, per_length)
+        ctx.save_for_backward(features, mine, columns, total, per_length)
         return loss
 
     @staticmethod
@@ -77,29 +74,44 @@ class MarginSoftmaxLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         if ctx.exponentials is None:
             raise RuntimeError("the margin softmax reuses its buffer and can be differentiated once per forward")
-        features, weight, rows, columns, total, per_length = ctx.saved_tensors
+        features, mine, columns, total, per_length = ctx.saved_tensors
+        centers, rows = ctx.centers, torch.arange(len(features), device=features.device)
         grad, ctx.exponentials = ctx.exponentials, None
         factor = grad_loss * ctx.scale / len(features)
         grad.mul_((factor / total)[:, None])        # of the cosines: probabilities, but for the targets
         if ctx.outside is not None:
             grad.masked_fill_(ctx.outside, 0)
-        grad[rows, columns] = (factor * ctx.own_grad)[rows]
+        grad[rows, columns] = torch.where(mine, factor * ctx.own_grad, grad[rows, columns])
         grad.mul_(per_length)                       # of the products with centres of any length
-        grad_features = grad @ weight if ctx.needs_input_grad[0] else None
-        grad_weight = centers_gradient(grad, features, weight, per_length) if ctx.needs_input_grad[1] else None
-        ctx.buffer.give_back(grad)
-        return grad_features, grad_weight, None, None, None, None, None, None, None
+        grad_features = features_gradient(grad, centers, ctx.chosen) if ctx.needs_input_grad[0] else None
+        grad_weight, pending = None, Pending(grad, features, ctx.chosen)
+        if ctx.needs_input_grad[1] and centers.defer:
+            centers.pending.append(pending)         # step() gives the buffer back
+        elif ctx.needs_input_grad[1]:
+            grad_weight = centers.dense_gradient(pending)
+        if not ctx.needs_input_grad[1] or not centers.defer:
+            ctx.buffer.give_back(grad)
+        return grad_features, grad_weight, *[None] * 8
 
 
-def centers_gradient(grad: torch.Tensor, features: torch.Tensor, weight: torch.Tensor, per_length: torch.Tensor) -> torch.Tensor:
-    """The gradient of ``weight`` (C, D), without its part along the centre itself, whose length changes no cosine.
+def cosines(features, centers, chosen, buffer) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, n) cosines of normalised features with the chosen centres, in memory of ``buffer``, and 1 / the lengths (n,) of these."""
+    cosine = buffer.take(len(features), len(centers.weight) if chosen is None else len(chosen), features.device)
+    lengths = []
+    for part, block in centers.blocks(chosen, features.device):
+        torch.mm(features, block.t(), out=cosine[:, part])
+        if centers.learned:
+            lengths.append(one_over_length(block))
+    if centers.learned:
+        per_length = torch.cat(lengths)
+    else:
+        per_length = (centers.per_length() if chosen is None else centers.per_length()[chosen]).to(features.device)
+    return cosine.mul_(per_length), per_length
 
-    grad (B, C) of the products of features with centres, already divided by their lengths; per_length (C,) = 1 / length.
-    """
-    gradient = torch.empty_like(weight)
-    for first in range(0, len(weight), BLOCK):
-        block = slice(first, first + BLOCK)
-        part, direction = gradient[block], weight[block] * per_length[block, None]
-        torch.mm(grad[:, block].t(), features, out=part)
-        part.sub_(direction.mul_((part * direction).sum(1, keepdim=True)))
-    return gradient
+
+def features_gradient(grad, centers, chosen) -> torch.Tensor:
+    """grad (B, n) of the products with the chosen centres -> (B, D)."""
+    total = None
+    for part, block in centers.blocks(chosen, grad.device):
+        total = grad[:, part] @ block if total is None else total.addmm_(grad[:, part], block)
+    return total
