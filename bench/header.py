@@ -29,9 +29,7 @@ class Step:
         features = self.features.clone().requires_grad_()
         loss = self.loss(features, labels, *([self.teacher] if self.adaptive else []))
         loss.backward()
-        if not self.adaptive:
-            self.optimizer.step()
-        self.header.zero_grad(set_to_none=True)
+        self.move()
         return dict(loss=loss.item(), gradient=features.grad.norm().item())
 
 
@@ -43,21 +41,30 @@ class Plain(Step):
         self.loss = self.header
         self.optimizer = torch.optim.SGD(self.header.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
 
+    def move(self) -> None:
+        if not self.adaptive:
+            self.optimizer.step()
+        self.header.zero_grad()
+
 
 class Ours(Step):
     def build(self, num_classes: int) -> None:
         self.header = build_header("AdaDistill" if self.adaptive else "standalone", "ArcFace", D, num_classes).to(self.device)
         self.header.load_kernel(self.kernel[:, :num_classes])
-        self.optimizer = None if self.adaptive else torch.optim.SGD(self.header.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+        self.header.centers.defer = True
+
+    def move(self) -> None:
+        if not self.adaptive:
+            self.header.centers.step(1e-3, 0.9, 5e-4)
 
     def loss(self, *inputs):
         return self.header(*inputs)[0]
 
     def limit(self) -> dict:
         """The two matrix products and one softmax that no way can do without."""
-        logits = self.header.buffer.take(B, C, self.device)
+        logits = self.header.centers.buffer.take(B, C, self.device)
         weight = self.header.centers.weight.detach()
         torch.mm(self.features, weight.t(), out=logits)
         gradient = torch.softmax(logits, 1) @ weight
-        self.header.buffer.give_back(logits)
+        self.header.centers.buffer.give_back(logits)
         return dict(size=gradient.shape[1])

@@ -50,7 +50,9 @@ config.use_geom_margin = False             # more margin where the teacher is su
 config.geom_margin_w = 1.0
 config.geom_margin_k = 3.0
 config.geom_margin_warmup_epoch = 1        # epochs until the geometry margin counts fully; 0: at once
-config.sample_rate = 1.0                   # share of the other classes in each softmax (Partial FC)
+config.sample_rate = 1.0                   # share of the classes in each softmax, those of the batch always among them (Partial FC)
+config.centers_device = "auto"             # where class centres and their momentum lie: "auto" (with the network), "cpu" (the host's memory, for millions of classes)
+config.centers_precision = "fp32"          # how they are kept: "fp32", "bf16" (half the memory; products are fp32 all the same)
 
 # --- teacher
 config.teacher = "iresnet50"               # the network of the file below: any of the above, iresnet50_se, ...; cvlface_ir50, cvlface_ir101; onnx:PATH
@@ -83,6 +85,8 @@ config.max_bad_records = 100               # more unreadable images than this en
 # --- logging and checkpoints
 config.log_every = 50                      # steps
 config.state_every = 2000                  # steps between states to resume from, besides the end of every epoch
+config.header_format = "auto"              # "file": <step>header.pth; "shards": a folder that all ranks write to; "auto": a file up to 1 GB (train/export_header.py makes one of shards)
+config.timeout = 30.0                      # minutes without any progress after which the rank that hangs is named and the run ends
 config.keep_states = 2                     # newest states that are kept; backbones of epoch ends all are
 
 # --- verification during training (<val_rec>/<target>.bin) and larger benchmarks

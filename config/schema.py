@@ -32,6 +32,7 @@ KEYS = {
     "network": str, "embedding_size": (int, 1), "SE": bool, "pretrained_backbone_path": PathText, "pretrained_header_path": PathText,
     "loss": LOSSES, "s": (float, 1e-9), "m": (float, 0), "h": (float, 0), "t_alpha": (float, 0), "adaptive_alpha": bool,
     "use_geom_margin": bool, "geom_margin_w": (float, 0), "geom_margin_k": (float, 0), "geom_margin_warmup_epoch": (float, 0), "sample_rate": (float, 0),
+    "centers_device": ("auto", "cpu"), "centers_precision": ("fp32", "bf16"), "header_format": ("auto", "file", "shards"), "timeout": (float, 0),
     "teacher": str, "pretrained_teacher_path": PathText, "pretrained_teacher_header_path": PathText, "teacher_repo_id": str, "teacher_cache": PathText,
     "teacher_embeddings": PathText, "color_space": ("auto", "RGB", "BGR"),
     "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 0), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),

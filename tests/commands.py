@@ -10,10 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def command(script, *arguments, ranks=1, torchrun=None) -> list[str]:
+def command(script, *arguments, ranks=1, torchrun=None, restarts=0) -> list[str]:
     """The command line of a training script: plain Python for one rank, torchrun for more."""
     if ranks > 1 or torchrun:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(script), *map(str, arguments)]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc_per_node", str(ranks), str(script),
+                *map(str, arguments)]
     return [sys.executable, str(script), *map(str, arguments)]
 
 
@@ -22,9 +23,9 @@ def environment(ranks=1, **extra) -> dict:
     return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **extra)
 
 
-def run(script, *arguments, ranks=1, expect=0, timeout=240, **extra) -> str:
+def run(script, *arguments, ranks=1, expect=0, timeout=240, restarts=0, **extra) -> str:
     """Run to the end and return stdout and stderr together; the exit status must be ``expect`` (or, for "error", not 0)."""
-    done = subprocess.run(command(script, *arguments, ranks=ranks), env=environment(ranks, **extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    done = subprocess.run(command(script, *arguments, ranks=ranks, restarts=restarts), env=environment(ranks, **extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, timeout=timeout, cwd="/")
     assert done.returncode == expect if expect != "error" else done.returncode != 0, f"exit status {done.returncode}:\n{done.stdout[-6000:]}"
     return done.stdout

@@ -2,14 +2,19 @@
 
 kill:NAME        this process is SIGKILLed when it is about to give a file its final name NAME
 fail:STEP        rank 1 raises an InputError in its STEP-th training step, or with STEP 0 when it reads the data set
+die:STEP         rank 1 is SIGKILLed in its STEP-th training step, of torchrun's first start only
+hang:STEP        rank 1 waits there for ever; of the first start only
+full:STEP        the disk is full when rank 0 saves the backbone of that step: its files may not grow beyond 100 kB (the first start only)
 benchmark:RANK   this rank is SIGKILLed when it begins to measure IJB or TinyFace
 nowrite:FOLDER   every rank but 0 dies if it opens anything below FOLDER for writing
 """
 
 import os
+import resource
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 what, value = sys.argv[1].split(":", 1)
@@ -43,6 +48,26 @@ elif what == "fail" and RANK == 1:
             raise InputError("rank 1 cannot go on")
         return train_step(self, source)
     Engine.train_step = failing_step
+elif what in ("die", "hang") and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    from train.engine import Engine
+    train_step = Engine.train_step
+
+    def ending_step(self, source):
+        if self.step + 1 == int(value):
+            if what == "hang":
+                time.sleep(600)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return train_step(self, source)
+    Engine.train_step = ending_step
+elif what == "full" and RANK == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    from utils.checkpoint import RunFolder
+    save = RunFolder.save
+
+    def failing_save(self, step, *arguments):
+        if step == int(value):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return save(self, step, *arguments)
+    RunFolder.save = failing_save
 elif what == "benchmark" and RANK == int(value):
     from train import engine
     engine.run_benchmark = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)

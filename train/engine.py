@@ -30,6 +30,10 @@ from utils.loading import end_workers, next_batch, start_worker
 from utils.logging import RunLog
 from utils.precision import autocast
 from utils.sampler import EpochBatches, mirrored
+from utils.watch import Watch
+
+
+LARGE_HEADER = 1 << 30       # bytes of class centres beyond which header_format "auto" leaves them in shares
 
 
 def learning_rate(cfg, epoch: int, fraction: float) -> float:
@@ -76,7 +80,10 @@ class Engine:
         self.backbone, self.header = student.to(run.device, memory_format=layout), header.to(run.device)
         self.student = self.wrap(self.backbone)
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.SGD([*self.weights, *header.parameters()], lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
+        self.learned = header.centers if header.centers.learned else None
+        if self.learned:
+            self.learned.defer = True       # the engine calls their step(), which needs no gradient as large as the centres
+        self.optimizer = torch.optim.SGD(self.weights, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
                                          fused=run.precision != "fp16")     # whose scaler may skip the first step, and then a fused one would keep uninitialised momentum
         scaling = dict(device=run.device.type, enabled=run.precision == "fp16")
         self.scaler = ShardedGradScaler(**scaling) if self.world > 1 else torch.amp.GradScaler(**scaling)
@@ -121,13 +128,14 @@ class Engine:
             self.run_benchmarks(self.epoch)
         stopped = False
         try:
-            if self.benchmarks_are_due(self.epoch - 1) and self.samples == 0 and not distributed.main_computes(lambda: self.log.has_benchmarks(self.step)):
-                self.run_benchmarks(self.epoch - 1)     # the run was ended between an epoch's last state and these figures
-            while self.epoch < self.cfg.num_epoch and not stopped:
-                epoch, stopped = self.epoch, self.train_epoch(stop)
-                self.save()                 # first: an evaluation that fails after hours loses nothing
-                if self.epoch > epoch and self.benchmarks_are_due(epoch) and not stopped:
-                    self.run_benchmarks(epoch)
+            with Watch(self.cfg.timeout):
+                if self.benchmarks_are_due(self.epoch - 1) and self.samples == 0 and not distributed.main_computes(lambda: self.log.has_benchmarks(self.step)):
+                    self.run_benchmarks(self.epoch - 1)     # the run was ended between an epoch's last state and these figures
+                while self.epoch < self.cfg.num_epoch and not stopped:
+                    epoch, stopped = self.epoch, self.train_epoch(stop)
+                    self.save()                 # first: an evaluation that fails after hours loses nothing
+                    if self.epoch > epoch and self.benchmarks_are_due(epoch) and not stopped:
+                        self.run_benchmarks(epoch)
         finally:
             end_workers(self.reading)
         if self.epoch < self.cfg.num_epoch:
@@ -178,6 +186,7 @@ class Engine:
             group["lr"] = lr
         total, means = 0.0, {}
         for part in range(cfg.accumulate):
+            distributed.begin()
             batch = next(source)
             with self.student.no_sync() if part < cfg.accumulate - 1 else nullcontext():
                 loss, stats = self.loss_of(self.student, batch, self.epoch + fraction)
@@ -188,9 +197,18 @@ class Engine:
         norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.grad_clip or math.inf)
         self.note_finite(total, norm)
         self.scaler.step(self.optimizer)
+        if self.learned:
+            self.move_centers(lr, norm)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, means
+
+    def move_centers(self, lr: float, norm) -> None:
+        """The learned centres' part of the step; the fp16 scaler leaves out steps whose gradients are not finite."""
+        if self.scaler.is_enabled() and not torch.isfinite(norm):
+            self.learned.forget()
+        else:
+            self.learned.step(lr, self.cfg.momentum, self.cfg.weight_decay, self.scaler.get_scale() if self.scaler.is_enabled() else 1.0)
 
     def read_batches(self):
         """Yield the Inputs of this epoch, mirrored and augmented as a function of the position alone."""
@@ -221,9 +239,7 @@ class Engine:
         """
         finite = torch.isfinite(loss)
         if not self.scaler.is_enabled():
-            finite = finite & torch.isfinite(norm)
-            for parameter in self.header.parameters():
-                finite = finite & torch.isfinite(parameter.grad.sum())
+            finite = finite & torch.isfinite(norm)      # a centre's gradient that is not finite makes the features' not finite either
         bad = ~finite
         self.first_bad_step = torch.where(bad & (self.first_bad_step < 0), self.step + 1, self.first_bad_step)
         if self.run.device.type == "cpu":
@@ -321,29 +337,45 @@ class Engine:
         started = time.monotonic()
         self.check_finite()
         self.saved = self.step
-        optimizer, momentum = self.optimizer.state_dict(), None
-        if len(self.weights) in optimizer["state"]:
-            # the header's parameter is the last one (absent before the first step that the scaler let through); stored whole, like the kernel
-            momentum = self.header.centers.whole(optimizer["state"].pop(len(self.weights))["momentum_buffer"])
+        sharded, header, momentum = self.wants_shards(), None, None
+        if sharded:
+            self.save_shards()
+        else:
+            header = self.header.state_dict()
+            if self.learned and self.learned.momentum is not None:
+                momentum = self.learned.whole(self.learned.momentum)
         rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if self.run.device.type == "cuda" else None)
-        state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=optimizer, header_momentum=momentum,
+        state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=self.optimizer.state_dict(), header_momentum=momentum,
                      scaler=self.scaler.state_dict(), rng=distributed.all_gather_object(rng), highest=self.highest, best=self.best,
                      bad_records=list(self.bad_records.items()))
-        header = self.header.state_dict()
         if distributed.is_main():
             self.run.folder.save(self.step, self.backbone.state_dict(), header, state, self.cfg.keep_states)
         self.window_started += time.monotonic() - started
+
+    def wants_shards(self) -> bool:
+        """Whether the header is written by all ranks, each its share, rather than gathered into one file."""
+        rows, size = self.header.centers.num_classes, self.header.centers.weight.shape[1] * self.header.centers.weight.element_size()
+        return self.cfg.header_format == "shards" or self.cfg.header_format == "auto" and rows * size > LARGE_HEADER
+
+    def save_shards(self) -> None:
+        from utils import sharded       # torch.distributed.checkpoint takes a second to import
+        folder = self.run.folder.shards(self.step).with_suffix(".tmp")
+        distributed.barrier()           # no rank writes before the first has cleaned up in start()
+        sharded.save_header(folder, self.header)
 
     def resume(self, step: int) -> None:
         """Take up everything that ``save`` wrote; on another number of ranks, go on from the same step and image."""
         header, state = self.run.folder.load(step, self.backbone)
         if state["method"] != self.method:
             raise InputError(f"resume: {self.run.folder.path} holds a run of {state['method']}, this script trains {self.method}")
-        self.header.load_state_dict(header)
-        optimizer = state["optimizer"]
-        if state["header_momentum"] is not None:
-            optimizer["state"][len(self.weights)] = dict(momentum_buffer=self.header.centers.shard(state["header_momentum"]))
-        self.optimizer.load_state_dict(optimizer)
+        if header is None:
+            from utils import sharded
+            sharded.load_header(self.run.folder.shards(step), self.header)
+        else:
+            self.header.load_state_dict(header)
+            if state["header_momentum"] is not None:
+                self.learned.momentum = self.learned.shard(state["header_momentum"]).to(self.learned.weight)
+        self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:       # the configuration's values count, also where they have changed
             group.update(momentum=self.cfg.momentum, weight_decay=self.cfg.weight_decay)
         if state["scaler"] and self.scaler.is_enabled():

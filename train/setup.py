@@ -21,7 +21,7 @@ from utils.hub import find_weights
 from utils.loading import STOP_SIGNALS
 from utils.logging import start_log
 from utils.onnx_network import weight_files
-from utils.precision import autocast, choose_precision
+from utils.precision import PRECISIONS, autocast, choose_precision
 from utils.recordio import replacing
 from utils.teacher import ONNX, load_teacher, repository_of
 from utils.teacher_cache import TeacherCache, open_cache
@@ -42,10 +42,7 @@ def start(cfg, resume: bool):
     device = distributed.init(cfg.device)
     precision = choose_precision(cfg.precision, device)
     folder = RunFolder(cfg.output)
-    resume_step = where_to_resume(folder, cfg.global_step, resume)
-    found = distributed.all_gather_object(resume_step)
-    if len(set(found)) > 1:
-        raise InputError(f"output: the ranks find different newest states in {folder.path} ({', '.join(map(str, found))}): all machines must see one shared folder")
+    resume_step, passed_over = where_to_resume(folder, cfg.global_step, resume)
     if distributed.is_main():
         folder.prepare()
     distributed.barrier()
@@ -54,30 +51,51 @@ def start(cfg, resume: bool):
         folder.sweep()
     logging.info("%d process%s on %s, %s, output %s%s", distributed.world_size(), "es" if distributed.world_size() > 1 else "", device, precision, cfg.output,
                  launch_name())
+    for step, damage in passed_over:
+        logging.warning("step %d cannot be resumed from: %s; taking the one before", step, damage)
     torch.manual_seed(cfg.seed)
     yield Run(device, precision, folder, resume_step)
     distributed.shutdown()      # not after an error: closing the connections would end the other ranks before this one has said why
 
 
-def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> int:
-    """The step to go on from, 0 for a fresh start; processes that torchrun has restarted take the newest state of their own run.
+def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> tuple[int, list[tuple[int, str]]]:
+    """The step to go on from, 0 for a fresh start, and newer ones that cannot be read, with what is wrong; processes that torchrun has restarted take the newest state of their own run.
 
+    A collective.
     Errors: InputError if a state was asked for and is not there, or if a fresh start would overwrite another run's checkpoints.
     """
     steps = folder.complete_steps()
-    if was_restarted(folder.path / "training.log"):
-        return steps[-1] if steps else 0
+    found = distributed.all_gather_object((steps, was_restarted(folder.path / "training.log")))
+    if any(other != steps for other, _ in found):
+        raise InputError(f"output: the ranks find different states in {folder.path} ({'; '.join(', '.join(map(str, other)) or 'none' for other, _ in found)}): "
+                         "all machines must see one shared folder")
+    # a machine that came back starts anew, the others restart: one that was restarted speaks for all
+    if any(restarted for _, restarted in found):
+        return newest_sound(folder, steps) if steps else (0, [])
     if global_step and global_step not in steps:
         raise InputError(f"global_step={global_step}: no complete state in {folder.path} (complete: {', '.join(map(str, steps)) or 'none'})")
     if global_step:
-        return global_step
+        return global_step, []
     if resume and not steps:
         raise InputError(f"--resume: no complete state (<step>backbone.pth, <step>header.pth, <step>state.pth) in {folder.path}; start without --resume")
     if resume:
-        return steps[-1]
+        return newest_sound(folder, steps)
     if folder.steps("backbone"):
         raise InputError(f"output: {folder.path} already holds checkpoints of a run; go on with --resume or choose another folder with output=")
-    return 0
+    return 0, []
+
+
+def newest_sound(folder: RunFolder, steps: list[int]) -> tuple[int, list[tuple[int, str]]]:
+    """The newest of these steps whose files can be read to the end, and the damage of newer ones; rank 0 reads them. Errors: InputError if there is none."""
+    def find():
+        passed_over = []
+        for step in reversed(steps):
+            damage = folder.damage(step)
+            if not damage:
+                return step, passed_over
+            passed_over.append((step, damage))
+        raise InputError(f"resume: no state in {folder.path} can be read (tried: {', '.join(map(str, steps))}); the first of them: {passed_over[-1][1]}")
+    return distributed.main_computes(find)
 
 
 def launch_name() -> str:
@@ -138,7 +156,7 @@ def see_rgb(network: torch.nn.Module) -> None:
 def header_options(cfg) -> dict:
     """The keyword arguments of build_header that the configuration sets."""
     names = ("s", "m", "h", "t_alpha", "adaptive_alpha", "use_geom_margin", "geom_margin_w", "geom_margin_k", "geom_margin_warmup_epoch", "sample_rate")
-    return {name: cfg[name] for name in names}
+    return {name: cfg[name] for name in names} | dict(centers_dtype=PRECISIONS[cfg.centers_precision] or torch.float32, centers_on_host=cfg.centers_device == "cpu")
 
 
 def load_pretrained_centers(header, cfg) -> None:

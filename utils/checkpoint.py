@@ -4,12 +4,14 @@ import hashlib
 import logging
 import pickle
 import re
+import shutil
 import struct
+import zipfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from utils.errors import InputError, first_line
@@ -234,7 +236,7 @@ def save(content: dict, path: Path) -> None:
 
 
 class RunFolder:
-    """The checkpoints of one run: ``<step>backbone.pth``, ``<step>header.pth`` (weights), ``<step>state.pth`` (the rest), ``best_backbone.pth``.
+    """The checkpoints of one run: ``<step>backbone.pth``, ``<step>header.pth`` or the folder ``<step>header`` (weights), ``<step>state.pth`` (the rest), ``best_backbone.pth``.
 
     A step is complete once its state is there, which is written last.
     """
@@ -245,12 +247,32 @@ class RunFolder:
     def file(self, step: int, part: str) -> Path:
         return self.path / f"{step}{part}.pth"
 
+    def shards(self, step: int) -> Path:
+        """The folder of a header that is in no one file (utils/sharded.py)."""
+        return self.path / f"{step}header"
+
     def steps(self, part: str) -> list[int]:
         return sorted(int(found[1]) for file in self.path.glob(f"*{part}.pth") if (found := re.fullmatch(rf"(\d+){part}", file.stem)))
 
     def complete_steps(self) -> list[int]:
         """Steps from which a run can go on, oldest first."""
-        return [step for step in self.steps("state") if self.file(step, "backbone").is_file() and self.file(step, "header").is_file()]
+        return [step for step in self.steps("state") if self.file(step, "backbone").is_file() and (self.file(step, "header").is_file() or self.shards(step).is_dir())]
+
+    def damage(self, step: int) -> str:
+        """What is wrong with the files of a complete step: one line, "" if they can be read to the end."""
+        files = [self.file(step, "backbone"), self.file(step, "state"), *([self.file(step, "header")] if self.file(step, "header").is_file() else self.shards(step).glob("*"))]
+        for file in files:
+            try:
+                if file.suffix == ".safetensors":
+                    with safe_open(file, framework="pt"):
+                        continue        # its length is checked against its table
+                with zipfile.ZipFile(file) as archive:
+                    wrong = archive.testzip()
+                if wrong:
+                    return f"{file}: {wrong} does not have the sum it was written with"
+            except (*UNREADABLE, zipfile.BadZipFile) as error:
+                return f"{file}: {first_line(error, 120)}"
+        return ""
 
     def prepare(self) -> None:
         """Make the folder. Errors: InputError if it cannot be made or written to."""
@@ -262,9 +284,11 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a killed run left half written."""
-        for leftover in self.path.glob("*.tmp-*"):
+        for leftover in self.path.glob("*.tmp*"):
             if re.fullmatch(r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)\.tmp-\d+", leftover.name):
                 leftover.unlink()
+            elif re.fullmatch(r"\d+header\.tmp", leftover.name):
+                shutil.rmtree(leftover)
 
     def rewind(self, step: int) -> list[int]:
         """Forget the states after ``step``, from which a run that goes on from there turns away; their weights stay. Returns those steps."""
@@ -273,10 +297,18 @@ class RunFolder:
             self.file(other, "state").unlink()
         return later
 
-    def save(self, step: int, backbone: dict, header: dict, state: dict, keep_states: int) -> None:
-        """Write one step, then drop states beyond the newest ``keep_states`` (and the weights of those that were no epoch's end)."""
+    def save(self, step: int, backbone: dict, header: dict | None, state: dict, keep_states: int) -> None:
+        """Write one step, then drop states beyond the newest ``keep_states`` (and the weights of those that were no epoch's end).
+
+        header None: all ranks have written it to ``shards(step)`` with the suffix .tmp.
+        """
         save(backbone, self.file(step, "backbone"))
-        save(header, self.file(step, "header"))
+        if header is not None:
+            save(header, self.file(step, "header"))
+        else:
+            if self.shards(step).is_dir():
+                shutil.rmtree(self.shards(step))
+            self.shards(step).with_suffix(".tmp").rename(self.shards(step))
         save(state, self.file(step, "state"))
         for old in self.complete_steps()[:-keep_states]:
             try:
@@ -287,11 +319,11 @@ class RunFolder:
             self.file(old, "state").unlink()
             if not epoch_end:
                 self.file(old, "backbone").unlink()
-                self.file(old, "header").unlink()
+                self.file(old, "header").unlink(missing_ok=True)
+                shutil.rmtree(self.shards(old), ignore_errors=True)
 
-    def load(self, step: int, network: torch.nn.Module) -> tuple[dict, dict]:
-        """Load the student's weights of a step; returns (header state, resume state)."""
+    def load(self, step: int, network: torch.nn.Module) -> tuple[dict | None, dict]:
+        """Load the student's weights of a step; returns (header state, or None if it lies in ``shards(step)``; resume state)."""
         load_backbone(network, self.file(step, "backbone"), "resume")
-        return read_tensors(self.file(step, "header"), "resume"), read_tensors(self.file(step, "state"), "resume")
-
-
+        header = None if self.shards(step).is_dir() else read_tensors(self.file(step, "header"), "resume")
+        return header, read_tensors(self.file(step, "state"), "resume")

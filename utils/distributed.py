@@ -14,6 +14,7 @@ import torch.distributed as dist
 from utils.errors import InputError
 
 _alone = False
+begun = 0       # collectives and batches that this rank has begun: what utils/watch.py compares
 TIMEOUT = timedelta(minutes=30)      # the slowest wait of a rank: another one writing checkpoints or loading sets
 PATIENCE = timedelta(days=30)        # where every rank does work of its own
 
@@ -40,8 +41,21 @@ def init(device: str = "auto") -> torch.device:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo beside nccl: flags and strings travel between the hosts without touching the GPU's queue
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT,
-                                device_id=chosen if chosen.type == "cuda" else None)
+                                device_id=chosen if chosen.type == "cuda" else None, **meeting_place())
     return chosen
+
+
+def meeting_place() -> dict:
+    """Where the ranks meet after torchrun has restarted them: nothing (its usual store), or a fresh part of that store.
+
+    torchrun keeps one store for all restarts of a launch (pytorch issue 135712), in which the addresses of the ranks that have died are still found. On several
+    machines, which may have restarted differently often, launch/environment.sh has it make a new store each time instead.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"] or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
+    return dict(store=dist.PrefixStore(f"restart {restarts}", store), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
 
 
 def shutdown() -> None:
@@ -58,6 +72,12 @@ def alone():
         yield
     finally:
         _alone = False
+
+
+def begin() -> None:
+    """Count a collective or another step of the work, for the watch."""
+    global begun
+    begun += 1
 
 
 def rank() -> int:
@@ -80,6 +100,7 @@ def barrier() -> None:
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """Reduce in place over all ranks ("sum" or "max") and return the tensor."""
     if world_size() > 1:
+        begin()
         dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
     return tensor
 
@@ -92,6 +113,7 @@ def all_reduce_async(tensor: torch.Tensor):
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Overwrite the tensor with rank 0's and return it."""
     if world_size() > 1:
+        begin()
         dist.broadcast(tensor, 0)
     return tensor
 
@@ -100,6 +122,7 @@ def all_gather_object(value, group=None) -> list:
     """Every rank's small picklable value, in rank order, on every rank. ``group``: None, or a ``patient_group()``."""
     if world_size() == 1:
         return [value]
+    begin()
     values = [None] * world_size()
     dist.all_gather_object(values, value, group)
     return values
@@ -132,6 +155,7 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     """Concatenate along the first axis, in rank order; every rank gives the same shape."""
     if world_size() == 1:
         return tensor
+    begin()
     gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
     dist.all_gather_into_tensor(gathered, tensor.contiguous())
     return gathered
@@ -162,6 +186,7 @@ class _GatherFeatures(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        begin()
         mine = grad.new_empty((ctx.rows, *grad.shape[1:]))
         dist.reduce_scatter_tensor(mine, grad.contiguous())
         return mine * world_size()

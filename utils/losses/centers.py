@@ -29,6 +29,23 @@ class Pending(NamedTuple):
     chosen: torch.Tensor | None
 
 
+class Buffer:
+    """Memory for one matrix that lives on from step to step: on a CPU fresh pages cost as much as the arithmetic on them."""
+
+    def __init__(self):
+        self.spare = None
+
+    def take(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
+        """An uninitialised (rows, columns) float32 matrix; the spare memory if it is large enough and not in use."""
+        spare, self.spare = self.spare, None
+        if spare is None or spare.device != device or spare.numel() < rows * columns:
+            spare = torch.empty(rows * columns, device=device)
+        return spare[:rows * columns].view(rows, columns)
+
+    def give_back(self, matrix: torch.Tensor) -> None:
+        self.spare = matrix._base
+
+
 class ClassCenters(nn.Module):
     """(C, D) class centres of which this rank holds rows ``start`` to ``stop``, drawn from N(0, 0.01).
 
@@ -50,7 +67,7 @@ class ClassCenters(nn.Module):
             self.weight = nn.Parameter(weight)
         else:
             self.register_buffer("weight", weight)
-        self.measured = None
+        self.measured, self.buffer = None, Buffer()
 
     def _apply(self, fn, recurse=True):
         return self if self.on_host else super()._apply(fn, recurse)
@@ -128,7 +145,7 @@ class LearnedCenters(ClassCenters):
 
         Classes that were not sampled stay as they are, their momentum too, as in Partial FC (An et al. 2022).
         """
-        pending, self.pending = self.pending, []
+        pending = self.pending
         if self.momentum is None:
             self.momentum = torch.zeros_like(self.weight)
         chosen = pending[0].chosen
@@ -141,6 +158,13 @@ class LearnedCenters(ClassCenters):
             velocity = self.momentum[rows].to(device, torch.float32).mul_(momentum).add_(gradient)
             store(self.momentum, rows, velocity)
             store(self.weight, rows, block.sub_(velocity, alpha=lr))
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the gradients that ``defer`` has kept, and give their memory back to the header."""
+        for grad, _, _ in self.pending:
+            self.buffer.give_back(grad)
+        self.pending = []
 
 
 class FrozenCenters(ClassCenters):

@@ -10,7 +10,7 @@ from utils import distributed
 from utils.errors import InputError, nearest
 from utils.losses.centers import CENTERS, AdaptiveCenters, cosine_to_own_center
 from utils.losses.margins import MARGINS, AdaFace
-from utils.losses.softmax import Buffer, MarginSoftmaxLoss
+from utils.losses.softmax import MarginSoftmaxLoss
 
 
 class Header(nn.Module):
@@ -28,7 +28,6 @@ class Header(nn.Module):
         super().__init__()
         self.centers, self.margin, self.s = centers, margin, s
         self.adaptive_alpha, self.geometry, self.sample_rate = adaptive_alpha, geometry, sample_rate
-        self.buffer = Buffer()
 
     def forward(self, features, labels, features_t=None, epoch=0.0):
         adaptive = isinstance(self.centers, AdaptiveCenters)
@@ -55,7 +54,7 @@ class Header(nn.Module):
                 stats.update(alpha=alpha, lam=confidence, cos_st=followed)
             chosen, columns = self.sampled(mine, columns)
             loss = MarginSoftmaxLoss.apply(features, self.centers.weight, self.centers, chosen, mine, columns, partial(self.apply_margin, norms, geom, stats),
-                                           self.s, self.margin.clip, self.buffer)
+                                           self.s, self.margin.clip)
         return loss, {name: value.detach().mean() for name, value in stats.items()}
 
     def apply_margin(self, norms, geom, stats, cosine):

@@ -15,25 +15,8 @@ from utils import distributed
 from utils.losses.centers import Pending, one_over_length
 
 
-class Buffer:
-    """Memory for one matrix that lives on from step to step: on a CPU fresh pages cost as much as the arithmetic on them."""
-
-    def __init__(self):
-        self.spare = None
-
-    def take(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """An uninitialised (rows, columns) float32 matrix; the spare memory if it is large enough and not in use."""
-        spare, self.spare = self.spare, None
-        if spare is None or spare.device != device or spare.numel() < rows * columns:
-            spare = torch.empty(rows * columns, device=device)
-        return spare[:rows * columns].view(rows, columns)
-
-    def give_back(self, matrix: torch.Tensor) -> None:
-        self.spare = matrix._base
-
-
 class MarginSoftmaxLoss(torch.autograd.Function):
-    """loss = apply(features, weight, centers, chosen, mine, columns, margin, scale, clip, buffer), the mean over the global batch, the same on all ranks.
+    """loss = apply(features, weight, centers, chosen, mine, columns, margin, scale, clip), the mean over the global batch, the same on all ranks.
 
     features (B, D) of the global batch, normalised float32; weight: centers.weight, so that autograd knows of it; chosen: its rows that take part, None: all;
     mine (B,) bool, columns (B,): whether a sample's class is here and where among the chosen; margin: (B,) own cosines -> (B,) differentiable;
@@ -41,9 +24,9 @@ class MarginSoftmaxLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, features, weight, centers, chosen, mine, columns, margin, scale, clip, buffer):
+    def forward(ctx, features, weight, centers, chosen, mine, columns, margin, scale, clip):
         rows = torch.arange(len(features), device=features.device)
-        cosine, per_length = cosines(features, centers, chosen, buffer)
+        cosine, per_length = cosines(features, centers, chosen)
         own = distributed.all_reduce(torch.where(mine, cosine[rows, columns], 0.0))
         with torch.enable_grad():
             own.requires_grad_(True)
@@ -63,7 +46,7 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         target_logit = scale * target - largest
         loss = (total.log() - target_logit).mean()
 
-        ctx.exponentials, ctx.centers, ctx.chosen, ctx.buffer = exponentials, centers, chosen, buffer
+        ctx.exponentials, ctx.centers, ctx.chosen = exponentials, centers, chosen
         ctx.outside, ctx.scale = outside, scale
         ctx.own_grad = (target_logit.exp() / total - 1) * slope
         ctx.save_for_backward(features, mine, columns, total, per_length)
@@ -86,17 +69,17 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         grad_features = features_gradient(grad, centers, ctx.chosen) if ctx.needs_input_grad[0] else None
         grad_weight, pending = None, Pending(grad, features, ctx.chosen)
         if ctx.needs_input_grad[1] and centers.defer:
-            centers.pending.append(pending)         # step() gives the buffer back
-        elif ctx.needs_input_grad[1]:
+            centers.pending.append(pending)
+            return grad_features, *[None] * 8
+        if ctx.needs_input_grad[1]:
             grad_weight = centers.dense_gradient(pending)
-        if not ctx.needs_input_grad[1] or not centers.defer:
-            ctx.buffer.give_back(grad)
-        return grad_features, grad_weight, *[None] * 8
+        centers.buffer.give_back(grad)
+        return grad_features, grad_weight, *[None] * 7
 
 
-def cosines(features, centers, chosen, buffer) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, n) cosines of normalised features with the chosen centres, in memory of ``buffer``, and 1 / the lengths (n,) of these."""
-    cosine = buffer.take(len(features), len(centers.weight) if chosen is None else len(chosen), features.device)
+def cosines(features, centers, chosen) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, n) cosines of normalised features with the chosen centres, in memory of ``centers.buffer``, and 1 / the lengths (n,) of these."""
+    cosine = centers.buffer.take(len(features), len(centers.weight) if chosen is None else len(chosen), features.device)
     lengths = []
     for part, block in centers.blocks(chosen, features.device):
         torch.mm(features, block.t(), out=cosine[:, part])

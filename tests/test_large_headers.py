@@ -1,0 +1,172 @@
+"""Class centres for millions of identities: gradients in factors, samples of classes, bf16, and files that every rank writes its share of."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also started by torchrun, below
+
+import torch
+import torch.nn.functional as F
+
+from utils import distributed
+from utils.losses import build_header
+from utils.losses.centers import store
+
+SIZE, CLASSES = 8, 41
+LR, MOMENTUM, DECAY = 0.3, 0.9, 5e-4
+
+
+def inputs(step, batch=6):
+    generator = torch.Generator().manual_seed(step)
+    return 3 * torch.randn(batch, SIZE, generator=generator), torch.randint(CLASSES, (batch,), generator=generator)
+
+
+def near(one, other, tolerance=1e-5):
+    return (one.double() - other.double()).norm() <= tolerance * other.double().norm()
+
+
+@pytest.mark.parametrize("loss", ["ArcFace", "AdaFace"])
+def test_deferred_steps_are_those_of_sgd(loss):
+    torch.manual_seed(0)
+    plain, deferred = build_header("standalone", loss, SIZE, CLASSES), build_header("standalone", loss, SIZE, CLASSES)
+    deferred.load_state_dict(plain.state_dict())
+    deferred.centers.defer = True
+    optimizer = torch.optim.SGD(plain.parameters(), lr=LR, momentum=MOMENTUM, weight_decay=DECAY)
+    for step in range(4):
+        for part in (2 * step, 2 * step + 1):       # two forward passes to a step
+            features, labels = inputs(part)
+            for header in (plain, deferred):
+                (8 * header(features, labels)[0]).backward()
+        for parameter in plain.parameters():
+            parameter.grad /= 8                     # as a loss scaler does
+        optimizer.step()
+        optimizer.zero_grad()
+        deferred.centers.step(LR, MOMENTUM, DECAY, scale=8)
+        assert not deferred.centers.pending and deferred.centers.weight.grad is None
+        assert near(deferred.centers.weight, plain.centers.weight)
+    assert near(deferred.centers.momentum, optimizer.state[plain.centers.weight]["momentum_buffer"])
+
+
+def test_sampled_steps_against_a_float64_oracle():
+    """Two forward passes with samples of their own: the loss over the chosen classes, their gradient summed, everything else untouched."""
+    torch.manual_seed(1)
+    header = build_header("standalone", "CosFace", SIZE, CLASSES, s=16, sample_rate=0.4)
+    header.centers.defer = True
+    weight, momentum = header.centers.weight.detach().double().clone(), torch.zeros(CLASSES, SIZE, dtype=torch.float64)
+    for step in range(3):
+        oracle, touched = weight.clone().requires_grad_(), torch.zeros(CLASSES, dtype=torch.bool)
+        for part in (0, 1):
+            features, labels = inputs(10 * step + part)
+            loss, _ = header(features, labels)
+            loss.backward()
+            chosen = header.centers.pending[-1].chosen
+            assert len(chosen) == round(0.4 * CLASSES) and torch.isin(labels, chosen).all() and len(chosen.unique()) == len(chosen)
+            own = torch.searchsorted(chosen, labels)
+            cosine = F.normalize(features.double()) @ F.normalize(oracle[chosen]).t()
+            expected = F.cross_entropy(16 * (cosine - 0.35 * F.one_hot(own, len(chosen))), own)
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+            expected.backward()
+            touched[chosen] = True
+        with torch.no_grad():
+            momentum[touched] = MOMENTUM * momentum[touched] + (oracle.grad + DECAY * weight)[touched]
+            weight[touched] -= LR * momentum[touched]
+        header.centers.step(LR, MOMENTUM, DECAY)
+        assert near(header.centers.weight, weight)
+        assert near(header.centers.momentum, momentum)
+        assert not touched.all()
+
+
+@pytest.mark.parametrize("method", ["standalone", "AMLDistill", "AdaDistill"])
+def test_bf16_and_host_centers_give_the_loss_of_their_rounded_selves(method):
+    torch.manual_seed(0)
+    rounded = build_header(method, "ArcFace", SIZE, CLASSES, sample_rate=0.5, centers_dtype=torch.bfloat16, centers_on_host=True)
+    exact = build_header(method, "ArcFace", SIZE, CLASSES, sample_rate=0.5)
+    exact.load_kernel(rounded.state_dict()["kernel"].float())
+    assert rounded.to("meta").centers.weight.device.type == "cpu"        # centers_on_host: nothing moves them
+    losses, gradients = [], []
+    for header in (rounded, exact):
+        torch.manual_seed(2)
+        features, labels = inputs(0)
+        features.requires_grad_()
+        loss, _ = header(features, labels, features.detach() + 1)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(features.grad)
+    tolerance = 1e-6 if method != "AdaDistill" else 2e-2       # its centres have moved, and are rounded again
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance) and near(*gradients, 10 * tolerance)
+
+
+def test_bf16_steps_below_its_resolution_count_on_average():
+    torch.manual_seed(0)
+    tensor = torch.ones(20_000, dtype=torch.bfloat16)
+    store(tensor, slice(None), torch.full((20_000,), 1 + 2 ** -10))       # an eighth of the step to the next number
+    assert set(tensor.tolist()) == {1.0, 1 + 2 ** -7} and tensor.double().mean().item() == pytest.approx(1 + 2 ** -10, abs=1e-4)
+
+
+# --- shares on disk ----------------------------------------------------------------------------------------------------------
+
+def pass_on(source: str, target: str) -> None:
+    """Read the header in ``source`` ("": draw one and move it) on this number of ranks, and write it to ``target``, as shares and whole."""
+    from utils.sharded import load_header, save_header
+    distributed.init("cpu")
+    torch.manual_seed(0)
+    header = build_header("standalone", "AdaFace", SIZE, CLASSES)
+    header.centers.defer = True
+    if source:
+        load_header(Path(source), header)
+    else:
+        features, labels = inputs(distributed.rank())
+        header(features, labels)[0].backward()
+        header.centers.step(LR, MOMENTUM, DECAY)
+    save_header(Path(target), header)
+    whole = dict(header.state_dict(), momentum=header.centers.whole(header.centers.momentum))
+    if distributed.is_main():
+        torch.save(whole, Path(target).with_suffix(".pt"))
+    distributed.barrier()
+    distributed.shutdown()
+
+
+@pytest.fixture(scope="module")
+def passed_on(tmp_path_factory):
+    """A header of 2 ranks, read and written by 1, then by 3, then by 2."""
+    from tests.commands import run
+    folder = tmp_path_factory.mktemp("shares")
+    before = ""
+    for name, ranks in (("two", 2), ("one", 1), ("three", 3), ("again", 2)):
+        run(Path(__file__), before, folder / name, ranks=ranks)
+        before = folder / name
+    return folder
+
+
+def test_shares_survive_any_number_of_ranks(passed_on):
+    first = torch.load(passed_on / "two.pt", weights_only=True)
+    assert first["momentum"].abs().sum() > 0 and len(list((passed_on / "three").glob("*.safetensors"))) == 6
+    for name in ("one", "three", "again"):
+        other = torch.load(passed_on / f"{name}.pt", weights_only=True)
+        assert first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_export_writes_the_published_file(passed_on, tmp_path):
+    from tests.commands import ROOT, run
+    script = ROOT / "train" / "export_header.py"
+    output = run(script, passed_on / "three", "--output", tmp_path / "header.pth")
+    assert "41 classes, 8-d" in output
+    exported, whole = torch.load(tmp_path / "header.pth", weights_only=True), torch.load(passed_on / "two.pt", weights_only=True)
+    del whole["momentum"]
+    assert exported.keys() == whole.keys() and all(torch.equal(exported[key], whole[key]) for key in whole)
+
+    damaged = tmp_path / "1header"
+    for number, (wreck, message) in enumerate(((lambda files: files[-1].unlink(), "some ranks' files are missing"), (lambda files: files[0].unlink(), "missing"),
+                                               (lambda files: files[0].write_bytes(files[0].read_bytes()[:-9]), "damaged"), (lambda files: [file.unlink() for file in files], "no *.safetensors"))):
+        shutil.copytree(passed_on / "three", damaged)
+        wreck(sorted(damaged.glob("*00001-of-00002*") if number < 2 else damaged.glob("*.safetensors")))
+        assert message in run(script, damaged, expect=1) and not damaged.with_suffix(".pth").exists()
+        shutil.rmtree(damaged)
+    assert "is the single file already" in run(script, tmp_path / "header.pth", expect=1)
+
+
+if __name__ == "__main__":
+    pass_on(sys.argv[1], sys.argv[2])

@@ -1,0 +1,43 @@
+"""Put a header that all ranks have written as shares (header_format=shards) into the single file that people exchange.
+
+    python train/export_header.py output/teacher/295672header                      # writes output/teacher/295672header.pth
+    python train/export_header.py output/teacher/295672header --output header.pth
+
+The file holds ``kernel`` (D, C) in float32 and AdaFace's batch_mean and batch_std, as <step>header.pth does, and is what pretrained_header_path and
+pretrained_teacher_header_path take. The whole kernel must fit into this machine's memory twice.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from utils.checkpoint import save
+from utils.errors import InputError, run
+from utils.sharded import read_whole
+
+
+def main():
+    arguments = parse_arguments()
+    tensors = read_whole(arguments.folder)
+    weight = tensors.pop("weight")
+    save({"kernel": weight.t().contiguous()} | tensors, arguments.output)
+    print(f"{arguments.output}: {weight.shape[0]:,} classes, {weight.shape[1]}-d")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="<step>header of a run")
+    parser.add_argument("--output", type=Path, help="file to write; default: <step>header.pth beside the folder")
+    arguments = parser.parse_args()
+    arguments.folder = arguments.folder.absolute()
+    if not arguments.folder.is_dir():
+        hint = "; <step>header.pth is the single file already" if arguments.folder.suffix == ".pth" else ""
+        raise InputError(f"no folder {arguments.folder}: give the <step>header folder of a run with header_format=shards{hint}")
+    arguments.output = (arguments.output or arguments.folder.with_name(arguments.folder.name + ".pth")).absolute()
+    return arguments
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,74 @@
+"""Names the rank that hangs: a training process that stands still makes all others wait in a collective, without a word.
+
+Every rank posts once a second, from a thread, how many collectives and batches it has begun. Where nothing has moved on a rank for ``minutes``, its thread looks
+at what the others have posted: who has fallen silent (stopped, its machine gone), else who has begun fewest, is who the others wait for.
+"""
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from utils import distributed
+
+EVERY = 1.0         # seconds between posts
+SILENT = 5.0        # seconds without a post: that process does not run
+
+
+class Watch:
+    """``with Watch(minutes):`` around what all ranks do together; ends this process when it stands still. Nothing to do for a world of one."""
+
+    def __init__(self, minutes: float):
+        self.seconds, self.rank, self.world = 60 * minutes, distributed.rank(), distributed.world_size()
+        self.stopped = threading.Event()
+
+    def __enter__(self) -> "Watch":
+        if self.world > 1:
+            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60))
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
+        return self
+
+    def __exit__(self, *_error) -> None:
+        if self.world > 1:
+            self.stopped.set()
+            self.thread.join()
+
+    def watch(self) -> None:
+        """Post and look, until the block ends. What others have posted is compared over SILENT seconds, before anybody is said to be silent."""
+        count, begun, since, before = 0, -1, time.monotonic(), None
+        while not self.stopped.wait(EVERY):
+            count += 1
+            try:
+                self.store.set(f"watch/{self.rank}", f"{count} {distributed.begun}")
+                standing = time.monotonic() - since
+                if distributed.begun != begun:
+                    begun, since, before = distributed.begun, time.monotonic(), None
+                elif standing > self.seconds and before is None:
+                    before = self.posts()
+                elif standing > self.seconds + SILENT:
+                    self.end(before, self.posts())
+            except dist.DistError:      # the machine that holds the store is gone: torchrun ends this process
+                return
+
+    def end(self, before: list, after: list) -> None:
+        """Say who is waited for, once, and end this process: torchrun then ends the others, or restarts all."""
+        silent = [rank for rank in range(self.world) if before[rank][0] == after[rank][0]]
+        fewest = min(begun for _, begun in after)
+        behind = silent or [rank for rank in range(self.world) if after[rank][1] == fewest]
+        waiting = [rank for rank in range(self.world) if rank not in behind]
+        what = "no longer answers" if silent else "is behind" if waiting else "stand still at the same point"
+        if self.rank == min(waiting, default=0):
+            names = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(map(str, behind))
+            print(f"error: no progress for {self.seconds:g} seconds (timeout): {names} {what}{', the others wait for it' if waiting else ''}; go on with --resume", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)               # the one that speaks comes first
+        os._exit(1)
+
+    def posts(self) -> list[tuple[int, int]]:
+        """(posts, collectives begun) of every rank; zeros for one that has never posted."""
+        keys = [f"watch/{rank}" for rank in range(self.world)]
+        return [tuple(map(int, self.store.get(key).split())) if self.store.check([key]) else (0, 0) for key in keys]
