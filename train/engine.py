@@ -290,9 +290,17 @@ class Engine:
         means = {name: float(value) / self.window_steps for name, value in self.sums.items()}
         seconds = time.monotonic() - self.window_started
         self.log.train(self.step, epoch, means.pop("loss"), self.optimizer.param_groups[0]["lr"], self.window_steps * self.step_samples / seconds,
-                       self.waited / seconds, means)
+                       self.waited / seconds, self.memory(), means)
         self.share_bad_records()
         self.open_window()
+
+    def memory(self) -> float:
+        """The most GB that this rank's GPU has held since the last call; 0 without one."""
+        if self.run.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_allocated(self.run.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self.run.device)
+        return peak
 
     # --- verification and checkpoints
 

@@ -59,16 +59,19 @@ class RunLog:
                     old.unlink(missing_ok=True)
             self.board = SummaryWriter(str(Path(output) / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
 
-    def train(self, step: int, epoch: int, loss: float, lr: float, samples_per_sec: float, data_wait: float, stats: dict) -> None:
-        """One line, one JSON row and TensorBoard scalars; data_wait is the share of the time spent waiting for images."""
+    def train(self, step: int, epoch: int, loss: float, lr: float, samples_per_sec: float, data_wait: float, memory: float, stats: dict) -> None:
+        """One line, one JSON row and TensorBoard scalars; samples_per_sec: of all ranks; data_wait: the share of the time spent waiting for images;
+        memory: rank 0's peak on its GPU since the last line, in GB, 0 without a GPU."""
         if not self.active:
             return
         hours = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.total_steps - step) / 3600
-        named = "".join(f"{name}: {value:.4f}   " for name, value in stats.items())
+        named = f"Memory: {memory:.2f} GB   " if memory else ""
+        named += "".join(f"{name}: {value:.4f}   " for name, value in stats.items())
         logging.info("Speed %.1f samples/sec   Loss %.4f   LearningRate %.6f   Data: %.0f%%   %sEpoch: %d   Global Step: %d   Required: %.0f hours",
                      samples_per_sec, loss, lr, 100 * data_wait, named, epoch, step, hours)
-        self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, samples_per_sec=samples_per_sec, data_wait=data_wait, **stats))
-        for name, value in dict(loss=loss, learning_rate=lr, samples_per_sec=samples_per_sec, data_wait=data_wait, **stats).items():
+        stats = dict(samples_per_sec=samples_per_sec, data_wait=data_wait, **({"memory_gb": memory} if memory else {}), **stats)
+        self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, **stats))
+        for name, value in dict(loss=loss, learning_rate=lr, **stats).items():
             self.board.add_scalar(f"train/{name}", value, step)
 
     def validation(self, step: int, epoch: int, results: dict, highest: dict) -> None:

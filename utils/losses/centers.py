@@ -18,7 +18,7 @@ from utils.errors import InputError
 INIT_STD = 0.01
 INIT_CHUNK = 4096      # classes drawn from one seed, so that a rank draws its own share only and every world size draws the same
 SHORTEST = 1e-12       # as F.normalize
-BLOCK_ROWS = {"cpu": 2048, "cuda": 32768}      # centres at a time: on a CPU what stays in its cache, on a GPU what keeps it busy
+BLOCK_ROWS = {"cpu": 512, "cuda": 32768}      # centres at a time: on a CPU what stays in its cache, on a GPU what keeps it busy
 
 
 class Pending(NamedTuple):
