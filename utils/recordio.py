@@ -9,15 +9,15 @@ import logging
 import numbers
 import os
 import struct
-import warnings
 from array import array
 from collections.abc import Iterable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.errors import InputError
+from utils.files import replacing
+from utils.record_index import open_index, read_index, write_index
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -97,21 +97,6 @@ def _aligned_magics(payload: bytes) -> list[int]:
     return found
 
 
-@contextmanager
-def replacing(path: str, mode: str = "wb"):
-    """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block ends well, else it is removed."""
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        with open(temporary, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
 class Glance(NamedTuple):
     """The start of a record: where the next one begins, its header's id (-1: no header), first label, whether image bytes follow."""
 
@@ -136,6 +121,14 @@ class RecordFile:
         if self._file is None:
             self._file = open(self.path, "rb", buffering=0)
         return os.pread(self._file.fileno(), size, offset)
+
+    def read_through(self, start: int, end: int, at_once: int) -> None:
+        """Read the bytes ``start`` ... ``end - 1`` from the disk into the page cache, ``at_once`` at a time, one after another; their values go nowhere."""
+        buffer = bytearray(min(at_once, max(end - start, 1)))
+        with open(self.path, "rb", buffering=0) as file:    # of its own: the kernel judges by the reads of one opening whether they are sequential
+            os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_SEQUENTIAL)
+            while start < end and (got := os.preadv(file.fileno(), [memoryview(buffer)[:end - start]], start)):
+                start += got
 
     def read(self, offset: int, name: str) -> bytes:
         """The payload of the record at ``offset``; RecordError, saying ``name`` and the offset, if it is damaged."""
@@ -209,22 +202,6 @@ def _after(offset: int, length: int) -> int:
     return offset + _FRAME.size + (length + 3) // 4 * 4
 
 
-def read_index(idx_path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of an ``.idx`` file, two int64 arrays in file order. InputError if a line is not ``key<tab>offset``."""
-    with open(idx_path, "rb") as file:
-        text = file.read()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)      # how NumPy reports text that is no number
-            numbers_read = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
-        pairs = numbers_read.reshape(-1, 2)
-    except (ValueError, DeprecationWarning):
-        raise InputError(f"{idx_path} is no RecordIO index (lines of key<tab>offset); delete it to have it rebuilt from the .rec") from None
-    if len(pairs) and pairs.min() < 0:
-        raise InputError(f"{idx_path} names a negative key or offset; delete it to have it rebuilt from the .rec")
-    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
-
-
 def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx`` held.
 
@@ -255,7 +232,8 @@ class IndexedRecordIO:
     """Records by integer key, as ``mxnet.recordio.MXIndexedRecordIO``: ``read_idx``, ``write_idx``, ``keys``, ``close``.
 
     ``"r"``: a missing ``.idx`` is rebuilt by scanning (``scan_index``), logged, and saved if the folder is writable. A
-    reader may be shared by threads and forked or spawned workers; 24 bytes of index a record.
+    reader may be shared by threads and forked or spawned workers; a large index is in a machine's memory once (``utils.record_index``).
+    Besides by key, records are read by position, 0 ... len - 1 in ascending order of their keys.
     ``"w"``: both files get their names on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither.
     Errors: InputError for a missing ``.rec`` or an unreadable ``.idx``; RecordError for a damaged record; KeyError for an unknown key.
     """
@@ -273,46 +251,69 @@ class IndexedRecordIO:
     def _open_reader(self) -> None:
         if not os.path.isfile(self.rec_path):
             raise InputError(f"no record file {os.path.abspath(self.rec_path)}; check the path or make one with data/make_rec.py")
-        self._records = RecordFile(self.rec_path)
-        if os.path.isfile(self.idx_path):
-            self._keys, self._offsets = read_index(self.idx_path)
-        else:
-            self._keys, self._offsets = self._rebuild_index()
-        self._order = np.argsort(self._keys, kind="stable")
+        self.records = RecordFile(self.rec_path)
+        self.index = open_index(self.idx_path, self.rec_path, self._rebuild_index)
+
+    def __getstate__(self) -> dict:
+        """A shared index is not sent along to a spawned process: that maps it itself."""
+        return dict(self.__dict__, index=None) if not self.writable and self.index.mapped else self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        if not self.writable and self.index is None:
+            self._open_reader()
 
     def _rebuild_index(self) -> tuple[np.ndarray, np.ndarray]:
         """Scan the ``.rec``; keep the result beside it for the next run where that is allowed."""
         log.warning("%s is missing: rebuilding it by scanning %s", self.idx_path, self.rec_path)
-        keys, offsets = scan_index(self._records)
+        keys, offsets = scan_index(self.records)
         if os.access(os.path.dirname(os.path.abspath(self.idx_path)), os.W_OK):
-            _write_index(self.idx_path, keys, offsets)
+            write_index(self.idx_path, keys, offsets)
         log.warning("rebuilt the index of %s: %d records", self.rec_path, len(keys))
         return keys, offsets
 
     @property
     def keys(self) -> list[int]:
-        """All keys in the order of the index file, a new list as in MXNet; for millions of records see ``key_array``."""
-        return self._keys.tolist()
+        """All keys in the order of the index file, read anew into a list as in MXNet; for millions of records see ``key_array``."""
+        if self.writable:
+            return self._keys.tolist()
+        if os.path.isfile(self.idx_path):
+            return read_index(self.idx_path)[0].tolist()
+        return self.index.keys[np.argsort(self.index.offsets, kind="stable")].tolist()      # a scan finds them in this order
 
     @property
     def key_array(self) -> np.ndarray:
-        """All keys, int64, in the order of the index file; readers only."""
-        return self._keys
+        """All keys, ascending; readers only."""
+        return self.index.keys
+
+    def position(self, key: int) -> int:
+        """Where ``key`` stands among all keys in ascending order."""
+        keys = self.index.keys
+        if 0 <= key <= np.iinfo(keys.dtype).max:
+            at = int(np.searchsorted(keys, keys.dtype.type(key)))       # of the array's own type: with another one, NumPy converts the whole array
+            if at < len(keys) and keys[at] == key:
+                return at
+        raise KeyError(f"{self.rec_path} has no record with key {key}")
 
     def offset(self, key: int) -> int:
         """Byte offset of the record ``key``; of a key listed twice the last one counts, as in MXNet."""
-        at = int(np.searchsorted(self._keys, key, side="right", sorter=self._order)) - 1
-        if at < 0 or self._keys[self._order[at]] != key:
-            raise KeyError(f"{self.rec_path} has no record with key {key}")
-        return int(self._offsets[self._order[at]])
+        return int(self.index.offsets[self.position(key)])
 
     def read_idx(self, key: int) -> bytes:
         """The payload of the record ``key`` (for images: to be split by ``unpack``)."""
-        return self._records.read(self.offset(key), f"key {key}")
+        return self.records.read(self.offset(key), f"key {key}")
+
+    def read_at(self, position: int) -> bytes:
+        """The payload of the record at ``position``."""
+        return self.records.read(int(self.index.offsets[position]), f"key {self.index.keys[position]}")
 
     def glance(self, key: int) -> Glance:
         """The start of the record ``key``, without reading the image."""
-        return self._records.glance(self.offset(key), f"key {key}")
+        return self.glance_at(self.position(key))
+
+    def glance_at(self, position: int) -> Glance:
+        """The start of the record at ``position``, without reading the image."""
+        return self.records.glance(int(self.index.offsets[position]), f"key {self.index.keys[position]}")
 
     def _open_writer(self) -> None:
         self._keys, self._offsets = array("q"), array("q")      # 16 bytes a record where lists would take 72
@@ -331,7 +332,7 @@ class IndexedRecordIO:
     def close(self) -> None:
         """Release the file; a writer gives its two files their names. A second call does nothing."""
         if not self.writable:
-            self._records.close()
+            self.records.close()
         elif not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -340,7 +341,7 @@ class IndexedRecordIO:
             if os.path.exists(self.idx_path):
                 os.unlink(self.idx_path)
             os.replace(self._temporary, self.rec_path)
-            _write_index(self.idx_path, self._keys, self._offsets)
+            write_index(self.idx_path, self._keys, self._offsets)
 
     def discard(self) -> None:
         """Give up writing: remove what was written and keep the files that had the names before."""
@@ -356,11 +357,6 @@ class IndexedRecordIO:
             self.discard()
         else:
             self.close()
-
-
-def _write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> None:
-    with replacing(idx_path, "w") as file:
-        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets))
 
 
 def write_property(root_dir: str, num_classes: int, image_size: tuple[int, int] = (112, 112)) -> None:
