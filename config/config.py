@@ -77,7 +77,13 @@ config.compile = False                     # torch.compile: a minute at the star
 # --- data
 config.rec_backend = "native"              # "native", or "mxnet" to read records by MXNet itself (requirements/mxnet.txt)
 config.num_workers = 4                     # reading processes per training process; 0: none
+config.rec_labels = "auto"                 # of several folders in `rec`: "shared" (a label is one person in all), "separate" (each has people of its own); "auto": ask
+config.stage_to = ""                       # a folder on a disk of each machine: records and teacher_embeddings are copied there once and read from it
 config.shuffle = True
+# For disks that hate random reads: so many records that lie together (256 to 1024) are read in one go, and images are shuffled among 64 such blocks;
+# 0: among all. Larger blocks read faster, but InsightFace's sets are sorted by person: 64 x 256 images of MS1MV2 are of about 300 people, so the batches
+# of a while see few others. With im2rec's shuffled lists, or data/make_rec.py --layout plain, the file itself is mixed, and nothing is lost.
+config.shuffle_block = 0
 config.flip = True                         # mirror half of the images
 config.augment = False                     # besides the mirror: random crops, low resolution, brightness and contrast (AdaFace's recipe)
 config.max_bad_records = 100               # more unreadable images than this end the run
@@ -109,7 +115,8 @@ config.tinyface_num_workers = 4
 config.tinyface_flip = True
 
 # --- data sets: everything that changes with the set
-#   db_file_format "rec": train.rec in the folder `rec`; "folder": one folder per identity in `data_path`, at most `sample` images of each (0: all).
+#   db_file_format "rec": train.rec in the folder `rec`, or its shards train*.rec, or a list of folders and .rec files (utils/record_set.py);
+#   "folder": one folder per identity in `data_path`, at most `sample` images of each (0: all).
 #   Milestone m: learning rate x 0.1 from epoch index m - 1. num_classes, num_image 0: as many as the set has.
 LFW_AND_CO = ["lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw"]
 DATASETS = {

@@ -16,6 +16,7 @@ from easydict import EasyDict as edict
 
 from backbones import NAMES
 from utils.errors import InputError, nearest
+from utils.record_set import LABELS
 from utils.teacher import ONNX, TEACHERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,10 @@ LOSSES = ("MLLoss", "CosFace", "ArcFace", "AdaFace")
 
 class PathText(str):
     """A path: made absolute against the repository root or, from the command line, the current directory."""
+
+
+class PathsText(str):
+    """A path, or several: a list, or one text with commas between them (unless that is itself the path of something)."""
 
 
 # key: type, (type, smallest value), or a tuple of the allowed words
@@ -37,8 +42,9 @@ KEYS = {
     "teacher_embeddings": PathText, "color_space": ("auto", "RGB", "BGR"),
     "batch_size": (int, 1), "accumulate": (int, 1), "lr": (float, 0), "momentum": (float, 0), "weight_decay": (float, 0), "grad_clip": (float, 0),
     "precision": ("auto", "fp32", "bf16", "fp16"), "channels_last": bool, "compile": bool,
-    "db_file_format": ("rec", "folder"), "rec": PathText, "data_path": PathText, "sample": (int, 0), "num_classes": (int, 0), "num_image": (int, 0),
-    "rec_backend": ("native", "mxnet"), "num_workers": (int, 0), "shuffle": bool, "flip": bool, "augment": bool, "max_bad_records": (int, 0),
+    "db_file_format": ("rec", "folder"), "rec": PathsText, "data_path": PathText, "sample": (int, 0), "num_classes": (int, 0), "num_image": (int, 0),
+    "rec_backend": ("native", "mxnet"), "num_workers": (int, 0), "rec_labels": LABELS, "stage_to": PathText,
+    "shuffle": bool, "shuffle_block": (int, 0), "flip": bool, "augment": bool, "max_bad_records": (int, 0),
     "num_epoch": (int, 1), "warmup_epoch": (int, 0), "milestones": [int],
     "log_every": (int, 1), "state_every": (int, 1), "keep_states": (int, 1),
     "val_rec": PathText, "val_targets": [str], "eval_step": (int, 0), "val_eval_every_n_epoch": (int, 0), "val_batch_size": (int, 1),
@@ -156,7 +162,7 @@ def parse_text(key: str, text: str):
     if isinstance(kind, list) and not text.startswith("["):
         words = [word.strip() for word in text.split(",") if word.strip()]
         return [kind[0](word) if kind[0] is str or word.lstrip("-").isdecimal() else word for word in words]
-    if kind in (str, PathText) or isinstance(kind, tuple) and isinstance(kind[0], str):
+    if kind in (str, PathText, PathsText) or isinstance(kind, tuple) and isinstance(kind[0], str):
         return text
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
@@ -187,6 +193,8 @@ def check_value(key: str, value, base: Path):
     kind, smallest = kind if isinstance(kind, tuple) else (kind, None)
     if key == "teacher" and str(value).startswith(ONNX):
         return ONNX + str(base / Path(value.removeprefix(ONNX)).expanduser())
+    if kind is PathsText:
+        return check_paths(value, base, wrong)
     if kind is PathText:
         if not isinstance(value, (str, Path)):
             raise wrong
@@ -198,6 +206,18 @@ def check_value(key: str, value, base: Path):
     return value
 
 
+def check_paths(value, base: Path, wrong: InputError) -> str | list[str]:
+    """One path as it is, several as a list, absolute."""
+    if isinstance(value, (str, Path)):
+        whole = base / Path(value).expanduser()
+        words = [word.strip() for word in str(value).split(",") if word.strip()]
+        value = [str(value)] if "," not in str(value) or whole.exists() else words
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, Path)) for item in value):
+        raise wrong
+    paths = [str(base / Path(item).expanduser()) for item in value if str(item)]
+    return paths if len(paths) > 1 else "".join(paths)
+
+
 def describe(kind) -> str:
     if isinstance(kind, list):
         return f"a list of {kind[0].__name__}"
@@ -205,7 +225,7 @@ def describe(kind) -> str:
         if isinstance(kind[0], str):
             return " or ".join(kind)
         return f"{kind[0].__name__} of at least {kind[1]:g}"
-    return "a path" if kind is PathText else kind.__name__
+    return {PathText: "a path", PathsText: "a path or a list of paths"}.get(kind, kind.__name__)
 
 
 def check_combinations(values: dict) -> None:
@@ -236,6 +256,12 @@ def check_combinations(values: dict) -> None:
         raise InputError("rec_backend='mxnet' reads records, but db_file_format is 'folder'")
     if values["db_file_format"] == "rec" and not values["rec"]:
         raise InputError("db_file_format='rec' needs rec, the folder of train.rec")
+    if values["shuffle_block"] and values["db_file_format"] == "folder":
+        raise InputError("shuffle_block reads records that lie together, but db_file_format is 'folder': set shuffle_block=0, or pack the folder with data/make_rec.py")
+    if values["shuffle_block"] and not values["shuffle"]:
+        raise InputError("shuffle_block is a way of shuffling: set shuffle=True, or shuffle_block=0 for the order of the keys")
+    if values["stage_to"] and values["db_file_format"] == "folder":
+        raise InputError("stage_to copies record files, but db_file_format is 'folder': set stage_to=, or pack the folder with data/make_rec.py")
     if values["warmup_epoch"] >= values["num_epoch"]:
         raise InputError(f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={values['num_epoch']}")
     if not 0 < values["sample_rate"] <= 1:

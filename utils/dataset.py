@@ -1,11 +1,10 @@
-"""Training images: a RecordIO set (InsightFace or im2rec) or a folder of identities, decoded in batches by the DataLoader's workers.
+"""Training images: RecordIO files (InsightFace or im2rec) or a folder of identities, decoded in batches by the DataLoader's workers.
 
 Torch is imported only where a batch is made, so that the MXNet backend runs in MXNet's own environment, which has no torch.
 """
 import hashlib
 import logging
 import os
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,14 +12,14 @@ import cv2
 import numpy as np
 
 from utils.errors import InputError
-from utils.recordio import EXACT_IN_FLOAT32, IndexedRecordIO, IRHeader, RecordError, unpack, write_property
+from utils.record_set import IMAGE_SIZE, Shard, check_labels, find_folders, read_property
+from utils.recordio import EXACT_IN_FLOAT32, IRHeader, RecordError, write_property
 
 if TYPE_CHECKING:
     import torch
 
     from utils.teacher_cache import TeacherCache
 
-IMAGE_SIZE = (112, 112)
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
 LONGEST_HOLE = 1000     # so many damaged records in a row are a damaged file: stop looking for a neighbour
 OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64      # for the identity of a set: half a second for six million images
@@ -67,7 +66,7 @@ class FaceImages:
     """What both kinds of set share: decoding, the label check, and the replacement of damaged records.
 
     A subclass sets ``num_classes`` and ``root_dir`` and defines ``__len__``, ``_name(index)``, ``_encoded(index)`` -> (bytes, label), ``_label(index)`` and
-    ``identity()``. ``teacher_features``: where every batch finds its teacher features; None: nowhere.
+    ``identity()``; ``_classes(index)`` where labels of one part of the set are counted on from another's. ``teacher_features``: where every batch finds its teacher features; None: nowhere.
     """
 
     num_classes: int
@@ -125,11 +124,16 @@ class FaceImages:
         return self._checked(label, index)
 
     def _checked(self, label: float, index: int) -> int:
-        """``label`` as an int; InputError naming the record if it is no class of this set (a NaN is none either)."""
-        if not 0 <= label < self.num_classes or label != int(label):
-            raise InputError(f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set has {self.num_classes} "
-                             f"classes (0 ... {self.num_classes - 1}); mend its property file or config.num_classes")
-        return int(label)
+        """The class of a record with ``label``; InputError naming the record if it is none of this set (a NaN is none either)."""
+        first, count = self._classes(index)
+        if not 0 <= label < count or label != int(label):
+            raise InputError(f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set has {count} "
+                             f"classes (0 ... {count - 1}); mend its property file or config.num_classes")
+        return first + int(label)
+
+    def _classes(self, index: int) -> tuple[int, int]:
+        """(the class of label 0, number of labels) in the part of the set that holds ``index``."""
+        return 0, self.num_classes
 
     def name_of(self, index: int) -> int | str:
         """What messages call an image: a record's key, or the path below ``root_dir``."""
@@ -156,70 +160,96 @@ def keep_batch(batch: Batch) -> Batch:
 
 
 class MXFaceDataset(FaceImages):
-    """A set of ``train.rec``, ``train.idx`` and ``property``, in key order.
+    """A set of ``train.rec``, ``train.idx`` and ``property``, in key order; or several such files as one set, one after another (``utils.record_set``).
 
     ``ds[i]`` -> (uint8 RGB image (112, 112, 3), int label); ``len(ds)`` images; ``ds.num_classes`` from ``property`` or
     the argument. InsightFace's layout (record 0 holds labels and no image): images are the keys 1 ... label[0] - 1.
     Otherwise (im2rec) every record is an image. A vector label: the first value counts. A missing ``.idx`` or
     ``property`` is rebuilt by scanning, and logged. ``backend="mxnet"`` reads and unpacks by MXNet 1.9.1 instead.
-    Errors: InputError for a missing or empty set and for a label that is no class; RecordError (``ds[i]``) for a damaged record.
+    ``root_dir``: a folder, a ``.rec``, or a list of these. ``labels``: what those of several folders mean, "shared" or "separate". Records are
+    named by their key, those of several files by file and key.
+    Errors: InputError for a missing or empty set, for labels that are left open and for a label that is no class; RecordError (``ds[i]``) for a damaged record.
     """
 
-    def __init__(self, root_dir: str, backend: str = "native", num_classes: int | None = None):
-        self.root_dir = os.path.abspath(root_dir)
-        idx_path, rec_path = os.path.join(self.root_dir, "train.idx"), os.path.join(self.root_dir, "train.rec")
-        self._index = IndexedRecordIO(idx_path, rec_path, "r")
-        self._records = open_backend(backend, self._index)
-        self._insightface = False
-        self._keys = self._image_keys()
-        if len(self._keys) == 0:
-            raise InputError(f"{rec_path} holds no image; make the set again with data/make_rec.py or copy it again")
-        self.num_classes = self._class_count(num_classes)
-        if self._insightface:       # labels ascend there, so one look finds a property file of another set
-            self._check_last_label()
+    def __init__(self, root_dir: str | Sequence[str], backend: str = "native", num_classes: int | None = None, labels: str = "auto"):
+        self._folders = find_folders(root_dir)
+        separate = check_labels(labels, self._folders)
+        self.root_dir = ", ".join(folder.path for folder in self._folders)
+        self._shards = [Shard(folder.path, rec, backend) for folder in self._folders for rec in folder.recs]
+        self._folder_of = np.repeat(np.arange(len(self._folders)), [len(folder.recs) for folder in self._folders])     # of each shard
+        self._ends = np.cumsum([shard.count for shard in self._shards])
+        for shard in self._shards:
+            if shard.count == 0:
+                raise InputError(f"{shard.path} holds no image; make the set again with data/make_rec.py or copy it again")
+        # the class of label 0 and the number of labels, of each folder
+        self._first_class, self._class_counts = self._count_classes(num_classes, separate)
+        self.num_classes = max(int((self._first_class + self._class_counts).max()), num_classes or 0)
+        for shard, end in zip(self._shards, self._ends):
+            if shard.insightface:       # labels ascend there, so one look finds a property file of another set
+                self._check_last_label(shard, int(end) - 1)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return int(self._ends[-1])
 
-    def _name(self, index: int) -> int:
-        return int(self._keys[index])
+    def _place(self, index: int) -> tuple[int, int]:
+        """(shard, number of the image in it)."""
+        if len(self._shards) == 1:
+            return 0, index
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return number, index - int(self._ends[number]) + self._shards[number].count
+
+    def _name(self, index: int) -> int | str:
+        number, at = self._place(index)
+        shard = self._shards[number]
+        if len(self._shards) == 1:
+            return shard.key(at)
+        return f"{shard.path if len(self._folders) > 1 else os.path.basename(shard.path)}:{shard.key(at)}"
 
     def _encoded(self, index: int) -> tuple[bytes, float]:
-        header, encoded = self._records.read(self._name(index))
+        number, at = self._place(index)
+        header, encoded = self._shards[number].read(at)
         return encoded, first_label(header)
 
     def _label(self, index: int) -> float | None:
-        try:
-            glance = self._index.glance(self._name(index))
-        except RecordError:
-            return None
-        return None if glance.id < 0 else glance.label
+        number, at = self._place(index)
+        return self._shards[number].label(at)
+
+    def _classes(self, index: int) -> tuple[int, int]:
+        folder = self._folder_of[self._place(index)[0]]
+        return int(self._first_class[folder]), int(self._class_counts[folder])
 
     def identity(self) -> dict:
-        """The size of ``train.rec``, and a SHA-256 over all keys, their offsets and some whole records (every 89th offset and 64 records of MS1MV2)."""
-        digest = hashlib.sha256(self._keys.astype("<i8").tobytes())
-        offsets = [self._index.offset(self._name(index)) for index in sampled(len(self), OFFSETS_LOOKED_AT)]
-        digest.update(np.array(offsets, "<i8").tobytes())
-        for index in sampled(len(self), RECORDS_LOOKED_AT):
-            try:
-                record = self._index.read_idx(self._name(index))
-            except RecordError:
-                record = b"damaged"
-            digest.update(hashlib.sha256(record).digest())
-        return dict(kind="records", images=len(self), bytes=os.path.getsize(self._index.rec_path), sha256=digest.hexdigest())
+        """The size of the ``.rec``, and a SHA-256 over all keys, their offsets and some whole records (every 89th offset and 64 records of MS1MV2).
 
-    def _image_keys(self) -> np.ndarray:
-        """Keys of the records that are images, ascending: the same whether the index was found or rebuilt."""
-        keys = np.sort(self._index.key_array)
-        if len(keys) == 0 or keys[0] != 0:
-            return keys
-        glance = self._index.glance(0)
-        self._insightface = glance.id >= 0 and not glance.has_image
-        return keys[(keys >= 1) & (keys < glance.label)] if self._insightface else keys
+        Of several files: their number, their sizes together, and a SHA-256 over the ones of all.
+        """
+        parts = [shard_identity(shard) for shard in self._shards]
+        if len(parts) == 1:
+            return parts[0]
+        together = hashlib.sha256("\n".join(f"{part['images']} {part['sha256']}" for part in parts).encode())
+        return dict(kind="records", files=len(parts), images=len(self), bytes=sum(part["bytes"] for part in parts), sha256=together.hexdigest())
 
-    def _class_count(self, asked: int | None) -> int:
-        """Number of classes: as asked, else from ``property``, else from the labels of all records."""
-        path = os.path.join(self.root_dir, "property")
+    def shards(self) -> list[Shard]:
+        """The record files in the order of their images."""
+        return self._shards
+
+    def _count_classes(self, asked: int | None, separate: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(the class of label 0, number of labels) of each folder. asked: the number of classes of all, None: as many as there are."""
+        if len(self._folders) == 1:
+            return np.array([0]), np.array([self._class_count(0, asked)])
+        counts = np.array([self._class_count(number, None) for number in range(len(self._folders))])
+        found = int(counts.sum() if separate else counts.max())
+        if asked is not None and found > asked:
+            raise InputError(f"num_classes={asked} is smaller than the {found} classes of {self.root_dir}")
+        if asked is not None and found != asked:
+            log.warning("%s have %d classes, num_classes=%d is used", self.root_dir, found, asked)
+        if separate:
+            return np.cumsum(counts) - counts, counts
+        return np.zeros_like(counts), np.full_like(counts, asked or found)
+
+    def _class_count(self, folder: int, asked: int | None) -> int:
+        """Number of classes of a folder: as asked, else from ``property``, else from the labels of all its records."""
+        path = os.path.join(self._folders[folder].path, "property")
         stored = read_property(path) if os.path.isfile(path) else None
         if asked is not None:
             if stored is not None and stored > asked:
@@ -227,90 +257,42 @@ class MXFaceDataset(FaceImages):
             if stored is not None and stored != asked:
                 log.warning("%s says %d classes, num_classes=%d is used", path, stored, asked)
             return asked
-        return self._rebuild_property(path) if stored is None else stored
+        return self._rebuild_property(folder, path) if stored is None else stored
 
-    def _rebuild_property(self, path: str) -> int:
+    def _rebuild_property(self, folder: int, path: str) -> int:
         """Count the classes in the image headers; keep the result for the next run where that is allowed."""
-        log.warning("%s is missing: counting the classes in the headers of %d records", path, len(self))
-        labels = (self._index.glance(int(key)).label for key in self._keys)
+        shards = [shard for shard, its_folder in zip(self._shards, self._folder_of) if its_folder == folder]
+        log.warning("%s is missing: counting the classes in the headers of %d records", path, sum(shard.count for shard in shards))
+        labels = (shard.glance(at).label for shard in shards for at in range(shard.count))
         # no label beyond what float32 counts, and no NaN: those are reported when they are read
         num_classes = 1 + int(max((label for label in labels if label < EXACT_IN_FLOAT32), default=-1))
-        if os.access(self.root_dir, os.W_OK):
-            write_property(self.root_dir, num_classes, IMAGE_SIZE)
+        if os.access(os.path.dirname(path), os.W_OK):
+            write_property(os.path.dirname(path), num_classes, IMAGE_SIZE)
         log.warning("rebuilt %s: %d classes", path, num_classes)
         return num_classes
 
-    def _check_last_label(self) -> None:
+    def _check_last_label(self, shard: Shard, index: int) -> None:
         try:
-            self[len(self) - 1]
+            self[index]
         except RecordError as error:
-            log.warning("the last image of %s is damaged: %s", self.root_dir, error)
+            log.warning("the last image of %s is damaged: %s", os.path.dirname(shard.path) if len(self._shards) == 1 else shard.path, error)
 
 
-def read_property(path: str) -> int:
-    """Number of classes of a ``property`` file (``classes,height,width``); InputError if it holds something else."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read().strip()
-    try:
-        num_classes, height, width = (int(field) for field in text.split(","))
-        if num_classes < 1:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"{path} holds {text[:40]!r} instead of classes,height,width; delete it to have it rebuilt") from None
-    if (height, width) != IMAGE_SIZE:
-        raise InputError(f"{path} says images of {height}x{width}; this project trains on 112x112 crops, make the set again with data/make_rec.py")
-    return num_classes
-
-
-class NativeRecords:
-    """Records through ``utils.recordio``."""
-
-    def __init__(self, index: IndexedRecordIO):
-        self._index = index
-
-    def read(self, key: int) -> tuple[IRHeader, memoryview]:
-        """(header, encoded image) of the record ``key``; RecordError if it is damaged."""
-        header, encoded = unpack(memoryview(self._index.read_idx(key)))
-        return header, encoded
-
-
-class MXNetRecords:
-    """Records through MXNet itself (Python <= 3.11, requirements/mxnet.txt): to prove that the native reader agrees."""
-
-    def __init__(self, index: IndexedRecordIO):
+def shard_identity(shard: Shard) -> dict:
+    """What tells one ``.rec`` from any other."""
+    index, images = shard.index.index, slice(shard.first, shard.first + shard.count)
+    keys, offsets = index.keys[images], index.offsets[images]
+    digest = hashlib.sha256()
+    for first in range(0, len(keys), 1 << 20):
+        digest.update(keys[first:first + (1 << 20)].astype("<i8").tobytes())
+    digest.update(offsets[sampled(len(keys), OFFSETS_LOOKED_AT)].astype("<i8").tobytes())
+    for at in sampled(len(keys), RECORDS_LOOKED_AT):
         try:
-            import mxnet
-        except (ImportError, OSError, AttributeError) as error:     # OSError: a library is missing; AttributeError: NumPy has no np.bool
-            raise InputError(f'rec_backend "mxnet" needs MXNet, which does not import here ({error}); install requirements/mxnet.txt '
-                             f'in an environment with Python <= 3.11, or use rec_backend="native"') from None
-        if not os.path.isfile(index.idx_path):
-            raise InputError(f'rec_backend "mxnet" needs {index.idx_path}, and its folder is not writable; use rec_backend="native"')
-        self._records = mxnet.recordio.MXIndexedRecordIO(index.idx_path, index.rec_path, "r")
-        self._unpack = mxnet.recordio.unpack
-        self._error = mxnet.base.MXNetError
-
-    def read(self, key: int) -> tuple[IRHeader, bytes]:
-        """(header, encoded image) of the record ``key``; RecordError if it is damaged."""
-        try:
-            record = self._records.read_idx(key)
-        except self._error as error:
-            raise RecordError(f"key {key}: {str(error).strip().splitlines()[-1]}") from None
-        if record is None:
-            raise RecordError(f"key {key}: truncated, the file ends before it")
-        try:
-            return self._unpack(record)
-        except (struct.error, ValueError) as error:
-            raise RecordError(f"key {key}: its image header does not fit ({error})") from None
-
-
-BACKENDS = {"native": NativeRecords, "mxnet": MXNetRecords}
-
-
-def open_backend(backend: str, index: IndexedRecordIO) -> NativeRecords | MXNetRecords:
-    """The reader named ``backend``: "native" or "mxnet"."""
-    if backend not in BACKENDS:
-        raise InputError(f"unknown rec_backend {backend!r}; known: {', '.join(BACKENDS)}")
-    return BACKENDS[backend](index)
+            record = shard.index.read_at(shard.first + int(at))
+        except RecordError:
+            record = b"damaged"
+        digest.update(hashlib.sha256(record).digest())
+    return dict(kind="records", images=shard.count, bytes=os.path.getsize(shard.path), sha256=digest.hexdigest())
 
 
 class FaceDatasetFolder(FaceImages):

@@ -1,0 +1,207 @@
+"""The files of a RecordIO set: one ``train.rec``, shards of one set, or several sets; and the two ways of reading their records.
+
+What ``config.rec`` may name:
+
+    a folder                       its train.rec; without one all its train*.rec (train_0.rec, train-00001.rec, ...), as shards of one set
+    a .rec file
+    several of these               (separated by commas, or a list)
+
+Beside NAME.rec lies NAME.idx; ``property`` is one for all files of a folder. Shards come in the order of their names, with numbers in them taken as numbers.
+Labels: files of one folder share theirs, label 3 is the same person in all of them. Several folders must say what theirs mean (``config.rec_labels``):
+"shared": parts of one set, as above; "separate": sets of different people, the labels of each are counted on from the classes of those before.
+"""
+
+import os
+import re
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.errors import InputError
+from utils.recordio import Glance, IndexedRecordIO, IRHeader, RecordError, unpack
+
+LABELS = ("auto", "shared", "separate")
+IMAGE_SIZE = (112, 112)
+
+
+class Folder(NamedTuple):
+    """The files of one folder that belong to a set."""
+
+    path: str
+    recs: list[str]         # names in it
+
+    def existing(self) -> list[str]:
+        """Names of all files that are there: records, their indices, the property file."""
+        names = [name for rec in self.recs for name in (rec, f"{stem(rec)}.idx")] + ["property"]
+        return [name for name in names if os.path.isfile(os.path.join(self.path, name))]
+
+
+def stem(rec: str) -> str:
+    return rec.removesuffix(".rec")
+
+
+def by_number(name: str) -> list:
+    """Sort key: train_2.rec before train_10.rec."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def find_folders(rec: str | Sequence[str]) -> list[Folder]:
+    """The files that ``rec``, a path or a list of paths, names, by folder. Errors: InputError for what is missing or named twice."""
+    folders = {}
+    for entry in [rec] if isinstance(rec, (str, os.PathLike)) else rec:
+        path = os.path.abspath(entry)
+        folder, names = os.path.split(path) if path.endswith(".rec") and not os.path.isdir(path) else (path, None)
+        for name in [names] if names else records_in(folder):
+            if name in folders.setdefault(folder, []):
+                raise InputError(f"rec names {os.path.join(folder, name)} twice; every file of a set once")
+            folders[folder].append(name)
+    if not folders:
+        raise InputError("rec names no file: the folder of train.rec, or several paths separated by commas")
+    return [Folder(path, names) for path, names in folders.items()]
+
+
+def records_in(folder: str) -> list[str]:
+    """The record files of a folder: train.rec, or its shards."""
+    if os.path.isfile(os.path.join(folder, "train.rec")) or not os.path.isdir(folder):
+        return ["train.rec"]        # a missing one is told by whoever opens it
+    names = sorted((name for name in os.listdir(folder) if name.endswith(".rec")), key=by_number)
+    shards = [name for name in names if name.startswith("train")]
+    if not shards and names:
+        raise InputError(f"no record file {os.path.join(folder, 'train.rec')} and no shards train*.rec beside it; it holds {', '.join(names[:5])}: "
+                         f"name the files of the set, rec={os.path.join(folder, names[0])},...")
+    return shards or ["train.rec"]
+
+
+def check_labels(labels: str, folders: Sequence[Folder]) -> bool:
+    """Whether the labels of the folders are counted on. Errors: InputError if several folders leave it open."""
+    if labels not in LABELS:
+        raise InputError(f"rec_labels={labels!r} is unknown; allowed: {', '.join(LABELS)}")
+    if labels == "auto" and len(folders) > 1:
+        raise InputError(f"rec names {len(folders)} folders ({', '.join(folder.path for folder in folders)}): set rec_labels=shared if a label is the same person in all "
+                         "of them, or rec_labels=separate if each has people of its own")
+    return labels == "separate"
+
+
+class Shard:
+    """One ``.rec``: its index and which of its records are images, those at the positions ``first`` ... ``first + count - 1``."""
+
+    def __init__(self, folder: str, rec: str, backend: str):
+        self.path = os.path.join(folder, rec)
+        self.index = IndexedRecordIO(os.path.join(folder, f"{stem(rec)}.idx"), self.path, "r")
+        self.records = open_backend(backend, self.index)
+        self.insightface, self.first, self.count = self._images()
+
+    def _images(self) -> tuple[bool, int, int]:
+        """(whether the layout is InsightFace's, first position, number) of the images. InsightFace's record 0 tells the keys; elsewhere all records are images."""
+        keys = self.index.key_array
+        if len(keys) == 0 or keys[0] != 0:
+            return False, 0, len(keys)
+        glance = self.index.glance_at(0)
+        if glance.id < 0 or glance.has_image:
+            return False, 0, len(keys)
+        first = 1 if len(keys) > 1 and keys[1] else int(np.searchsorted(keys, keys.dtype.type(1)))
+        if not 0 < glance.label <= keys[-1]:
+            return True, first, len(keys) - first if glance.label > 0 else 0
+        return True, first, int(np.searchsorted(keys, keys.dtype.type(np.ceil(glance.label)))) - first
+
+    def key(self, at: int) -> int:
+        return int(self.index.key_array[self.first + at])
+
+    def offset(self, at: int) -> int:
+        return int(self.index.index.offsets[self.first + at])
+
+    def read(self, at: int) -> tuple[IRHeader, bytes]:
+        """(header, encoded image) of the ``at``-th image; RecordError if it is damaged."""
+        return self.records.read(self.first + at)
+
+    def glance(self, at: int) -> Glance:
+        """The start of the ``at``-th image's record; RecordError if it is damaged."""
+        return self.index.glance_at(self.first + at)
+
+    def label(self, at: int) -> float | None:
+        """The label of the ``at``-th image; None if its header cannot be read."""
+        try:
+            glance = self.glance(at)
+        except RecordError:
+            return None
+        return None if glance.id < 0 else glance.label
+
+    def file_order(self) -> np.ndarray | None:
+        """Numbers of the images in the order in which they lie in the file; None: as they are counted."""
+        offsets = self.index.index.offsets[self.first:self.first + self.count]
+        if bool((offsets[1:] > offsets[:-1]).all()):
+            return None
+        known = self.index.index.by_offset
+        if known is None or len(known) != self.count:
+            return np.argsort(offsets, kind="stable").astype(np.uint32)
+        return known
+
+
+class NativeRecords:
+    """Records through ``utils.recordio``."""
+
+    def __init__(self, index: IndexedRecordIO):
+        self._index = index
+
+    def read(self, position: int) -> tuple[IRHeader, memoryview]:
+        """(header, encoded image) of the record at ``position``; RecordError if it is damaged."""
+        header, encoded = unpack(memoryview(self._index.read_at(position)))
+        return header, encoded
+
+
+class MXNetRecords:
+    """Records through MXNet itself (Python <= 3.11, requirements/mxnet.txt): to prove that the native reader agrees."""
+
+    def __init__(self, index: IndexedRecordIO):
+        try:
+            import mxnet
+        except (ImportError, OSError, AttributeError) as error:     # OSError: a library is missing; AttributeError: NumPy has no np.bool
+            raise InputError(f'rec_backend "mxnet" needs MXNet, which does not import here ({error}); install requirements/mxnet.txt '
+                             f'in an environment with Python <= 3.11, or use rec_backend="native"') from None
+        if not os.path.isfile(index.idx_path):
+            raise InputError(f'rec_backend "mxnet" needs {index.idx_path}, and its folder is not writable; use rec_backend="native"')
+        self._keys = index.key_array
+        self._records = mxnet.recordio.MXIndexedRecordIO(index.idx_path, index.rec_path, "r")
+        self._unpack = mxnet.recordio.unpack
+        self._error = mxnet.base.MXNetError
+
+    def read(self, position: int) -> tuple[IRHeader, bytes]:
+        """(header, encoded image) of the record at ``position``; RecordError if it is damaged."""
+        key = int(self._keys[position])
+        try:
+            record = self._records.read_idx(key)
+        except self._error as error:
+            raise RecordError(f"key {key}: {str(error).strip().splitlines()[-1]}") from None
+        if record is None:
+            raise RecordError(f"key {key}: truncated, the file ends before it")
+        try:
+            return self._unpack(record)
+        except (struct.error, ValueError) as error:
+            raise RecordError(f"key {key}: its image header does not fit ({error})") from None
+
+
+BACKENDS = {"native": NativeRecords, "mxnet": MXNetRecords}
+
+
+def open_backend(backend: str, index: IndexedRecordIO) -> NativeRecords | MXNetRecords:
+    """The reader named ``backend``: "native" or "mxnet"."""
+    if backend not in BACKENDS:
+        raise InputError(f"unknown rec_backend {backend!r}; known: {', '.join(BACKENDS)}")
+    return BACKENDS[backend](index)
+
+
+def read_property(path: str) -> int:
+    """Number of classes of a ``property`` file (``classes,height,width``); InputError if it holds something else."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        text = file.read().strip()
+    try:
+        num_classes, height, width = (int(field) for field in text.split(","))
+        if num_classes < 1:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"{path} holds {text[:40]!r} instead of classes,height,width; delete it to have it rebuilt") from None
+    if (height, width) != IMAGE_SIZE:
+        raise InputError(f"{path} says images of {height}x{width}; this project trains on 112x112 crops, make the set again with data/make_rec.py")
+    return num_classes
