@@ -23,6 +23,7 @@ from eval.benchmarks import run_benchmark
 from train.setup import StopRequest, write_config
 from utils import checkpoint, distributed
 from utils.augment import augment
+from utils.blocks import ReadAhead, RecordBlocks
 from utils.dataset import keep_batch
 from utils.errors import InputError
 from utils.images import to_input
@@ -67,7 +68,8 @@ class Engine:
         self.rank, self.world = distributed.rank(), distributed.world_size()
         self.validation_sets, self.benchmarks = validation
 
-        self.batches = EpochBatches(len(dataset), cfg.batch_size, self.rank, self.world, cfg.seed, cfg.shuffle)
+        read_ahead = ReadAhead(RecordBlocks(dataset.shards(), cfg.shuffle_block), *distributed.place_on_node()) if cfg.shuffle_block else None
+        self.batches = EpochBatches(len(dataset), cfg.batch_size, self.rank, self.world, cfg.seed, cfg.shuffle, read_ahead)
         self.step_samples = self.batches.global_batch * cfg.accumulate
         self.steps_per_epoch = len(dataset) // self.step_samples
         if self.steps_per_epoch == 0:
