@@ -22,9 +22,11 @@ from utils.loading import STOP_SIGNALS
 from utils.logging import start_log
 from utils.onnx_network import weight_files
 from utils.precision import PRECISIONS, autocast, choose_precision
+from utils.record_set import find_folders
 from utils.recordio import replacing
+from utils.staging import stage
 from utils.teacher import ONNX, load_teacher, repository_of
-from utils.teacher_cache import TeacherCache, open_cache
+from utils.teacher_cache import TeacherCache, open_cache, read_manifest
 
 
 class Run(NamedTuple):
@@ -122,11 +124,15 @@ def write_config(cfg, resume_step: int) -> None:
 
 
 def build_dataset(cfg):
-    """The training images of ``cfg``. Errors: InputError if they are missing, empty, or have more classes than cfg.num_classes."""
+    """The training images of ``cfg``, from a copy on this machine if ``cfg.stage_to`` is set.
+
+    Errors: InputError if they are missing, empty, have more classes than cfg.num_classes, or cannot be copied.
+    """
     if cfg.db_file_format == "folder":
         dataset = FaceDatasetFolder(cfg.data_path, cfg.sample or None)
     else:
-        dataset = MXFaceDataset(cfg.rec, cfg.rec_backend, cfg.num_classes or None)
+        rec = distributed.once_per_node(lambda: stage_records(cfg.rec, cfg.stage_to)) if cfg.stage_to else cfg.rec
+        dataset = MXFaceDataset(rec, cfg.rec_backend, cfg.num_classes or None, cfg.rec_labels)
     if cfg.num_classes and cfg.num_classes < dataset.num_classes:
         raise InputError(f"num_classes={cfg.num_classes} is smaller than the {dataset.num_classes} classes of {dataset.root_dir}")
     if cfg.num_image and cfg.num_image != len(dataset):
@@ -134,6 +140,17 @@ def build_dataset(cfg):
     cfg.num_classes = cfg.num_classes or dataset.num_classes
     logging.info("%d images of %d classes in %s", len(dataset), dataset.num_classes, dataset.root_dir)
     return dataset
+
+
+def stage_records(rec: str | list[str], to: str) -> list[str]:
+    """Copy the files of a set, and return what ``rec`` names in the copies."""
+    staged = []
+    for folder in find_folders(rec):
+        if missing := [name for name in folder.recs if name not in folder.existing()]:
+            raise InputError(f"no record file {os.path.join(folder.path, missing[0])}; check the path or make one with data/make_rec.py")
+        copy = stage(folder.path, folder.existing(), to)
+        staged += [str(copy / name) for name in folder.recs]
+    return staged
 
 
 def build_student(cfg) -> torch.nn.Module:
@@ -231,7 +248,11 @@ def open_teacher_cache(cfg, dataset) -> TeacherCache:
         digest = sha256(*weight_files(Path(cfg.teacher.removeprefix(ONNX))))
     else:
         digest = sha256(weights) if weights else None
-    cache = open_cache(cfg.teacher_embeddings, dataset, digest, cfg.color_space, repository_of(cfg))
+    path = Path(cfg.teacher_embeddings)
+    if cfg.stage_to:
+        read_manifest(path)         # if it is not complete, say so
+        path = distributed.once_per_node(lambda: stage(path, ["features.npy", "manifest.json"], cfg.stage_to))
+    cache = open_cache(path, dataset, digest, cfg.color_space, repository_of(cfg))
     logging.info("Teacher features from %s", cache.describe())
     return cache
 

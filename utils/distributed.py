@@ -92,6 +92,23 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def place_on_node() -> tuple[int, int]:
+    """(number of this rank among those of its machine, number of these)."""
+    return (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world_size() > 1 else (0, 1)
+
+
+def once_per_node(function):
+    """The value of ``function()``, a small picklable one, of the first rank of each machine, on all its ranks; an InputError of any is raised on all.
+
+    The others wait as long as it takes.
+    """
+    group = patient_group()
+    value = all_succeed(lambda: function() if place_on_node()[0] == 0 else None, group)
+    node = os.environ.get("GROUP_RANK", "0")
+    values = all_gather_object((node, place_on_node()[0], value), group)
+    return next(value for its_node, local_rank, value in values if (its_node, local_rank) == (node, 0) or len(values) == 1)
+
+
 def barrier() -> None:
     """Wait for every rank, on the host."""
     all_reduce(torch.zeros(1))
@@ -133,14 +150,17 @@ def patient_group():
     return dist.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
 
 
-def all_succeed(function):
-    """Call ``function()`` on every rank and return its value; an InputError of any rank is raised on all of them, so that none waits for another."""
+def all_succeed(function, group=None):
+    """Call ``function()`` on every rank and return its value; an InputError of any rank is raised on all of them, so that none waits for another.
+
+    ``group``: None, or a ``patient_group()``.
+    """
     value, error = None, None
     try:
         value = function()
     except InputError as caught:
         error = caught
-    errors = all_gather_object(None if error is None else str(error))
+    errors = all_gather_object(None if error is None else str(error), group)
     if any(errors):
         raise error or InputError(next(filter(None, errors)))
     return value
