@@ -36,21 +36,34 @@ set_up() {
     find_python "${2:-}" || fail "the packages of requirements/$1 are installed in $root/.venv, but do not import: $("$root/.venv/bin/python" -c 'import torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib' 2>&1 | tail -1)"
 }
 
-# launch SCRIPT ARGUMENTS: torchrun on this machine's GPUs, or as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and NPROC_PER_NODE say
+# several_machines: rendezvous = torchrun's arguments for NNODES machines that meet at MASTER_ADDR:MASTER_PORT, where the one with NODE_RANK=0 is the host
+several_machines() {
+    local port=${MASTER_PORT:-29500} id=${RDZV_ID:-} own=()
+    : "${NODE_RANK:?set NODE_RANK: 0 on the first machine, 1, 2, ... on the others}" "${MASTER_ADDR:?set MASTER_ADDR: the name or address of the first machine}"
+    # processes that torchrun has restarted take up the run of their own launch: its name must be new each time, and the same on all machines
+    [ -n "$id" ] || [ "${MAX_RESTARTS:-0}" = 0 ] || fail "MAX_RESTARTS=$MAX_RESTARTS on several machines needs RDZV_ID, a name for this launch, the same on all: RDZV_ID=run7"
+    mapfile -t own < <("$PYTHON" "$root/launch/node_address.py" "$MASTER_ADDR" "$port" ${NODE_ADDR:+"$NODE_ADDR"})
+    [ -n "${own[0]:-}" ] || exit 1
+    # gloo, which carries what the hosts agree on (all of it on CPUs), would ask the host's name for its interface
+    [ -z "${own[1]:-}" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${own[1]}}
+    local host=0
+    [ "$NODE_RANK" != 0 ] || host=1
+    rendezvous=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$port" --rdzv_id "${id:-$MASTER_ADDR:$port}"
+                --rdzv_conf "is_host=$host,read_timeout=600" --local_addr "${own[0]}")
+}
+
+# launch SCRIPT ARGUMENTS: torchrun on this machine's GPUs, or as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE and MAX_RESTARTS say
 launch() {
     find_python || fail "the packages are not installed: pip install -r requirements/requirement.txt (run_demo.sh does it)"
     local script=$1 processes=${NPROC_PER_NODE:-} rendezvous=(--standalone); shift
     case " $* " in *" device=cpu "* | *" device=cuda:"*) processes=${processes:-1} ;; esac      # one device is named: one process
     processes=${processes:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-    if [ "${NNODES:-1}" != 1 ]; then
-        rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK: 0 on the first machine}" --master_addr "${MASTER_ADDR:?set MASTER_ADDR: the first machine}"
-                    --master_port "${MASTER_PORT:-29500}")
-    fi
+    [ "${NNODES:-1}" = 1 ] || several_machines
     # all cores of the machine, shared out; signals that reach torchrun itself are passed on, and the processes get time to save
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
     export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-    "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc_per_node "$processes" "$root/$script" "$@" &
+    "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-0}" "$root/$script" "$@" &
     torchrun=$!
     # the signal goes to the training processes themselves: they finish the step, save and exit with 0, and so does torchrun
     trap 'kill -TERM $(cat /proc/$torchrun/task/*/children 2>/dev/null) 2>/dev/null' TERM USR1 INT

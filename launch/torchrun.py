@@ -6,6 +6,7 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousTimeoutError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
@@ -16,6 +17,10 @@ if __name__ == "__main__":
         rank, failure = failed.get_first_failure()
         if failure.exitcode < 0:        # killed: it could say nothing itself
             print(f"error: the training process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; go on with --resume", file=sys.stderr)
+        sys.exit(1)
+    except (RendezvousConnectionError, RendezvousTimeoutError) as missed:
+        print(f"error: the machines did not meet ({missed}); start the run script on all NNODES of them within ten minutes, with the same MASTER_ADDR, MASTER_PORT and "
+              "RDZV_ID, NODE_RANK=0 on the machine that MASTER_ADDR names, and MASTER_PORT open there", file=sys.stderr)
         sys.exit(1)
     except SignalException as stopped:
         sys.exit(128 + int(stopped.sigval))
