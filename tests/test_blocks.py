@@ -64,6 +64,7 @@ def test_order_without_blocks_is_that_of_published_checkpoints():
             ours.seek(2, samples)
             starts = range(samples + rank * (24 // world), length - 24 + 1 + rank * (24 // world), 24)
             assert list(ours) == [order[first:first + 24 // world].tolist() for first in starts] and len(ours) == len(starts)
+    assert sum(EpochBatches(10_000, 5, rank, 4, 7)._own_part().nbytes for rank in range(4)) == 4 * 10_000     # all ranks hold it once, in 32 bits
     unshuffled = EpochBatches(10, 2, 1, 2, 0, shuffle=False)
     assert list(unshuffled) == [[2, 3], [6, 7]]
 

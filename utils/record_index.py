@@ -20,6 +20,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files import replacing, take_lock
+from utils.memory import scratch
 
 FORMAT = 1
 HEADER = 4096                   # bytes before the arrays: JSON, padded
@@ -140,11 +141,6 @@ def order_of(values: np.ndarray) -> np.ndarray:
     packed.sort()
     packed &= (1 << bits) - 1
     return packed
-
-
-def scratch(count: int) -> np.ndarray:
-    """(count,) int64 zeros whose memory goes back to the system when they are dropped; the heap keeps what it once had (launch/environment.sh says why)."""
-    return np.frombuffer(mmap.mmap(-1, max(8 * count, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.int64, count)
 
 
 # --- the text

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils.blocks import ReadAhead
+from utils.memory import counted, scratch
 
 WINDOW = 64         # blocks that are shuffled together
 WINDOW_STREAM = 64, 0       # beside seed, epoch and window: random numbers that neither mirrors nor augmentation use
@@ -50,10 +51,12 @@ class EpochBatches:
 
     def _own_part(self) -> np.ndarray:
         """(batches, batch size) of this rank alone, so that all ranks of a machine hold the order of millions of images once."""
-        order = np.arange(self.length, dtype=np.int32 if self.length < 1 << 31 else np.int64)
+        order = counted(self.length, np.int32 if self.length < 1 << 31 else np.int64)
         np.random.default_rng([self.seed, self.epoch]).shuffle(order)           # the same numbers as permutation(length), in half the memory
         whole = order[self.samples:self.samples + len(self) * self.global_batch].reshape(-1, self.world_size, self.batch_size)
-        return whole[:, self.rank].copy()
+        mine = scratch(len(self) * self.batch_size, order.dtype).reshape(-1, self.batch_size)
+        mine[:] = whole[:, self.rank]
+        return mine
 
     def _from_blocks(self) -> Iterator[list[int]]:
         order = BlockOrder(self.read_ahead, self.seed, self.epoch)
