@@ -41,7 +41,8 @@ several_machines() {
     local port=${MASTER_PORT:-29500} id=${RDZV_ID:-} own=()
     : "${NODE_RANK:?set NODE_RANK: 0 on the first machine, 1, 2, ... on the others}" "${MASTER_ADDR:?set MASTER_ADDR: the name or address of the first machine}"
     # processes that torchrun has restarted take up the run of their own launch: its name must be new each time, and the same on all machines
-    [ -n "$id" ] || [ "${MAX_RESTARTS:-0}" = 0 ] || fail "MAX_RESTARTS=$MAX_RESTARTS on several machines needs RDZV_ID, a name for this launch, the same on all: RDZV_ID=run7"
+    [ -n "$id" ] || [ "${MAX_RESTARTS:-0}" = 0 ] ||
+        fail "MAX_RESTARTS=$MAX_RESTARTS on several machines needs RDZV_ID, a name for this launch, the same on all: RDZV_ID=run7"
     mapfile -t own < <("$PYTHON" "$root/launch/node_address.py" "$MASTER_ADDR" "$port" ${NODE_ADDR:+"$NODE_ADDR"})
     [ -n "${own[0]:-}" ] || exit 1
     # gloo, which carries what the hosts agree on (all of it on CPUs), would ask the host's name for its interface

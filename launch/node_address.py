@@ -36,6 +36,7 @@ if __name__ == "__main__":
     try:
         address = sys.argv[3] if len(sys.argv) > 3 else own_address(sys.argv[1], int(sys.argv[2]))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: MASTER_ADDR={sys.argv[1]} MASTER_PORT={sys.argv[2]} cannot be reached from this machine ({error}); MASTER_ADDR is the first machine's name or address in the network")
+        sys.exit(f"error: MASTER_ADDR={sys.argv[1]} MASTER_PORT={sys.argv[2]} cannot be reached from this machine ({error}); MASTER_ADDR is the first machine's "
+                 "name or address in the network")
     print(address)
     print(interface_of(address))

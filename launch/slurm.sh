@@ -24,7 +24,10 @@ set -euo pipefail
 [ -n "${SLURM_JOB_ID:-}" ] || { echo "error: this is a batch script: sbatch launch/slurm.sh run_AdaDistill.sh key=value ..." >&2; exit 1; }
 cd "${SLURM_SUBMIT_DIR:?}"              # SLURM runs a copy of this file from a folder of its own
 script=${1:-}
-[[ $script == run_*.sh && -x $script ]] || { echo "error: no run script '$script' in $PWD: sbatch launch/slurm.sh run_AdaDistill.sh key=value ..., from the repository's folder" >&2; exit 1; }
+if [[ $script != run_*.sh || ! -x $script ]]; then
+    echo "error: no run script '$script' in $PWD: sbatch launch/slurm.sh run_AdaDistill.sh key=value ..., from the repository's folder" >&2
+    exit 1
+fi
 shift
 
 # a job that was queued again goes on from its newest state; one that never saved any begins anew

@@ -19,8 +19,9 @@ if __name__ == "__main__":
             print(f"error: the training process of rank {rank} was ended by {signal.Signals(-failure.exitcode).name}; go on with --resume", file=sys.stderr)
         sys.exit(1)
     except (RendezvousConnectionError, RendezvousTimeoutError) as missed:
-        print(f"error: the machines did not meet ({str(missed.__cause__ or missed).splitlines()[0]}); start the run script on all NNODES of them within ten minutes, with the same MASTER_ADDR, MASTER_PORT and "
-              "RDZV_ID, NODE_RANK=0 on the machine that MASTER_ADDR names, and MASTER_PORT open there", file=sys.stderr)
+        reason = missed.__cause__ or missed
+        print(f"error: the machines did not meet ({(str(reason) or type(reason).__name__).splitlines()[0]}); start the run script on all NNODES of them within ten "
+              "minutes, with the same MASTER_ADDR, MASTER_PORT and RDZV_ID, NODE_RANK=0 on the machine that MASTER_ADDR names, and MASTER_PORT open there", file=sys.stderr)
         sys.exit(1)
     except SignalException as stopped:
         sys.exit(128 + int(stopped.sigval))

@@ -24,9 +24,9 @@ def with_python(**extra) -> dict:
     return dict(clean, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
-def start(command, **extra):
-    return subprocess.Popen([str(word) for word in command], env=with_python(**{key: str(value) for key, value in extra.items()}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, cwd="/", start_new_session=True)
+def start(command, folder="/", **extra):
+    return subprocess.Popen([str(word) for word in command], env=with_python(**{key: str(value) for key, value in extra.items()}), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True)
 
 
 def finish(*processes, timeout=120) -> list[str]:
@@ -126,21 +126,20 @@ echo "$@" >> "$SCONTROL_LOG"
 
 
 @pytest.fixture
-def slurm(tmp_path):
+def slurm(tmp_path, monkeypatch):
     """A function that starts launch/slurm.sh as SLURM does: a copy of it, with its variables, and srun and scontrol on the path."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     shutil.copy(ROOT / "launch" / "slurm.sh", tmp_path / "slurm_script")
 
     def submit(*words, folder=ROOT, restarts=0):
-        environment = dict(with_python(), SLURM_JOB_ID="4711", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node[0-1]", SLURM_SUBMIT_DIR=str(folder),
-                           SCONTROL_LOG=str(tmp_path / "scontrol.log"), NPROC_PER_NODE="1")
+        variables = dict(SLURM_JOB_ID="4711", SLURM_JOB_NUM_NODES="2", SLURM_JOB_NODELIST="node[0-1]", SLURM_SUBMIT_DIR=folder, NPROC_PER_NODE="1",
+                         SCONTROL_LOG=tmp_path / "scontrol.log")
         if restarts:
-            environment["SLURM_RESTART_COUNT"] = str(restarts)
-        environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-        return subprocess.Popen(["bash", tmp_path / "slurm_script", *map(str, words)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                cwd=tmp_path, start_new_session=True)
+            variables["SLURM_RESTART_COUNT"] = restarts
+        return start(["bash", tmp_path / "slurm_script", *words], tmp_path, **variables)
     return submit
 
 
@@ -197,7 +196,8 @@ def test_what_the_batch_script_tells_the_run_scripts(slurm, played, tmp_path, mo
             [f"2 {rank} 127.0.0.1 24711 4711-{restarts} {resume}m=0.3 a output={tmp_path / 'out'}\n" for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("sent, stop_status, status, requeued", [(signal.SIGUSR1, 0, 0, True), (signal.SIGUSR1, 138, 0, True), (signal.SIGUSR1, 1, 1, False), (signal.SIGTERM, 0, 0, False)])
+@pytest.mark.parametrize("sent, stop_status, status, requeued", [(signal.SIGUSR1, 0, 0, True), (signal.SIGUSR1, 138, 0, True), (signal.SIGUSR1, 1, 1, False),
+                                                                 (signal.SIGTERM, 0, 0, False)])
 def test_exit_status_and_queue(sent, stop_status, status, requeued, slurm, played, tmp_path, monkeypatch):
     """Saved: 0, and again into the queue; not saved: the run script's status; cancelled: not into the queue."""
     monkeypatch.setenv("STOP_STATUS", str(stop_status))
@@ -217,14 +217,22 @@ def test_a_failed_run_is_not_queued_again(slurm, played, tmp_path, monkeypatch):
     assert job.returncode == 3 and "requeue" not in (tmp_path / "scontrol.log").read_text()
 
 
-@pytest.mark.parametrize("words, message", [([], "no run script ''"), (["train.py", "output=x"], "no run script 'train.py'"), (["run_gone.sh", "output=x"], "no run script 'run_gone.sh'"),
+@pytest.mark.parametrize("words, message", [([], "no run script ''"), (["train.py", "output=x"], "no run script 'train.py'"),
+                                            (["run_gone.sh", "output=x"], "no run script 'run_gone.sh'"),
                                             (["run_played.sh", "m=0.3"], "name the run's folder, output=")])
 def test_what_the_batch_script_refuses(words, message, slurm, played):
     job = slurm(*words, folder=played)
     assert message in job.communicate(timeout=60)[0] and job.returncode == 1
 
 
-# --- what torchrun is told
+# --- what torchrun is told, and tells
+
+def test_machines_that_do_not_meet_are_told_in_one_line():
+    rendezvous = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29513", "--rdzv_id", "alone", "--rdzv_conf", "is_host=1,join_timeout=1"]
+    done = start([sys.executable, ROOT / "launch" / "torchrun.py", *rendezvous, "--nproc_per_node", "1", "train.py"])
+    said = done.communicate(timeout=60)[0]
+    assert done.returncode == 1 and "Traceback" not in said and said.splitlines()[-1].startswith("error: the machines did not meet (RendezvousTimeoutError); start the run")
+
 
 STUB = f"""#!/usr/bin/env bash
 case "$1" in

@@ -66,7 +66,8 @@ class FaceImages:
     """What both kinds of set share: decoding, the label check, and the replacement of damaged records.
 
     A subclass sets ``num_classes`` and ``root_dir`` and defines ``__len__``, ``_name(index)``, ``_encoded(index)`` -> (bytes, label), ``_label(index)`` and
-    ``identity()``; ``_classes(index)`` where labels of one part of the set are counted on from another's. ``teacher_features``: where every batch finds its teacher features; None: nowhere.
+    ``identity()``; ``_classes(index)`` where labels of one part of the set are counted on from another's.
+    ``teacher_features``: where every batch finds its teacher features; None: nowhere.
     """
 
     num_classes: int

@@ -130,8 +130,8 @@ def refuse_too_small(copy: Path, source: Path, described: dict) -> None:
     needed = sum(size for size, _ in described["files"].values()) - there
     free = shutil.disk_usage(copy).free
     if needed > free:
-        raise InputError(f"stage_to: {source} takes {needed / 1e9:.3f} GB more in {copy.parent}, {free / 1e9:.3f} GB are free on its disk; make room, choose another folder, "
-                         "or set stage_to= to read the set where it is")
+        raise InputError(f"stage_to: {source} takes {needed / 1e9:.3f} GB more in {copy.parent}, {free / 1e9:.3f} GB are free on its disk; make room, "
+                         "choose another folder, or set stage_to= to read the set where it is")
 
 
 def partial(target: Path) -> Path:
