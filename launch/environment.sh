@@ -45,6 +45,8 @@ several_machines() {
         fail "MAX_RESTARTS=$MAX_RESTARTS on several machines needs RDZV_ID, a name for this launch, the same on all: RDZV_ID=run7"
     mapfile -t own < <("$PYTHON" "$root/launch/node_address.py" "$MASTER_ADDR" "$port" ${NODE_ADDR:+"$NODE_ADDR"})
     [ -n "${own[0]:-}" ] || exit 1
+    # a fresh store for every meeting: in a shared one, machines that come back would find the addresses of processes that are gone
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # gloo, which carries what the hosts agree on (all of it on CPUs), would ask the host's name for its interface
     [ -z "${own[1]:-}" ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-${own[1]}}
     local host=0

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,6 +58,12 @@ def one_host(faces, tmp_path_factory):
     output = tmp_path_factory.mktemp("one") / "run"
     run(ROOT / "train" / "train_standalone.py", *OPTIONS, f"rec={faces}", f"output={output}", ranks=2)
     return output
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 def figures(folder):
@@ -276,3 +283,25 @@ def test_arguments_of_torchrun(tmp_path):
 def test_what_is_missing_is_told(variables, message, tmp_path):
     done = told(tmp_path, NNODES="2", **variables)
     assert message in done.stderr and done.returncode != 0 and "--nnodes" not in done.stdout
+
+
+def test_a_host_that_is_lost_and_comes_back(faces, one_host, tmp_path):
+    """The second of two machines is killed, torchrun and all, and started again: the first has waited for it, and the run goes on from its newest state."""
+    output, launch = tmp_path / "run", dict(NNODES=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), NPROC_PER_NODE=1, MAX_RESTARTS=3, RDZV_ID=f"lost-{os.getpid()}")
+    command = [ROOT / "run_standalone.sh", *OPTIONS, f"rec={faces}", f"output={output}", "state_every=2", "timeout=2"]
+    first = start(command, NODE_RANK=0, **launch)
+    second = start(command, NODE_RANK=1, **launch)
+    try:
+        deadline = time.monotonic() + 90
+        while not (output / "2state.pth").exists():
+            assert time.monotonic() < deadline and first.poll() is None and second.poll() is None, "the two machines never trained together"
+            time.sleep(0.01)
+        kill_tree(second.pid)
+        second.communicate()
+        said = finish(first, start(command, NODE_RANK=1, **launch), timeout=150)
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                kill_tree(process.pid)
+    assert any("Resumed at step" in text for text in said)
+    assert figures(output) == figures(one_host) and all(map(torch.equal, tensors(output), tensors(one_host)))
