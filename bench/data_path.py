@@ -32,12 +32,14 @@ def write_set(folder: str, images: int, num_classes: int, distinct: int = 512) -
 
 
 class Way:
-    """Both read the whole set once, shuffled, with one reading process, which shares the core with the process that trains."""
+    """Both read the whole set once, shuffled. workers: 1, a reading process that shares the core with the one that trains; 0, none."""
 
-    def __init__(self, folder: str, device: str):
+    def __init__(self, folder: str, device: str, workers: int):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
+        cv2.setNumThreads(0)
         self.folder, self.device = folder, torch.device(device)
+        self.options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device == "cuda")
         self.loader = self.open()
 
     def step(self) -> dict:
@@ -51,7 +53,7 @@ class Way:
 
 class Plain(Way):
     def open(self):
-        return DataLoader(PlainSet(self.folder), BATCH, shuffle=True, num_workers=1, persistent_workers=True, pin_memory=self.device.type == "cuda")
+        return DataLoader(PlainSet(self.folder), BATCH, shuffle=True, **self.options)
 
     def images(self, batch):
         images, labels = batch
@@ -63,8 +65,7 @@ class Ours(Way):
     def open(self):
         self.dataset = MXFaceDataset(self.folder)
         sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self.dataset), BATCH, drop_last=False)
-        return DataLoader(self.dataset, batch_sampler=sampler, collate_fn=keep_batch, num_workers=1, worker_init_fn=start_worker, persistent_workers=True,
-                          pin_memory=self.device.type == "cuda")
+        return DataLoader(self.dataset, batch_sampler=sampler, collate_fn=keep_batch, worker_init_fn=start_worker, **self.options)
 
     def images(self, batch):
         batch.labels.to(self.device, non_blocking=True)

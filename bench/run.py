@@ -71,10 +71,13 @@ def parse_arguments() -> argparse.Namespace:
 def data_rows(folder: Path, device: str, arguments) -> list[Row]:
     images = 4096
     data_path.write_set(folder / "images", images, training.C)
-    calls = in_turns("bench.data_path", dict(folder=str(folder / "images"), device=device), rounds=5, limit=True)
-    check_equal("data path", calls, "mean", 1e-4)
-    plain, ours, limit = (1e6 * median(calls[way]) / images for way in ("Plain.step", "Ours.step", "Ours.limit"))
-    return say([Row("data path, one core, JPEG to batch", "us/image", plain, ours, 8, limit, 1 / 0.7)])
+    rows = []
+    for workers, what in ((1, "data path, one core, a reading process"), (0, "data path, one core, no other process")):
+        calls = in_turns("bench.data_path", dict(folder=str(folder / "images"), device=device, workers=workers), rounds=5, limit=True)
+        check_equal("data path", calls, "mean", 1e-4)
+        plain, ours, limit = (1e6 * median(calls[way]) / images for way in ("Plain.step", "Ours.step", "Ours.limit"))
+        rows.append(Row(what, "us/image", plain, ours, 8, limit, 1 / 0.7))
+    return say(rows)
 
 
 def header_rows(folder: Path, device: str, arguments) -> list[Row]:

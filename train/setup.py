@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import torch
 
 from backbones import build_backbone
@@ -41,6 +42,7 @@ class Run(NamedTuple):
 @contextmanager
 def start(cfg, resume: bool):
     """Join the other ranks, take the device, prepare ``cfg.output``, start the log and seed the weights; leave the ranks at the end."""
+    cv2.setNumThreads(0)        # images of 112x112 are too small to share out among threads
     device = distributed.init(cfg.device)
     precision = choose_precision(cfg.precision, device)
     folder = RunFolder(cfg.output)
