@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Run the whole test suite; sets up .venv (and .venv-mxnet for the interoperability tests) first where needed.
 #   ./run_tests.sh                     everything
-#   ./run_tests.sh -k recordio -x      arguments go to pytest
+#   ./run_tests.sh -k recordio -x      arguments go to pytest; -n 0: one test at a time, in this process
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
-set_up test.txt "pytest, pytest_timeout, datasets, huggingface_hub, yaml, sklearn, skimage, onnx, onnxruntime"
+set_up test.txt "pytest, pytest_timeout, xdist, datasets, huggingface_hub, yaml, sklearn, skimage, onnx, onnxruntime"
 # small networks: one thread each is as fast, and the same on all machines
 export OMP_NUM_THREADS=1
 cd "$root"
-exec "$PYTHON" -m pytest tests "$@"
+# two files of tests at a time
+exec "$PYTHON" -m pytest tests -n 2 --dist loadfile "$@"

@@ -2,7 +2,7 @@
 
     ./bench/run.sh                   on CPU cores, a few minutes
     ./bench/run.sh --cuda            on a GPU: training with 512 images a step
-    ./bench/run.sh --only header     only the rows with that word
+    ./bench/run.sh --only header     one part: data, header, training or evaluation
     ./bench/run.sh --full            evaluation at the full sizes of IJB-C and TinyFace
 
 It ends with a table. "floor": what the ratio is meant to reach; "limit": time or memory of what no way can do without; "allowed": how many times that ours may take.
@@ -60,7 +60,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
-    parser.add_argument("--only", default="", metavar="WORD", help="data, header, training or evaluation")
+    parser.add_argument("--only", default="", choices=("data", "header", "training", "evaluation"), help="one part")
     parser.add_argument("--full", action="store_true", help="evaluation at full size: seven minutes more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     return parser.parse_args()

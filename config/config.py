@@ -92,7 +92,7 @@ config.max_bad_records = 100               # more unreadable images than this en
 config.log_every = 50                      # steps
 config.state_every = 2000                  # steps between states to resume from, besides the end of every epoch
 config.header_format = "auto"              # "file": <step>header.pth; "shards": a folder that all ranks write to; "auto": a file up to 1 GB (train/export_header.py makes one of shards)
-config.timeout = 30.0                      # minutes without any progress after which the rank that hangs is named and the run ends
+config.timeout = 30.0                      # minutes without any progress after which the rank that hangs is named and the run ends; 0: wait for ever
 config.keep_states = 2                     # newest states that are kept; backbones of epoch ends all are
 
 # --- verification during training (<val_rec>/<target>.bin) and larger benchmarks

@@ -111,6 +111,7 @@ def _embed_mine(backbone, images, parts: list[range], batch_size, num_workers, n
         for part in parts:
             features = []
             for batch in split([part], batch_size):
+                distributed.begin()         # a long evaluation is no rank that hangs
                 features.append(_embed_batch(backbone, next_batch(batches), **run))
                 bar.update(len(batch))
             features = torch.cat(features).cpu()

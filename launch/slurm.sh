@@ -47,7 +47,8 @@ RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}                     # a name of 
 
 stopping=""
 # --wait: when one machine's script has ended, the others get ten minutes; at once would be too soon for the one that still saves
-srun --kill-on-bad-exit=0 --wait=600 bash -c 'export NODE_RANK=$SLURM_NODEID; exec "$0" "$@"' "./$script" ${resume[@]+"${resume[@]}"} "$@" &
+# srun no longer takes the number of cores over from sbatch
+srun --kill-on-bad-exit=0 --wait=600 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash -c 'export NODE_RANK=$SLURM_NODEID; exec "$0" "$@"' "./$script" ${resume[@]+"${resume[@]}"} "$@" &
 step=$!
 # srun hands USR1 on to the run scripts, which finish their step and save; at TERM it would end them
 trap 'stopping=requeue; kill -USR1 "$step" 2>/dev/null' USR1

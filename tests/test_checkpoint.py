@@ -428,3 +428,15 @@ def test_a_step_is_complete_with_all_its_files(tmp_path, weights):
     assert state["step"] == 20 and torch.equal(header["kernel"], torch.ones(1))
     folder.file(100, "header").unlink()
     assert folder.complete_steps() == [20]
+
+
+def test_a_step_has_its_header_in_one_form(tmp_path):
+    """A run that went back and changed header_format leaves no older header of the step behind."""
+    folder, state = RunFolder(tmp_path), {"samples": 0}
+    for header in (None, {"kernel": torch.ones(2, 3)}, None):
+        if header is None:
+            (tmp_path / "4header.tmp").mkdir()
+            (tmp_path / "4header.tmp" / "shares").touch()
+        folder.save(4, {"weight": torch.ones(1)}, header, state, 2)
+        assert folder.complete_steps() == [4]
+        assert files(tmp_path) == {"4backbone.pth", "4state.pth", "4header.pth" if header else "4header"}

@@ -98,13 +98,15 @@ def test_damaged_states_are_passed_over(faces, straight, tmp_path):
 
 
 def test_headers_in_shares_resume_bit_for_bit_and_move_between_ranks(faces, tmp_path):
-    """Sampled classes and centres rounded at random too. Killed and resumed on 2 ranks; then a run that goes from 2 ranks to 1 and back to 2."""
+    """Sampled classes and centres rounded at random too. Killed on 2 ranks, its newest state cut off, resumed; then a run that goes from 2 ranks to 1 and back to 2."""
     shares = ["header_format=shards", "sample_rate=0.6", "centers_precision=bf16", "loss=AdaFace"]
     plain, broken, moved = tmp_path / "plain", tmp_path / "broken", tmp_path / "moved"
     run(STANDALONE, *options(faces, plain, *shares), ranks=2)
     assert not (plain / "8header.pth").exists() and len(list((plain / "8header").iterdir())) == 4
     assert run_until(STANDALONE, *options(faces, broken, *shares), ranks=2, log=broken / "training.log", text="Global Step: 5 ") == -signal.SIGKILL
-    run(STANDALONE, "--resume", *options(faces, broken, *shares), ranks=2)
+    torn = sorted((broken / "4header").iterdir())[-1]
+    torn.write_bytes(torn.read_bytes()[:-10])
+    assert f"step 4 cannot be resumed from: {broken / '4header'} is damaged" in run(STANDALONE, "--resume", *options(faces, broken, *shares), ranks=2)
     for folder in (plain, broken):
         run(EXPORT, folder / "8header")
     assert same(broken, plain) and set(weights(plain)) > {"kernel", "batch_mean", "batch_std"}

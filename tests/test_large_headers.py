@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also starte
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import distributed
 from utils.losses import build_header
@@ -106,6 +107,35 @@ def test_bf16_steps_below_its_resolution_count_on_average():
     assert set(tensor.tolist()) == {1.0, 1 + 2 ** -7} and tensor.double().mean().item() == pytest.approx(1 + 2 ** -10, abs=1e-4)
 
 
+class Waits(TorchDispatchMode):
+    """Counts the operations for which the host would have to wait for a GPU: values read, sizes that depend on values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "item", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if any(name in function.overloadpacket.__name__ for name in self.NAMES):
+            self.found.append(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("method", ["standalone", "AMLDistill", "AdaDistill"])
+def test_a_step_never_waits_for_the_gpu(method, rate, monkeypatch):
+    monkeypatch.setattr("utils.losses.header.check_labels", lambda *_: None)       # which looks on CPUs only
+    header = build_header(method, "AdaFace", SIZE, CLASSES, sample_rate=rate, use_geom_margin=method != "standalone")
+    header.centers.defer = True
+    features, labels = inputs(0)
+    with Waits() as waits:
+        header(features.requires_grad_(), labels, features.detach() + 1)[0].backward()
+        if header.centers.learned:
+            header.centers.step(LR, MOMENTUM, DECAY)
+    assert waits.found == []
+
+
 # --- shares on disk ----------------------------------------------------------------------------------------------------------
 
 def pass_on(source: str, target: str) -> None:
@@ -116,7 +146,7 @@ def pass_on(source: str, target: str) -> None:
     header = build_header("standalone", "AdaFace", SIZE, CLASSES)
     header.centers.defer = True
     if source:
-        load_header(Path(source), header)
+        load_header(Path(source), header, moved=True)
     else:
         features, labels = inputs(distributed.rank())
         header(features, labels)[0].backward()

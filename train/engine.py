@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -22,7 +21,6 @@ from eval import verification
 from eval.benchmarks import run_benchmark
 from train.setup import StopRequest, write_config
 from utils import checkpoint, distributed
-from utils.augment import augment
 from utils.blocks import ReadAhead, RecordBlocks
 from utils.dataset import keep_batch
 from utils.errors import InputError
@@ -88,7 +86,11 @@ class Engine:
         self.optimizer = torch.optim.SGD(self.weights, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
                                          fused=run.precision != "fp16")     # whose scaler may skip the first step, and then a fused one would keep uninitialised momentum
         scaling = dict(device=run.device.type, enabled=run.precision == "fp16")
-        self.scaler = ShardedGradScaler(**scaling) if self.world > 1 else torch.amp.GradScaler(**scaling)
+        if scaling["enabled"] and self.world > 1:
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler        # all ranks skip a step together; takes seconds to import
+            self.scaler = ShardedGradScaler(**scaling)
+        else:
+            self.scaler = torch.amp.GradScaler(**scaling)
 
         self.step, self.epoch, self.samples = 0, 0, 0       # samples: images of this epoch that are done, over all ranks
         self.highest, self.best, self.validated, self.saved = {}, 0.0, -1, -1
@@ -215,6 +217,8 @@ class Engine:
     def read_batches(self):
         """Yield the Inputs of this epoch, mirrored and augmented as a function of the position alone."""
         cfg, device, samples = self.cfg, self.run.device, self.batches.samples
+        if cfg.augment:
+            from utils.augment import augment       # torchvision takes a second to import
         batches = self.reading = iter(self.loader)
         while True:
             started = time.monotonic()
@@ -356,6 +360,7 @@ class Engine:
                 momentum = self.learned.whole(self.learned.momentum)
         rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if self.run.device.type == "cuda" else None)
         state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=self.optimizer.state_dict(), header_momentum=momentum,
+                     header_moved=self.learned is not None and self.learned.momentum is not None,
                      scaler=self.scaler.state_dict(), rng=distributed.all_gather_object(rng), highest=self.highest, best=self.best,
                      bad_records=list(self.bad_records.items()))
         if distributed.is_main():
@@ -380,7 +385,7 @@ class Engine:
             raise InputError(f"resume: {self.run.folder.path} holds a run of {state['method']}, this script trains {self.method}")
         if header is None:
             from utils import sharded
-            sharded.load_header(self.run.folder.shards(step), self.header)
+            sharded.load_header(self.run.folder.shards(step), self.header, state["header_moved"])
         else:
             self.header.load_state_dict(header)
             if state["header_momentum"] is not None:

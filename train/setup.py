@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import signal
+import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +32,9 @@ from utils.teacher import ONNX, load_teacher, repository_of
 from utils.teacher_cache import TeacherCache, open_cache, read_manifest
 
 
+STALE_LOOKS, STALE_SECONDS = 12, 5      # how long ranks may see different files in the shared folder
+
+
 class Run(NamedTuple):
     """Where and how this process trains."""
 
@@ -43,7 +48,7 @@ class Run(NamedTuple):
 def start(cfg, resume: bool):
     """Join the other ranks, take the device, prepare ``cfg.output``, start the log and seed the weights; leave the ranks at the end."""
     cv2.setNumThreads(0)        # images of 112x112 are too small to share out among threads
-    device = distributed.init(cfg.device)
+    device = distributed.init(cfg.device, max(distributed.TIMEOUT, timedelta(minutes=cfg.timeout + 5)) if cfg.timeout else distributed.PATIENCE)
     precision = choose_precision(cfg.precision, device)
     folder = RunFolder(cfg.output)
     resume_step, passed_over = where_to_resume(folder, cfg.global_step, resume)
@@ -68,13 +73,9 @@ def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> tuple[
     A collective.
     Errors: InputError if a state was asked for and is not there, or if a fresh start would overwrite another run's checkpoints.
     """
-    steps = folder.complete_steps()
-    found = distributed.all_gather_object((steps, was_restarted(folder.path / "training.log")))
-    if any(other != steps for other, _ in found):
-        raise InputError(f"output: the ranks find different states in {folder.path} ({'; '.join(', '.join(map(str, other)) or 'none' for other, _ in found)}): "
-                         "all machines must see one shared folder")
+    steps = agreed_steps(folder)
     # a machine that came back starts anew, the others restart: one that was restarted speaks for all
-    if any(restarted for _, restarted in found):
+    if any(distributed.all_gather_object(was_restarted(folder.path / "training.log"))):
         return newest_sound(folder, steps) if steps else (0, [])
     if global_step and global_step not in steps:
         raise InputError(f"global_step={global_step}: no complete state in {folder.path} (complete: {', '.join(map(str, steps)) or 'none'})")
@@ -87,6 +88,21 @@ def where_to_resume(folder: RunFolder, global_step: int, resume: bool) -> tuple[
     if folder.steps("backbone"):
         raise InputError(f"output: {folder.path} already holds checkpoints of a run; go on with --resume or choose another folder with output=")
     return 0, []
+
+
+def agreed_steps(folder: RunFolder) -> list[int]:
+    """The complete steps in the folder, as all ranks find them. Errors: InputError if they go on finding different ones: it is not one folder.
+
+    A network file system may show a machine what it looked like half a minute ago.
+    """
+    for attempt in range(1 + STALE_LOOKS):
+        steps = folder.complete_steps()
+        found = distributed.all_gather_object(steps)
+        if all(other == steps for other in found):
+            return steps
+        time.sleep(STALE_SECONDS)
+    raise InputError(f"output: the ranks find different states in {folder.path} ({'; '.join(', '.join(map(str, other)) or 'none' for other in found)}): "
+                     "all machines must see one shared folder")
 
 
 def newest_sound(folder: RunFolder, steps: list[int]) -> tuple[int, list[tuple[int, str]]]:
@@ -109,8 +125,12 @@ def launch_name() -> str:
 
 
 def was_restarted(log: Path) -> bool:
-    """Whether torchrun has restarted this process and the run in the folder is its own: one that was refused must not resume another's when it is restarted."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and log.is_file() and f"{launch_name()}\n" in log.read_text()
+    """Whether the run in the folder is of this launch, and this process therefore not the first: one that was refused must not resume another's when it is restarted.
+
+    torchrun counts no restart where machines only join again, so where restarts are allowed the launch's own name (RDZV_ID) is enough.
+    """
+    allowed = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ["TORCHELASTIC_RUN_ID"] != "none"
+    return bool(allowed) and log.is_file() and f"{launch_name()}\n" in log.read_text()
 
 
 def write_config(cfg, resume_step: int) -> None:

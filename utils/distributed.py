@@ -18,9 +18,10 @@ begun = 0       # collectives and batches that this rank has begun: what utils/w
 TIMEOUT = timedelta(minutes=30)      # the slowest wait of a rank: another one writing checkpoints or loading sets
 PATIENCE = timedelta(days=30)        # where every rank does work of its own
 
-def init(device: str = "auto") -> torch.device:
+def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
 
+    timeout: the longest wait of a collective, after which the waiting ranks die without a word; utils/watch.py speaks earlier.
     device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun each rank takes cuda:LOCAL_RANK.
     Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine.
     """
@@ -40,7 +41,7 @@ def init(device: str = "auto") -> torch.device:
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # gloo beside nccl: flags and strings travel between the hosts without touching the GPU's queue
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT,
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout,
                                 device_id=chosen if chosen.type == "cuda" else None, **meeting_place())
     return chosen
 

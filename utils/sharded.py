@@ -4,6 +4,7 @@ torch.distributed.checkpoint does the work and shares the rows out anew when ano
 in a pickle; the one of Hugging Face used here does so in JSON, so nothing in such a folder can run.
 """
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,28 +32,42 @@ def save_header(folder: Path, header) -> None:
         raise InputError(f"cannot save {folder} ({reasons}); earlier checkpoints are untouched, go on with --resume") from error
 
 
-def load_header(folder: Path, header) -> None:
-    """Read this rank's rows of what any number of ranks have written. A collective. Errors: InputError for missing or damaged shares, and for other shapes."""
+def load_header(folder: Path, header, moved: bool) -> None:
+    """Read this rank's rows of what any number of ranks have written. A collective.
+
+    moved: whether learned centres had a momentum when they were saved. Errors: InputError for missing or damaged shares, and for other shapes."""
     found = shapes_in(folder)
     expected = (header.centers.num_classes, header.centers.weight.shape[1])
     if found.get("weight") != expected:
         raise InputError(f"{folder} holds class centres of shape {found.get('weight')}, but (num_classes, embedding_size) is {expected}")
-    if header.centers.learned and "momentum" in found:
+    if header.centers.learned and moved:
         header.centers.momentum = torch.zeros_like(header.centers.weight)
     tensors = tensors_of(header)
     del tensors["num_classes"]
     if missing := tensors.keys() - found.keys():
-        raise InputError(f"{folder} lacks {', '.join(sorted(missing))}: it is of a header with another loss")
+        raise InputError(f"{folder} lacks {', '.join(sorted(missing))}: files are missing, or it is of another method or loss")
     read(folder, tensors, distributed.world_size() == 1)
 
 
 def read_whole(folder: Path) -> dict[str, torch.Tensor]:
     """All rows of ``folder`` in this process's memory: {"weight": (C, D), ...}. Errors: as ``load_header``."""
-    tensors = {name: torch.empty(shape) for name, shape in shapes_in(folder).items() if name != "momentum"}
+    if damage := damage_of(folder):
+        raise InputError(damage)
+    tensors = {name: torch.empty(shape) for name, shape in shapes_in(folder).items() if name not in ("momentum", "num_classes")}
     read(folder, tensors, alone=True)
-    if len(tensors["weight"]) != (expected := int(tensors.pop("num_classes"))):
-        raise InputError(f"{folder} is damaged: it holds {len(tensors['weight'])} of {expected} class centres, some ranks' files are missing")
     return tensors
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with the files in ``folder``: one line, "" if all rows are there."""
+    try:
+        found = shapes_in(folder)
+        count = {"num_classes": torch.zeros(1, dtype=torch.float64)}
+        read(folder, count, alone=True)
+    except InputError as error:
+        return str(error)
+    short = [f"{rows[0]} of {int(count['num_classes'])} rows of {name}" for name, rows in found.items() if name in ROWS and rows[0] != int(count["num_classes"])]
+    return f"{folder} is damaged: it holds {' and '.join(short)}, some ranks' files are missing" if short else ""
 
 
 def read(folder: Path, tensors: dict, alone: bool) -> None:
@@ -77,10 +92,15 @@ def tensors_of(header) -> dict[str, torch.Tensor]:
 def part_of_whole(shard: torch.Tensor, num_classes: int) -> torch.Tensor:
     if distributed.world_size() == 1:
         return shard
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard
-    mesh = init_device_mesh(shard.device.type, (distributed.world_size(),))
-    return DTensor.from_local(shard, mesh, [Shard(0)], run_check=False, shape=torch.Size((num_classes, shard.shape[1])), stride=(shard.shape[1], 1))
+    return DTensor.from_local(shard, mesh(shard.device.type, distributed.world_size()), [Shard(0)], run_check=False, shape=torch.Size((num_classes, shard.shape[1])), stride=(shard.shape[1], 1))
+
+
+@cache
+def mesh(device: str, world: int):
+    """All ranks in a row; made once, for it may come with a process group of its own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    return init_device_mesh(device, (world,))
 
 
 def shapes_in(folder: Path) -> dict[str, tuple]:

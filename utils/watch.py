@@ -19,40 +19,43 @@ SILENT = 5.0        # seconds without a post: that process does not run
 
 
 class Watch:
-    """``with Watch(minutes):`` around what all ranks do together; ends this process when it stands still. Nothing to do for a world of one."""
+    """``with Watch(minutes):`` around what all ranks do together; ends this process when it stands still. Nothing to do for a world of one, or for 0 minutes."""
 
     def __init__(self, minutes: float):
         self.seconds, self.rank, self.world = 60 * minutes, distributed.rank(), distributed.world_size()
+        self.active = self.world > 1 and minutes > 0
         self.stopped = threading.Event()
 
     def __enter__(self) -> "Watch":
-        if self.world > 1:
+        if self.active:
             self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60))
+            self.store.set_timeout(timedelta(seconds=SILENT))
             self.thread = threading.Thread(target=self.watch, daemon=True)
             self.thread.start()
         return self
 
     def __exit__(self, *_error) -> None:
-        if self.world > 1:
+        if self.active:
             self.stopped.set()
-            self.thread.join()
+            self.thread.join(SILENT)
 
     def watch(self) -> None:
         """Post and look, until the block ends. What others have posted is compared over SILENT seconds, before anybody is said to be silent."""
         count, begun, since, before = 0, -1, time.monotonic(), None
         while not self.stopped.wait(EVERY):
             count += 1
+            if distributed.begun != begun:
+                begun, since, before = distributed.begun, time.monotonic(), None
+            standing = time.monotonic() - since
             try:
                 self.store.set(f"watch/{self.rank}", f"{count} {distributed.begun}")
-                standing = time.monotonic() - since
-                if distributed.begun != begun:
-                    begun, since, before = distributed.begun, time.monotonic(), None
-                elif standing > self.seconds and before is None:
+                if standing > self.seconds and before is None:
                     before = self.posts()
                 elif standing > self.seconds + SILENT:
                     self.end(before, self.posts())
-            except dist.DistError:      # the machine that holds the store is gone: torchrun ends this process
-                return
+            except dist.DistError:
+                if standing > self.seconds:     # on several machines rank 0's process holds the store
+                    self.say_and_exit("rank 0, which holds the store in which ranks report, no longer answers")
 
     def end(self, before: list, after: list) -> None:
         """Say who is waited for, once, and end this process: torchrun then ends the others, or restarts all."""
@@ -63,9 +66,13 @@ class Watch:
         what = "no longer answers" if silent else "is behind" if waiting else "stand still at the same point"
         if self.rank == min(waiting, default=0):
             names = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(map(str, behind))
-            print(f"error: no progress for {self.seconds:g} seconds (timeout): {names} {what}{', the others wait for it' if waiting else ''}; go on with --resume", file=sys.stderr, flush=True)
+            self.say_and_exit(f"{names} {what}{', the others wait for it' if waiting else ''}")
         else:
             time.sleep(2)               # the one that speaks comes first
+            os._exit(1)
+
+    def say_and_exit(self, what: str) -> None:
+        print(f"error: no progress for {self.seconds:g} seconds (timeout): {what}; go on with --resume", file=sys.stderr, flush=True)
         os._exit(1)
 
     def posts(self) -> list[tuple[int, int]]:

@@ -104,8 +104,8 @@ class ClassCenters(nn.Module):
         return self.measured[1]
 
     def whole(self, shard: torch.Tensor) -> torch.Tensor:
-        """Any (classes of this rank, D) tensor -> the whole (D, C) on every rank. A collective: call it on all ranks."""
-        return distributed.all_gather_rows(shard.detach()).t().contiguous()
+        """Any (classes of this rank, D) tensor -> the whole (D, C) on every rank, in the host's memory. A collective: call it on all ranks."""
+        return distributed.all_gather_rows(shard.detach().cpu()).t().contiguous()
 
     def shard(self, whole: torch.Tensor) -> torch.Tensor:
         """The whole (D, C) -> this rank's (classes, D)."""
@@ -115,7 +115,8 @@ class ClassCenters(nn.Module):
 class LearnedCenters(ClassCenters):
     """Moved by SGD together with the backbone (standalone training).
 
-    Autograd gives ``weight`` a gradient as usual. With ``defer`` it stays in its two factors, which are B / D of its size, until ``step`` moves the centres.
+    Autograd gives ``weight`` a gradient as usual. With ``defer`` it stays in its two factors, which are B / D of its size, until ``step`` moves the centres;
+    those of every forward pass of a step, if there are several.
     """
 
     learned = True
@@ -199,7 +200,7 @@ class AdaptiveCenters(ClassCenters):
 def picked(grad: torch.Tensor, columns: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Columns of ``grad`` (B, n), which are those of the classes ``columns`` (n,) ascending: of ``wanted`` (k,), zero for the others."""
     at = torch.searchsorted(columns, wanted).clamp_(max=len(columns) - 1)
-    return grad[:, at] * (columns[at] == wanted)
+    return grad[:, at.to(grad.device)] * (columns[at] == wanted).to(grad.device)
 
 
 def store(tensor: torch.Tensor, rows, values: torch.Tensor) -> None:

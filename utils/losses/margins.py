@@ -45,7 +45,7 @@ class ArcFace(MLLoss):
     default_m = 0.45      # as AdaDistill trains; InsightFace takes 0.5
 
     def forward(self, cosine, norms, geom):
-        m = torch.as_tensor(widened(self.m, geom), dtype=cosine.dtype, device=cosine.device)
+        m = torch.full_like(cosine, self.m) if geom is None else widened(self.m, geom)     # made on the device: a copy from the host would wait for it
         sine = ((1 - cosine) * (1 + cosine)).clamp_min(SMALLEST_SIN_SQUARED).sqrt()
         return cosine * m.cos() - sine * m.sin(), {}
 

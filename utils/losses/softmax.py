@@ -67,7 +67,7 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         grad[rows, columns] = torch.where(mine, factor * ctx.own_grad, grad[rows, columns])
         grad.mul_(per_length)                       # of the products with centres of any length
         grad_features = features_gradient(grad, centers, ctx.chosen) if ctx.needs_input_grad[0] else None
-        grad_weight, pending = None, Pending(grad, features, ctx.chosen)
+        grad_weight, pending = None, Pending(grad, features.detach(), ctx.chosen)
         if ctx.needs_input_grad[1] and centers.defer:
             centers.pending.append(pending)
             return grad_features, *[None] * 8
