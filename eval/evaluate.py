@@ -14,6 +14,7 @@ from eval.report import prepare_folder
 from utils import distributed
 from utils.checkpoint import ADAFACE_PREFIX, load_backbone, sha256
 from utils.errors import InputError
+from utils.onnx_network import OnnxNetwork, weight_files
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher import Teacher
 
@@ -43,11 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Job(NamedTuple):
-    """One checkpoint, the configuration that names its network, and what to measure it on."""
+    """One checkpoint, the configuration that names its network (an ONNX model is its own network), and what to measure it on."""
 
     checkpoint: Path
     network: EasyDict
     benchmarks: list
+
+    @property
+    def is_onnx(self) -> bool:
+        return self.checkpoint.suffix == ".onnx"
+
+    def sha256(self) -> str:
+        """Of the checkpoint; of an ONNX model with the files that hold its weights."""
+        return sha256(*(weight_files(self.checkpoint, "checkpoint") if self.is_onnx else [self.checkpoint]))
 
 
 class Evaluator:
@@ -122,14 +131,16 @@ class Evaluator:
         """
         backbone = self.load(job)
         options = dict(device=self.device, precision=self.precision, channels_last=self.cfg.channels_last, features=self.features,
-                       checkpoint=sha256(job.checkpoint) if self.features else "", exhibits=exhibits)
+                       checkpoint=job.sha256() if self.features else "", exhibits=exhibits)
         results = {"verification": {}, "ijb": {}, "tinyface": {}}
         for benchmark in job.benchmarks:
             results[benchmark.kind][benchmark.name] = run_benchmark(benchmark, backbone, **options)
         return results
 
     def load(self, job: Job) -> torch.nn.Module:
-        """The network on this rank's device, RGB images to features; AdaFace's releases get the BGR they were trained on."""
+        """The network on this rank's device, RGB images to features; AdaFace's releases get the BGR they were trained on, ONNX models RGB."""
+        if job.is_onnx:
+            return Teacher(OnnxNetwork(job.checkpoint, "checkpoint"), bgr=False).to(self.device)
         network = build_backbone(job.network.network, job.network.embedding_size, use_se=job.network.SE)
         prefix = load_backbone(network, job.checkpoint, "checkpoint")
         layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
@@ -137,6 +148,8 @@ class Evaluator:
 
     def describe(self, job: Job) -> str:
         """The network and how it was run, in words."""
+        if job.is_onnx:
+            return f"ONNX model, onnxruntime on {distributed.world_size()} x {self.device.type}"
         network = f"{job.network.network}{' with SE' if job.network.SE else ''}, embedding_size {job.network.embedding_size}"
         return f"{network}, {self.precision} on {distributed.world_size()} x {self.device.type}"
 
@@ -147,7 +160,9 @@ class Evaluator:
 
     def settings(self, job: Job) -> dict:
         """What decides the figures besides the checkpoint: a report made with the same need not be made again."""
-        return dict(network=job.network.network, embedding_size=job.network.embedding_size, SE=job.network.SE, precision=self.precision,
+        network = dict(network="onnx") if job.is_onnx else dict(network=job.network.network, embedding_size=job.network.embedding_size, SE=job.network.SE,
+                                                               precision=self.precision)
+        return dict(**network,
                     sets={f"{benchmark.kind}.{benchmark.name}": dict(identity=benchmark.identity, flip=benchmark.options["flip"]) for benchmark in job.benchmarks})
 
 

@@ -5,6 +5,7 @@
 
 prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports, <name>_metrics.csv (and <name>.json) for each and
 summary.csv, summary.md, summary.png and metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone for the run in the sub-folder student.
+--checkpoint-suffix .onnx takes the ONNX models of deploy/export_onnx.py: 600backbone.onnx, 600backbone.int8.onnx.
 A checkpoint whose report is there, newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
 """
 
@@ -154,14 +155,15 @@ class Reports:
 
 
 def name_of(checkpoint: Path, folder: Path) -> str:
-    """``600backbone`` for a file in the folder itself, ``<run>_600backbone`` for one in a sub-folder."""
-    return checkpoint.stem if checkpoint.parent == folder else f"{checkpoint.parent.name}_{checkpoint.stem}"
+    """``600backbone`` for a file in the folder itself, ``<run>_600backbone`` for one in a sub-folder; ONNX models keep their ending beside the checkpoint they were made from."""
+    name = checkpoint.name if checkpoint.suffix == ".onnx" else checkpoint.stem
+    return name if checkpoint.parent == folder else f"{checkpoint.parent.name}_{name}"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--checkpoint-dir", type=Path, required=True, metavar="DIR", help="a run's folder, or a folder of runs")
-    parser.add_argument("--checkpoint-suffix", default="backbone.pth", metavar="TEXT", help="ends of the names of checkpoints (%(default)s)")
+    parser.add_argument("--checkpoint-suffix", default="backbone.pth", metavar="TEXT", help="ends of the names of checkpoints (%(default)s); .onnx for ONNX models")
     parser.add_argument("--report-dir", type=Path, metavar="DIR", help="where the reports go (<checkpoint-dir>/reports)")
     parser.add_argument("--save-json", action="store_true", help="write <name>.json beside each <name>_metrics.csv")
     parser.add_argument("--sort-by", metavar="METRIC", help="order of the summaries, best first: a metric's name or the end of one, e.g. lfw.Accuracy-Flip, rank-1")

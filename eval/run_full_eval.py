@@ -4,7 +4,8 @@
 
 prints the network and how it was run, for each pair set accuracy ± standard deviation over the ten folds (in %) and the mean norm of the
 features, for IJB the true accept rates at six false accept rates and the 1:N figures, for TinyFace the rank-k rates, and
-"skipped <set>: no <path>" for each set that only the configuration names and that is not there. --report-dir adds report.html.
+"skipped <set>: no <path>" for each set that only the configuration names and that is not there. --report-dir adds report.html, and thresholds.json: the
+cosine to ask for at a false accept rate, which deploy/compare_faces.py decides by. A checkpoint may be an ONNX model (requirements/onnx.txt), so that what is deployed is measured.
 
 A set that the command line names must be there; so must the folder. On several ranks: torchrun --nproc_per_node 4 eval/run_full_eval.py ...
 """
@@ -17,8 +18,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate, report, tables
 from eval.page import write_page
+from eval.thresholds import write_thresholds
 from utils import distributed
-from utils.checkpoint import sha256
 from utils.errors import InputError, run
 
 
@@ -40,18 +41,19 @@ def main() -> None:
         if arguments.results_json:
             report.write_json(arguments.results_json, results)
         if arguments.report_dir:
-            settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": sha256(arguments.checkpoint), **evaluator.settings(job)}
+            settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": job.sha256(), **evaluator.settings(job)}
             settings = {"Evaluation": settings, "Run": evaluator.run_configuration(arguments.checkpoint)}
             title = f"{arguments.checkpoint.name}\n{arguments.checkpoint.absolute().parent}\n{evaluator.describe(job)}"
             write_page(arguments.report_dir / "report.html", title, results, exhibits, settings, skipped.splitlines())
+            write_thresholds(arguments.report_dir / "thresholds.json", arguments.checkpoint, job.sha256(), exhibits)
     distributed.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="<step>backbone.pth, or a published .pth, .ckpt or .safetensors")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="<step>backbone.pth, a published .pth, .ckpt or .safetensors, or an ONNX model")
     parser.add_argument("--results-json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="write report.html there: tables, curves, histograms and the hardest pairs on one page")
+    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="write report.html there (tables, curves, histograms and the hardest pairs on one page) and thresholds.json")
     evaluate.add_arguments(parser)
     return parser.parse_intermixed_args()
 

@@ -30,24 +30,30 @@ UNIT = Scale(0.5, 0.5, "x / 255, the graph does the rest")
 BYTES = Scale(127.5, 127.5, "x as it is (0 to 255), the graph does the rest")
 
 
+PIXELS = Scale(127.5, 127.5, "x as it is (0 to 255, uint8), the graph does the rest")       # deploy/export_onnx.py --uint8
+
+
 class OnnxNetwork(nn.Module):
     """(B, 3, 112, 112) float32 in [-1, 1] -> (B, D) float32 on the same device.
 
-    A model whose batch is 1, whether it says so or only behaves so, is run image by image. It has no parameters that ``to`` could move: the
+    A model that takes (B, 112, 112, 3) uint8 gets the pixels that the images were made of. A model whose batch is 1, whether it says so or only behaves so, is run image by image. It has no parameters that ``to`` could move: the
     session is made for the device of the images. With onnxruntime's CUDA provider it runs on a GPU, otherwise on the CPU, with a warning.
 
+    what: what the file was wanted for, the first word of messages.
     scale: see ``Scale``. embedding_size: D. parameter_count: of the graph. files: the model, and those in which it keeps its weights.
+    about: what the file says of itself, {key: text}; deploy/export_onnx.py writes network, step, checkpoint_sha256 and more.
     Errors: InputError if onnxruntime or onnx is not installed, or the file missing, unreadable or of another form.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, what: str = "teacher"):
         super().__init__()
-        self.path = Path(path)
-        graph = read_graph(self.path)
+        self.path, self.what = Path(path), what
+        model = read_model(self.path, what)
+        graph, self.about = model.graph, {entry.key: entry.value for entry in model.metadata_props}
         self.files = files_of(self.path, graph)
         self.parameter_count = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
-        self.batch = check_form(graph, self.path)
-        self.scale = input_scale(graph)
+        self.batch, self.takes_bytes = check_form(graph, self.path, what)
+        self.scale = PIXELS if self.takes_bytes else input_scale(graph)
         self.device, self.session = torch.device("cpu"), self.open_session(torch.device("cpu"))
         self.input = self.session.get_inputs()[0].name
         self.embedding_size = self.probe()
@@ -64,22 +70,22 @@ class OnnxNetwork(nn.Module):
         try:
             session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
         except failures() as error:
-            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
+            raise InputError(f"{self.what}: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
         if device.type == "cuda" and CUDA not in session.get_providers():
-            log.warning("The teacher %s runs on the CPU: onnxruntime has no working CUDA provider here (pip install onnxruntime-gpu)", self.path)
+            log.warning("The model %s runs on the CPU: onnxruntime has no working CUDA provider here (pip install onnxruntime-gpu)", self.path)
         return session
 
     def probe(self) -> int:
         """Run the model once, and with two images where it allows that; returns D. Errors: InputError if it does not give a row of features for an image."""
         try:
-            shape = self.session.run(None, {self.input: np.zeros((1, 3, 112, 112), np.float32)})[0].shape
+            shape = self.infer(self.to_graph(torch.zeros(1, 3, 112, 112))).shape
         except failures() as error:
-            raise InputError(f"teacher: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
+            raise InputError(f"{self.what}: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
         if len(shape) != 2 or shape[0] != 1:
-            raise InputError(f"teacher: {self.path} gives {shape} for one image, not (1, D) features")
+            raise InputError(f"{self.what}: {self.path} gives {shape} for one image, not (1, D) features")
         if self.batch != 1:
             try:
-                if self.session.run(None, {self.input: np.zeros((2, 3, 112, 112), np.float32)})[0].shape != (2, shape[1]):
+                if self.infer(self.to_graph(torch.zeros(2, 3, 112, 112))).shape != (2, shape[1]):
                     self.batch = 1
             except failures():      # converters often leave a fixed shape inside
                 self.batch = 1
@@ -89,11 +95,21 @@ class OnnxNetwork(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.device != self.device:
             self.device, self.session = images.device, self.open_session(images.device)
-        array = (images.detach().float() * self.scale.factor + self.scale.offset).cpu().contiguous().numpy()
+        array = self.to_graph(images)
         step = 1 if self.batch == 1 else max(len(array), 1)
-        features = [self.session.run(None, {self.input: array[start:start + step]})[0] for start in range(0, len(array), step)]
+        features = [self.infer(array[start:start + step]) for start in range(0, len(array), step)]
         features = np.concatenate(features) if features else np.zeros((0, self.embedding_size), np.float32)
         return torch.from_numpy(features).to(images.device)
+
+    def to_graph(self, images: torch.Tensor) -> np.ndarray:
+        """Images in [-1, 1] as the graph takes them."""
+        scaled = images.detach().float() * self.scale.factor + self.scale.offset
+        if self.takes_bytes:
+            scaled = scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        return scaled.cpu().contiguous().numpy()
+
+    def infer(self, array: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input: array})[0]
 
 
 def failures() -> tuple:
@@ -102,30 +118,36 @@ def failures() -> tuple:
     return tuple(value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception))
 
 
-def read_graph(path: Path):
-    """The model's graph. Errors: as ``OnnxNetwork``."""
+def require_onnx(what: str):
+    """The package onnx. Errors: InputError if it or onnxruntime is not installed."""
     try:
         import onnx
         import onnxruntime      # noqa: F401  missing is better told now
-        from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise InputError(f"teacher: ONNX models need onnxruntime and onnx: pip install -r requirements/onnx.txt ({error})") from error
+        raise InputError(f"{what}: ONNX models need onnxruntime and onnx: pip install -r requirements/onnx.txt ({error})") from error
+    return onnx
+
+
+def read_model(path: Path, what: str = "teacher"):
+    """The model without weights that it keeps in other files. Errors: as ``OnnxNetwork``."""
+    onnx = require_onnx(what)
+    from google.protobuf.message import DecodeError
     if not path.is_file():
-        raise InputError(f"teacher: no file at {path.absolute()} (teacher=onnx:PATH)")
+        raise InputError(f"{what}: no file at {path.absolute()}" + (" (teacher=onnx:PATH)" if what == "teacher" else ""))
     look = bytes_look_like(path, "onnx")
-    wrong = InputError(f"teacher: {path} is no ONNX model" + (f"; it looks like {look}" if look else ""))
+    wrong = InputError(f"{what}: {path} is no ONNX model" + (f"; it looks like {look}" if look else ""))
     try:
-        graph = onnx.load(path, format="protobuf", load_external_data=False).graph
+        model = onnx.load(path, format="protobuf", load_external_data=False)
     except DecodeError as error:
         raise wrong from error
-    if not graph.node:
+    if not model.graph.node:
         raise wrong
-    return graph
+    return model
 
 
-def weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path, what: str = "teacher") -> list[Path]:
     """The model's file and those beside it in which it keeps weights. Errors: as ``OnnxNetwork``."""
-    return files_of(path, read_graph(path))
+    return files_of(path, read_model(path, what).graph)
 
 
 def files_of(path: Path, graph) -> list[Path]:
@@ -133,21 +155,22 @@ def files_of(path: Path, graph) -> list[Path]:
     return [path, *sorted(path.parent / name for name in names)]
 
 
-def check_form(graph, path: Path) -> int:
-    """The model's batch size, 0 if it takes any. Errors: InputError unless it is one image tensor in, one feature tensor out."""
+def check_form(graph, path: Path, what: str) -> tuple[int, bool]:
+    """(the model's batch size, 0 if it takes any; whether it takes uint8). Errors: InputError unless it is one image tensor in, one feature tensor out."""
     inputs = inputs_of(graph)
     for kind, values in (("inputs", inputs), ("outputs", graph.output)):
         if len(values) != 1:
-            raise InputError(f"teacher: {path} has {len(values)} {kind} ({', '.join(value.name for value in values)}): a face network has one")
+            raise InputError(f"{what}: {path} has {len(values)} {kind} ({', '.join(value.name for value in values)}): a face network has one")
     tensor, output = inputs[0].type.tensor_type, graph.output[0].type.tensor_type
     shape = [dim.dim_value for dim in tensor.shape.dim]             # 0 where it is open
-    if tensor.elem_type != 1 or len(shape) != 4 or any(size not in (0, wanted) for size, wanted in zip(shape[1:], (3, 112, 112))):
-        raise InputError(f"teacher: {path} takes {described(tensor)}, not (N, 3, 112, 112) of float32")
+    wanted = {1: (3, 112, 112), 2: (112, 112, 3)}.get(tensor.elem_type)         # float32, uint8
+    if wanted is None or len(shape) != 4 or any(size not in (0, needed) for size, needed in zip(shape[1:], wanted)):
+        raise InputError(f"{what}: {path} takes {described(tensor)}, not (N, 3, 112, 112) of float32 or (N, 112, 112, 3) of uint8")
     if shape[0] > 1:
-        raise InputError(f"teacher: {path} takes batches of {shape[0]} only: export it with an open batch, or one of 1")
+        raise InputError(f"{what}: {path} takes batches of {shape[0]} only: export it with an open batch, or one of 1")
     if output.HasField("shape") and len(output.shape.dim) != 2 or output.elem_type != 1:
-        raise InputError(f"teacher: {path} gives {described(output)}, not (N, D) features of float32")
-    return shape[0]
+        raise InputError(f"{what}: {path} gives {described(output)}, not (N, D) features of float32")
+    return shape[0], tensor.elem_type == 2
 
 
 def inputs_of(graph) -> list:
