@@ -1,0 +1,118 @@
+"""The evidence that deploy/export_onnx.py checks a model by, and what it finds."""
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from config.schema import load_config
+from deploy.images import draw_images, read_images
+from deploy.measure import agreement, measure, megabytes
+from deploy.model import Model, load_model
+from eval import verification
+from eval.embed import embed
+from eval.tables import Table, format_table
+from utils.errors import InputError
+
+IMAGES, BATCH = 33, 16                                      # two full batches and one of a single image
+LEAST_COSINE = {"float32": 0.9999, "float16": 0.999}        # int8 is measured, not judged
+
+
+class Evidence(NamedTuple):
+    """images: (N, 112, 112, 3) uint8, from where ``source`` says. calibration: likewise, none of the former; None without --int8. sets: the pair sets."""
+
+    images: np.ndarray
+    source: str
+    calibration: np.ndarray | None
+    sets: dict[str, verification.DataSet]
+
+
+def gather(args: argparse.Namespace) -> Evidence:
+    """What the command line names, else what the config.json beside the checkpoint does and is there. Errors: InputError if something is missing or damaged."""
+    beside = args.checkpoint.parent / "config.json"
+    cfg = load_config(beside) if beside.is_file() else None
+    own = training_set(cfg)
+    calibration, spare = None, None
+    if args.int8:
+        where = args.calibration_rec or own
+        if where is None:
+            raise InputError(f"--int8: no training set to calibrate on ({'that of ' + str(beside) + ' is not there' if cfg else 'no config.json beside the checkpoint'}); "
+                             "name one with --calibration-rec")
+        both = read_images(where, args.calibration_images + IMAGES, "--calibration-rec")
+        if len(both) < 2:
+            raise InputError(f"--calibration-rec: {where} has a single image: one is needed to calibrate on and another to check on")
+        kept = np.zeros(len(both), bool)
+        kept[np.linspace(0, len(both) - 1, min(IMAGES, len(both) // 2)).astype(int)] = True
+        calibration, spare = both[~kept], both[kept]
+    if args.images or spare is None:
+        images, source = (read_images(args.images, IMAGES, "--images"), args.images) if args.images else (read_images(own, IMAGES, "rec"), own) if own else (draw_images(IMAGES), "drawn")
+    else:
+        images, source = spare, where
+    return Evidence(images, "drawn faces" if source == "drawn" else f"images of {source}", calibration, pair_sets(args, cfg) if args.int8 else {})
+
+
+def training_set(cfg) -> Path | None:
+    """The set that a run was trained on, if it is still there."""
+    path = cfg and (cfg.rec if cfg.db_file_format == "rec" else cfg.data_path)
+    return Path(path) if path and Path(path).is_dir() else None
+
+
+def pair_sets(args: argparse.Namespace, cfg) -> dict[str, verification.DataSet]:
+    """The sets that the command line names, all of which must be there, or those of the run that are."""
+    root = args.val_data or (cfg and cfg.val_rec)
+    names = [name for word in args.val_targets or () for name in word.split(",") if name]
+    if not root:
+        if names:
+            raise InputError("--val-targets: in which folder? name it with --val-data")
+        return {}
+    if not names:
+        known = [path.stem for path in sorted(Path(root).glob("*.bin"))]
+        if args.val_data and not known:
+            raise InputError(f"--val-data: no pair set *.bin in {Path(root).absolute()}")
+        names = known if args.val_data else [name for name in cfg.val_targets if name in known]
+    return verification.load_targets(root, names)
+
+
+def check(original: Model, paths: dict[str, Path], evidence: Evidence) -> dict[str, dict]:
+    """{file's name: figures} of the original and of each model. Errors: InputError if one does not agree with the original."""
+    wanted = features(original.network, evidence.images)
+    rows = {original.path.name: figures_of(original)}
+    for numbers, path in paths.items():
+        model = load_model(path, "deploy")
+        if model.embedding_size != original.embedding_size:
+            raise InputError(f"{path.name} gives {model.embedding_size}-d features, {original.path.name} {original.embedding_size}-d ones")
+        try:
+            found = agreement(features(model.network, evidence.images), wanted)
+        except InputError as error:
+            raise InputError(f"{path.name} ({numbers}): {error}; nothing was written") from error
+        if found.least_cosine < LEAST_COSINE.get(numbers, -1.0):
+            raise InputError(f"{path.name} ({numbers}) disagrees with {original.path.name}: cosine {found.least_cosine:.6f} on {evidence.source}, "
+                             f"below {LEAST_COSINE[numbers]}; nothing was written")
+        rows[path.name] = figures_of(model) | found._asdict() | {name: verification.test(pairs, model.network, BATCH) for name, pairs in evidence.sets.items()}
+    return rows
+
+
+def features(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """(N, D) float32 as the network gives them."""
+    return embed(network, images, BATCH, flip=False, name="checking")[0].numpy()
+
+
+def figures_of(model: Model) -> dict:
+    return {"megabytes": megabytes(model.path), "milliseconds": 1000 * measure(model.network, 1, torch.device("cpu")).latency}
+
+
+def show(original: Model, evidence: Evidence, rows: dict[str, dict]) -> str:
+    """What was checked and the figures of all models, as a table."""
+    columns = ["MB", "ms an image", "max. difference", "least cosine", "mean cosine", *(f"{name} (%)" for name in evidence.sets)]
+    table = Table("", "", columns, {name: cells(figures, evidence.sets) for name, figures in rows.items()})
+    return (f"{original.name}, {original.parameters:,} parameters, {original.embedding_size}-d features; compared on {len(evidence.images)} {evidence.source}, "
+            f"CPU with {torch.get_num_threads()} thread{'s'[:torch.get_num_threads() > 1]}\n{format_table(table)}")
+
+
+def cells(figures: dict, sets) -> list[str]:
+    made = "difference" in figures
+    alike = [f"{figures['difference']:.1e} of {figures['largest']:.1f}", f"{figures['least_cosine']:.6f}", f"{figures['mean_cosine']:.6f}"] if made else [""] * 3
+    accuracies = [f"{100 * figures[name]['Accuracy-Flip']:.2f} ± {100 * figures[name]['Accuracy-Std']:4.2f}" if made else "" for name in sets]
+    return [f"{figures['megabytes']:.2f}", f"{figures['milliseconds']:.2f}", *alike, *accuracies]

@@ -1,0 +1,122 @@
+"""What a deployed model is judged by: agreement with the network it was made from, multiply-adds, size, latency, throughput."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from deploy.model import Model
+from utils.errors import InputError
+from utils.onnx_network import OnnxNetwork, inputs_of, require_onnx, weight_files
+
+IMAGE = (3, 112, 112)
+SECONDS, RUNS = 1.0, 10     # of each timing: at least so long, and at least so many runs
+
+
+class Agreement(NamedTuple):
+    """How alike the features of two models are: largest difference of two numbers, largest number, cosines of images (least and mean)."""
+
+    difference: float
+    largest: float
+    least_cosine: float
+    mean_cosine: float
+
+
+class Timing(NamedTuple):
+    """latency: median seconds of one image; throughput: images per second, ``batch`` at a time."""
+
+    latency: float
+    throughput: float
+    batch: int
+
+
+def agreement(found: np.ndarray, wanted: np.ndarray) -> Agreement:
+    """Compare features (N, D), raw as the networks give them. Errors: InputError if they are of another shape, or not finite."""
+    if found.shape != wanted.shape:
+        raise InputError(f"features of shape {found.shape} where {wanted.shape} are expected")
+    if not np.isfinite(found).all():
+        raise InputError(f"{int((~np.isfinite(found)).any(axis=1).sum())} of {len(found)} features are not finite (NaN or infinite)")
+    cosines = np.einsum("nd,nd->n", found, wanted, dtype=np.float64) / (np.linalg.norm(found.astype(np.float64), axis=1) * np.linalg.norm(wanted.astype(np.float64), axis=1))
+    return Agreement(float(np.abs(found - wanted).max()), float(np.abs(wanted).max()), float(cosines.min()), float(cosines.mean()))
+
+
+def multiply_adds(model: Model) -> int:
+    """Multiplications of convolutions and linear layers for one image, which papers call multiply-adds (half of the FLOPs). Biases and activations are not counted."""
+    return count_in_graph(model.path) if isinstance(model.network, OnnxNetwork) else count_in_network(model.network)
+
+
+def count_in_network(network: nn.Module) -> int:
+    """By hooks: outputs of a layer x weights that make one of them."""
+    total = 0
+
+    def count(layer, _inputs, output):
+        nonlocal total
+        total += output.numel() * layer.weight[0].numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, *IMAGE, device=next(network.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def count_in_graph(path: Path) -> int:
+    """The same from the shapes in an ONNX graph, quantised or not. Errors: InputError if it does not tell them."""
+    onnx = require_onnx("model")
+    model = onnx.load(path)
+    inputs_of(model.graph)[0].type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*inferred.value_info, *inferred.input)}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
+    shapes |= {value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for value in inferred.output}
+    total = 0
+    for node in inferred.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+            continue
+        output, weight = shapes.get(node.output[0]), shapes.get(node.input[1])
+        if not output or not weight or not all(output + weight):
+            raise InputError(f"{path}: the graph does not tell the shapes of its {node.op_type} {node.name}, so its multiply-adds cannot be counted")
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        each = weight[1:] if node.op_type == "Conv" or transposed else weight[-2:-1]
+        total += int(np.prod(output)) * int(np.prod(each))
+    return total
+
+
+def megabytes(path: Path) -> float:
+    """Size on disk in MB (10^6 bytes), of an ONNX model with the files that hold its weights."""
+    files = weight_files(path, "model") if path.suffix == ".onnx" else [path]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def measure(network: nn.Module, batch: int, device: torch.device) -> Timing:
+    """Latency and throughput on random images that lie on the device; the number of threads is PyTorch's, which ONNX models take over."""
+    single = run_times(network, 1, device)
+    return Timing(float(np.median(single)), batch / float(np.median(run_times(network, batch, device))) if batch > 1 else 1 / float(np.median(single)), batch)
+
+
+def run_times(network: nn.Module, batch: int, device: torch.device) -> list[float]:
+    """Seconds of each run, after two that are not counted."""
+    images = torch.rand(batch, *IMAGE, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(2):
+            network(images)
+        while len(times) < RUNS or sum(times) < SECONDS:
+            synchronize(device)
+            start = time.perf_counter()
+            network(images)
+            synchronize(device)
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

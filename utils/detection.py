@@ -1,0 +1,96 @@
+"""Faces in photographs by OpenCV's YuNet, whose file the user fetches: where they are and the five points that utils/align.py needs."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from utils.align import SIZE, similarity
+from utils.errors import InputError
+
+NAME = "face_detection_yunet_2023mar.onnx"
+PLACE = Path(__file__).resolve().parents[1] / "deploy" / NAME
+SOURCE = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
+LONGEST = 640           # pixels: a photograph is shrunk to it, for YuNet was trained on faces of 10 to 300 pixels
+FLOOR = 0.5             # score: what is below is background
+MIN_SCORE = 0.8         # what is below is no face to learn from or decide by
+OVERLAP, MOST = 0.3, 5000
+REASONS = ("no face", "low score", "too small", "several faces")
+
+
+class Face(NamedTuple):
+    """box: x, y, width, height; points: (5, 2) as (x, y), in the order of utils.align.TEMPLATE; all in the photograph's pixels. score: 0 ... 1."""
+
+    box: tuple[float, float, float, float]
+    points: np.ndarray
+    score: float
+
+    @property
+    def size(self) -> float:
+        """The side, in the photograph's pixels, of the square that becomes the aligned crop. Errors: InputError for points unlike a face."""
+        return SIZE / np.sqrt(np.linalg.det(similarity(self.points)[:, :2]))
+
+    def describe(self) -> str:
+        x, y, width, height = self.box
+        return f"{width:.0f}x{height:.0f} at ({x:.0f}, {y:.0f}), score {self.score:.2f}"
+
+
+class Detector:
+    """photograph (H, W, 3) uint8 RGB -> its faces, from left to right, those of a score of at least FLOOR.
+
+    path: YuNet's file; None: deploy/face_detection_yunet_2023mar.onnx. longest: photographs with a longer side are shrunk to it; more finds smaller faces.
+    Errors: InputError if the file is missing or no face detector.
+    """
+
+    def __init__(self, path: str | Path | None = None, longest: int = LONGEST):
+        self.path, self.longest = Path(path or PLACE), longest
+        if not self.path.is_file():
+            raise InputError(f"--detector: no file {self.path.absolute()}: fetch {NAME} from {SOURCE} and put it there, or name it with --detector; "
+                             "or give faces that are aligned already, or points from elsewhere")
+        cv2.setLogLevel(0)          # what OpenCV has to say of an unreadable file is said below, in one line
+        try:
+            self.network = cv2.FaceDetectorYN.create(str(self.path), "", (320, 320), FLOOR, OVERLAP, MOST)
+            self(np.zeros((64, 64, 3), np.uint8))
+        except cv2.error as error:
+            from utils.looks import bytes_look_like     # needs torch, which the processes that only align need not load
+            look = bytes_look_like(self.path, "onnx")
+            raise InputError(f"--detector: {self.path} is no YuNet face detector that OpenCV {cv2.__version__} can run; " + (f"it looks like {look}" if look else f"fetch {NAME} from {SOURCE}")) from error
+
+    def __call__(self, image: np.ndarray) -> list[Face]:
+        height, width = image.shape[:2]
+        scale = min(1.0, self.longest / max(height, width))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
+        self.network.setInputSize(size)
+        _, rows = self.network.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+        back = np.array([width / size[0], height / size[1]])
+        # YuNet's points: right eye, left eye, nose, right and left corner of the mouth, as the person has them: left to right as seen
+        faces = [Face((*(row[:2] * back), *(row[2:4] * back)), row[4:14].reshape(5, 2) * back, float(row[14])) for row in ([] if rows is None else rows.astype(np.float64))]
+        return from_left(faces)
+
+
+def from_left(faces: list[Face]) -> list[Face]:
+    return sorted(faces, key=lambda face: float(face.points[:, 0].mean()))
+
+
+def choose(faces: list[Face], which: str = "only", min_score: float = MIN_SCORE, min_size: float = 0) -> Face:
+    """The face that is meant. which: "only" (there must be one), "largest", or its number from the left, which an image with one face ignores.
+
+    min_score, min_size (pixels, see ``Face.size``): of faces that count. Errors: InputError that says why there is none, a word of ``utils.detection.REASONS`` first.
+    """
+    if not faces:
+        raise InputError("no face")
+    sure = [face for face in faces if face.score >= min_score]
+    if not sure:
+        raise InputError(f"low score: {max(face.score for face in faces):.2f}, below {min_score:g}")
+    usable = [face for face in sure if face.size >= min_size]
+    if not usable:
+        raise InputError(f"too small: {max(face.size for face in sure):.0f} pixels, below {min_size:g}")
+    if len(usable) == 1:
+        return usable[0]
+    if which == "largest":
+        return max(usable, key=lambda face: face.size)
+    if which.isdecimal() and 1 <= int(which) <= len(usable):
+        return usable[int(which) - 1]
+    raise InputError(f"several faces: {len(usable)}, from left to right {'; '.join(face.describe() for face in usable)}")
