@@ -140,6 +140,10 @@ class FaceImages:
         """What messages call an image: a record's key, or the path below ``root_dir``."""
         return self._name(index)
 
+    def stored(self, index: int) -> tuple[bytes, float]:
+        """(the image file as it is stored, the label as it stands there): neither is checked. RecordError if the record is damaged."""
+        return self._encoded(index)
+
     def labels(self, indices: Sequence[int]) -> np.ndarray:
         """(n,) int64 labels without reading the images; -1 for a record without a readable header. Errors: InputError for a label out of range."""
         found = (self._label(index) for index in indices)

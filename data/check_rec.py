@@ -1,0 +1,203 @@
+"""Read a whole training set before a run does: which images are unreadable, which labels empty, which images there twice, how large the identities are.
+
+    python data/check_rec.py data/faces_emore --sheet sheet.png --json check.json
+
+takes any set that training reads, a folder with train.rec or a folder of identities, decodes every image in as many processes as there are cores and prints what it finds.
+Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), labels that are no class of the set, classes without an image (label gaps), and the same bytes
+under two identities. The same bytes twice under one identity are only reported. --allow names errors to tolerate. --sheet draws identities, large and small, and
+images that two identities share. A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in memory.
+"""
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from tqdm import tqdm
+
+from data.sheet import draw_sheet
+from utils.dataset import IMAGE_SIZE, FaceDatasetFolder, FaceImages, MXFaceDataset, decode_into
+from utils.errors import InputError, run
+from utils.loading import cores
+from utils.plain_json import dumps
+from utils.recordio import RecordError, replacing
+from utils.workers import in_parallel
+
+PIECE = 1024            # records that a process reads at a time
+DIGEST = 16             # bytes: among six million images two different ones share it with a chance of 1e-25
+SHOWN = 1000            # of each finding at most so many are listed, all are counted
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)      # of the histogram of identity sizes
+ERRORS = ("unreadable", "labels", "gaps", "shared")
+
+
+class Contents(NamedTuple):
+    """Of N records, in order: labels (N,) float64, NaN where there is no header; digests (N,) of the stored bytes; readable (N,) bool;
+    bad: (index, reason) of the first SHOWN that are not."""
+
+    labels: np.ndarray
+    digests: np.ndarray
+    readable: np.ndarray
+    bad: list[tuple[int, str]]
+
+
+class Records(MXFaceDataset):
+    """A record set whose labels are not looked at when it is opened: here they are a finding."""
+
+    def _check_last_label(self) -> None:
+        pass
+
+
+def main() -> None:
+    args = parse_arguments()
+    dataset = open_set(args.set)
+    contents = read_all(dataset, args.workers)
+    findings, duplicates = examine(dataset, contents)
+    print(describe(args.set, findings))
+    if args.json:
+        with replacing(str(args.json)) as file:
+            file.write((dumps(findings, indent=2) + "\n").encode())
+    if args.sheet:
+        draw_sheet(args.sheet, dataset, np.where(contents.readable, contents.labels, np.nan), duplicates)
+        print(f"{args.sheet}: what they look like")
+    wrong = [f"{findings[name]['count']} {findings[name]['what']}" for name in ERRORS if findings[name]["count"] and name not in args.allow]
+    if wrong:
+        raise InputError(f"{args.set}: {', '.join(wrong)}")
+
+
+def open_set(path: Path) -> FaceImages:
+    if not path.is_dir():
+        raise InputError(f"no folder {path.absolute()}: name a folder with train.rec, or one of identities")
+    records = any((path / name).is_file() for name in ("train.rec", "train.idx", "property"))
+    return Records(str(path)) if records else FaceDatasetFolder(str(path))
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------------
+
+def read_all(dataset: FaceImages, workers: int) -> Contents:
+    """Every record of the set, in pieces, in as many processes."""
+    pieces = [range(first, min(first + PIECE, len(dataset))) for first in range(0, len(dataset), PIECE)]
+    whole = Contents(np.full(len(dataset), np.nan), np.zeros(len(dataset), f"V{DIGEST}"), np.zeros(len(dataset), bool), [])
+    with tqdm(desc="reading", total=len(dataset), unit="img", disable=None) as bar:
+        for piece, part in zip(pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))):
+            for column, values in zip(whole[:3], part[:3]):
+                column[piece.start:piece.stop] = values
+            whole.bad.extend(part.bad[:SHOWN - len(whole.bad)])
+            bar.update(len(piece))
+    return whole
+
+
+class Reading:
+    """range of indices -> Contents of these records."""
+
+    def __init__(self, dataset: FaceImages):
+        self.dataset = dataset
+
+    def __call__(self, piece: range) -> Contents:
+        labels, digests, readable, bad = np.full(len(piece), np.nan), np.zeros(len(piece), f"V{DIGEST}"), np.zeros(len(piece), bool), []
+        image = np.empty((*IMAGE_SIZE, 3), np.uint8)
+        for row, index in enumerate(piece):
+            try:
+                encoded, labels[row] = self.dataset.stored(index)
+                digests[row] = np.void(hashlib.blake2b(encoded, digest_size=DIGEST).digest())
+                decode_into(encoded, image)
+                readable[row] = True
+            except RecordError as error:
+                bad.append((index, str(error)))
+        return Contents(labels, digests, readable, bad)
+
+
+# --- examining -----------------------------------------------------------------------------------------------------------------
+
+def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndarray]]:
+    """(all findings, as --json writes them; the indices of images that two identities share, a group each)."""
+    labels, readable = contents.labels, contents.readable
+    fits = (labels >= 0) & (labels < dataset.num_classes) & (labels == np.floor(labels))       # a NaN does not
+    strange = np.flatnonzero(~fits & ~np.isnan(labels))
+    sizes = np.bincount(labels[readable & fits].astype(np.int64), minlength=dataset.num_classes)
+    gaps = np.flatnonzero(sizes == 0)
+    groups = group_equal(contents.digests, np.flatnonzero(readable))
+    shared = [group for group in groups if len(np.unique(labels[group])) > 1]
+    repeated = sum(map(len, groups)) - len(groups)
+    findings = dict(
+        images=len(dataset), classes=dataset.num_classes,
+        unreadable=finding("unreadable records", [dict(record=dataset.name_of(index), reason=reason) for index, reason in contents.bad], int((~readable).sum())),
+        labels=finding("labels that are no class", [dict(record=dataset.name_of(int(index)), label=float(labels[index])) for index in strange[:SHOWN]], len(strange)),
+        gaps=finding("label gaps (classes without an image)", gaps[:SHOWN].tolist(), len(gaps)),
+        shared=finding("images under two identities (same bytes)", [names_and_labels(dataset, labels, group) for group in shared[:SHOWN]], len(shared)),
+        duplicates=finding("copies of an image that is there already (same bytes)", [names_and_labels(dataset, labels, group) for group in groups[:SHOWN]], repeated),
+        identity_sizes=describe_sizes(sizes))
+    return findings, shared
+
+
+def finding(what: str, listed: list, count: int) -> dict:
+    """count: of all; listed: the first of them."""
+    return dict(what=what, count=count, listed=listed)
+
+
+def names_and_labels(dataset: FaceImages, labels: np.ndarray, group: np.ndarray) -> list[dict]:
+    return [dict(record=dataset.name_of(int(index)), label=float(labels[index])) for index in group]
+
+
+def group_equal(digests: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
+    """The indices whose digests are equal, two or more a group, each rising."""
+    order = indices[np.argsort(digests[indices], kind="stable")]
+    if len(order) < 2:
+        return []
+    starts = np.flatnonzero(np.append(True, digests[order[1:]] != digests[order[:-1]]))
+    ends = np.append(starts[1:], len(order))
+    several = ends - starts > 1
+    return sorted((order[start:end] for start, end in zip(starts[several], ends[several])), key=lambda group: int(group[0]))
+
+
+def describe_sizes(sizes: np.ndarray) -> dict:
+    """Images of the classes that have any: least, median, mean, most, and how many classes have 1, 2 to 4, 5 to 9, ... of them."""
+    present = sizes[sizes > 0]
+    if not len(present):
+        return dict(classes=0)
+    counts = np.histogram(present, [*STEPS, np.inf])[0]
+    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(STEPS, STEPS[1:])] + [f"{STEPS[-1]} and more"]
+    return dict(classes=len(present), least=int(present.min()), median=float(np.median(present)), mean=float(present.mean()), most=int(present.max()),
+                largest_class=int(sizes.argmax()), smallest_class=int(np.flatnonzero(sizes == present.min())[0]),
+                histogram={name: int(count) for name, count in zip(names, counts) if count})
+
+
+def describe(path: Path, findings: dict) -> str:
+    """The findings in words, of each kind the first."""
+    sizes, lines = findings["identity_sizes"], [f"{path}: {findings['images']:,} images, {findings['classes']:,} classes"]
+    if sizes["classes"]:
+        lines += [f"images an identity: {sizes['least']} at least, {sizes['median']:g} median, {sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})",
+                  "identities by images: " + ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items())]
+    for name in (*ERRORS, "duplicates"):
+        count, listed = findings[name]["count"], findings[name]["listed"]
+        lines.append(f"{findings[name]['what']}: {count:,}" + (f"; the first: {show(listed[0])}" if count else ""))
+    return "\n".join(lines)
+
+
+def show(entry) -> str:
+    if isinstance(entry, dict):
+        return f"record {entry['record']}" + (f", {entry['reason']}" if "reason" in entry else f" with label {entry['label']:g}")
+    return " = ".join(map(show, entry)) if isinstance(entry, list) else str(entry)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("set", type=Path, metavar="DIR", help="folder with train.rec, or folder of identities")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write all findings there (of each kind the first {SHOWN} are listed)")
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet")
+    parser.add_argument("--allow", nargs="+", choices=ERRORS, default=(), metavar="WHAT", help=f"findings that are no error: {', '.join(ERRORS)}")
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="processes (%(default)s)")
+    args = parser.parse_args()
+    if args.workers < 1:
+        raise InputError("--workers must be at least 1")
+    for path, flag in ((args.json, "--json"), (args.sheet, "--sheet")):
+        if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise InputError(f"{flag}: {path.absolute()} is a folder, or in none; name a file in a folder that is there")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)
