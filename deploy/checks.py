@@ -14,6 +14,7 @@ from deploy.model import Model, load_model
 from eval import verification
 from eval.embed import embed
 from eval.tables import Table, format_table
+from utils.dataset import sampled
 from utils.errors import InputError
 
 IMAGES, BATCH = 33, 16                                      # two full batches and one of a single image
@@ -33,24 +34,30 @@ def gather(args: argparse.Namespace) -> Evidence:
     """What the command line names, else what the config.json beside the checkpoint does and is there. Errors: InputError if something is missing or damaged."""
     beside = args.checkpoint.parent / "config.json"
     cfg = load_config(beside) if beside.is_file() else None
-    own = training_set(cfg)
-    calibration, spare = None, None
+    own, calibration = training_set(cfg), None
     if args.int8:
         where = args.calibration_rec or own
         if where is None:
-            raise InputError(f"--int8: no training set to calibrate on ({'that of ' + str(beside) + ' is not there' if cfg else 'no config.json beside the checkpoint'}); "
-                             "name one with --calibration-rec")
-        both = read_images(where, args.calibration_images + IMAGES, "--calibration-rec")
-        if len(both) < 2:
-            raise InputError(f"--calibration-rec: {where} has a single image: one is needed to calibrate on and another to check on")
-        kept = np.zeros(len(both), bool)
-        kept[np.linspace(0, len(both) - 1, min(IMAGES, len(both) // 2)).astype(int)] = True
-        calibration, spare = both[~kept], both[kept]
-    if args.images or spare is None:
-        images, source = (read_images(args.images, IMAGES, "--images"), args.images) if args.images else (read_images(own, IMAGES, "rec"), own) if own else (draw_images(IMAGES), "drawn")
+            why = f"the set that {beside} names is not there" if cfg else f"there is no {beside} that names a set"
+            raise InputError(f"--int8: nothing to calibrate on, {why}; name a training set with --calibration-rec")
+        images, calibration = divide(read_images(where, args.calibration_images + IMAGES, "--calibration-rec"), where)
+        source = f"images of {where}"
+    elif own:
+        images, source = read_images(own, IMAGES, "rec"), f"images of {own}"
     else:
-        images, source = spare, where
-    return Evidence(images, "drawn faces" if source == "drawn" else f"images of {source}", calibration, pair_sets(args, cfg) if args.int8 else {})
+        images, source = draw_images(IMAGES), "drawn faces"
+    if args.images:
+        images, source = read_images(args.images, IMAGES, "--images"), f"images of {args.images}"
+    return Evidence(images, source, calibration, pair_sets(args, cfg) if args.int8 else {})
+
+
+def divide(images: np.ndarray, where: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(IMAGES of them to check on, spread evenly, or half of all if there are fewer; the others, to calibrate on)."""
+    if len(images) < 2:
+        raise InputError(f"--calibration-rec: {where} has a single image: one is needed to calibrate on and another to check on")
+    checked = np.zeros(len(images), bool)
+    checked[sampled(len(images), min(IMAGES, len(images) // 2))] = True
+    return images[checked], images[~checked]
 
 
 def training_set(cfg) -> Path | None:
@@ -77,16 +84,13 @@ def pair_sets(args: argparse.Namespace, cfg) -> dict[str, verification.DataSet]:
 
 def check(original: Model, paths: dict[str, Path], evidence: Evidence) -> dict[str, dict]:
     """{file's name: figures} of the original and of each model. Errors: InputError if one does not agree with the original."""
-    wanted = features(original.network, evidence.images)
+    wanted = features(original, evidence.images)
     rows = {original.path.name: figures_of(original)}
     for numbers, path in paths.items():
         model = load_model(path, "deploy")
         if model.embedding_size != original.embedding_size:
             raise InputError(f"{path.name} gives {model.embedding_size}-d features, {original.path.name} {original.embedding_size}-d ones")
-        try:
-            found = agreement(features(model.network, evidence.images), wanted)
-        except InputError as error:
-            raise InputError(f"{path.name} ({numbers}): {error}; nothing was written") from error
+        found = agreement(features(model, evidence.images), wanted)
         if found.least_cosine < LEAST_COSINE.get(numbers, -1.0):
             raise InputError(f"{path.name} ({numbers}) disagrees with {original.path.name}: cosine {found.least_cosine:.6f} on {evidence.source}, "
                              f"below {LEAST_COSINE[numbers]}; nothing was written")
@@ -94,13 +98,16 @@ def check(original: Model, paths: dict[str, Path], evidence: Evidence) -> dict[s
     return rows
 
 
-def features(network: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """(N, D) float32 as the network gives them."""
-    return embed(network, images, BATCH, flip=False, name="checking")[0].numpy()
+def features(model: Model, images: np.ndarray) -> np.ndarray:
+    """(N, D) float32 as the network gives them. Errors: InputError naming the model if one is not finite."""
+    try:
+        return embed(model.network, images, BATCH, flip=False, name="checking")[0].numpy()
+    except InputError as error:
+        raise InputError(f"{model.path.name}: {error}; nothing was written") from error
 
 
 def figures_of(model: Model) -> dict:
-    return {"megabytes": megabytes(model.path), "milliseconds": 1000 * measure(model.network, 1, torch.device("cpu")).latency}
+    return {"megabytes": megabytes(model.path), "milliseconds": 1000 * measure(model.network, 1, torch.device("cpu"), seconds=0.3).latency}
 
 
 def show(original: Model, evidence: Evidence, rows: dict[str, dict]) -> str:

@@ -37,12 +37,12 @@ def to_onnx(network: nn.Module, uint8: bool = False, opset: int = OPSET):
     Errors: InputError if requirements/onnx.txt is not installed.
     """
     onnx = require_onnx("deploy")
-    network = network.eval().cpu()
+    network = (FromBytes(network) if uint8 else network).eval().cpu()
     sample = torch.zeros(2, 112, 112, 3, dtype=torch.uint8) if uint8 else torch.zeros(2, 3, 112, 112)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", ".*legacy TorchScript", DeprecationWarning)      # why it is taken all the same: see above
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(FromBytes(network) if uint8 else network, (sample,), path, dynamo=False, opset_version=opset, input_names=[INPUT],
+        torch.onnx.export(network, (sample,), path, dynamo=False, opset_version=opset, input_names=[INPUT],
                           output_names=[OUTPUT], dynamic_axes={INPUT: {0: "N"}, OUTPUT: {0: "N"}})
         model = onnx.load(path)
     fold_batchnorm(model)
@@ -98,10 +98,9 @@ class Edit:
 
     def __init__(self, model):
         self.onnx = require_onnx("deploy")
-        self.model, self.nodes = model, list(model.graph.node)
+        self.model, self.nodes, self.sizes = model, list(model.graph.node), sizes_of(model)
         self.weights = {tensor.name: self.onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        shapes = self.onnx.shape_inference.infer_shapes(model).graph.value_info
-        self.shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in shapes}
+        del model.graph.initializer[:]          # half a gigabyte in iresnet200, which whatever handles the model would copy
 
     def producer(self, value: str):
         return next((node for node in self.nodes if value in node.output), None)
@@ -173,7 +172,7 @@ class Edit:
         corners = nn.functional.conv2d(image, torch.from_numpy(weight), padding=1).numpy()
         value, plain = conv.output[0], f"{conv.output[0]}_plain"
         names = [f"{value}_{what}" for what in ("map", "rows", "columns", "tall", "wide")]
-        height, width = self.shapes[value][2:]
+        height, width = self.sizes[value]
         self.weights |= dict(zip(names, (corners.astype(np.float32), spread(height), spread(width))))
         conv.output[0] = plain
         node = self.onnx.helper.make_node
@@ -203,7 +202,15 @@ class Edit:
                                ("initializer", [self.onnx.numpy_helper.from_array(value, name) for name, value in self.weights.items() if name in used])):
             del getattr(graph, field)[:]
             getattr(graph, field).extend(content)
-        self.onnx.checker.check_model(self.model)
+
+
+def sizes_of(model) -> dict[str, list[int]]:
+    """{value: [height, width]} of all feature maps, inferred without the weights themselves."""
+    onnx = require_onnx("deploy")
+    weights = [onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in model.graph.initializer]
+    graph = onnx.helper.make_graph(model.graph.node, "sizes", [*model.graph.input, *weights], model.graph.output)
+    inferred = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version))
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][2:] for value in inferred.graph.value_info}
 
 
 def spread(size: int) -> np.ndarray:
@@ -235,5 +242,4 @@ def to_fp16(model):
     else:
         graph.node.insert(0, onnx.helper.make_node("Cast", [INPUT], [f"{INPUT}_half"], to=FLOAT16))
     graph.node.append(onnx.helper.make_node("Cast", [f"{OUTPUT}_half"], [OUTPUT], to=FLOAT))
-    onnx.checker.check_model(half)
     return half
