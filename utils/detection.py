@@ -48,7 +48,8 @@ class Detector:
         if not self.path.is_file():
             raise InputError(f"--detector: no file {self.path.absolute()}: fetch {NAME} from {SOURCE} and put it there, or name it with --detector; "
                              "or give faces that are aligned already, or points from elsewhere")
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)      # what OpenCV has to say of an unreadable file is said below, in one line
+        # what OpenCV has to say of an unreadable file is said below, in one line; the function's name is that of OpenCV 4, then that of 5
+        (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
         try:
             self.network = cv2.FaceDetectorYN.create(str(self.path), "", (320, 320), FLOOR, OVERLAP, MOST)
             self(np.zeros((64, 64, 3), np.uint8))
