@@ -70,7 +70,7 @@ def read_threshold(path: Path, far: float, name: str | None, digests: Sequence[s
     chosen = next((rate for rate in rates if math.isclose(rate, far, rel_tol=1e-6)), None)
     if chosen is None:
         raise InputError(f"--far: {path} has no threshold of {name} at {far:g}, only at {', '.join(f'{rate:g}' for rate in rates) or 'none'}: "
-                         "a set shows a rate only if it has as many impostor pairs")
+                         "a rate needs as many impostor pairs as show it, and genuine ones that score above them")
     return Threshold(name, chosen, rates[chosen]["cosine"], rates[chosen]["tar"])
 
 

@@ -150,7 +150,7 @@ DAMAGED = {
     "html": (b"<!DOCTYPE html><html><title>Google Drive - Quota exceeded</title></html>", "; it looks like a web page .*download it again"),
     "image": (b"\x89PNG\r\n\x1a\n" + bytes(100), ""),
     "end of a pickle": (b"\x80\x02}q\x00.", ""),
-    "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(100), "; it looks like an ONNX model: only a teacher may be one, by teacher=onnx:PATH"),
+    "onnx": (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(100), "; it looks like an ONNX model: named .onnx it can be evaluated; training takes one only as a teacher, by teacher=onnx:PATH"),
 }
 
 

@@ -161,7 +161,7 @@ def test_other_files_are_told_apart(tmp_path, ir18):
     refused("holds a Tensor, not a dict of tensors; it looks like a header", config(path=path))
     path = tmp_path / "w600k_r50.pth"
     path.write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:" + bytes(100))
-    refused("it looks like an ONNX model: only a teacher may be one, by teacher=onnx:PATH", config("iresnet50", path))
+    refused("it looks like an ONNX model: named .onnx it can be evaluated; training takes one only as a teacher, by teacher=onnx:PATH", config("iresnet50", path))
 
 
 def test_which_weights_are_meant(tmp_path, ir18):

@@ -17,7 +17,7 @@ FIRST_BYTES = (     # pattern, kind, what to do
     (re.compile(rb"PK\x03\x04"), "checkpoint", "a PyTorch checkpoint: name it *.pth, and as a teacher set teacher to its network and pretrained_teacher_path to it"),
     (re.compile(rb".{7}\x00\{", re.DOTALL), "safetensors", "a safetensors file: name it *.safetensors"),
     # protobuf field 1 (ir_version), a small number, then one of the other fields of a model
-    (re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]"), "onnx", "an ONNX model: only a teacher may be one, by teacher=onnx:PATH"),
+    (re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]"), "onnx", "an ONNX model: named .onnx it can be evaluated; training takes one only as a teacher, by teacher=onnx:PATH"),
 )
 
 
