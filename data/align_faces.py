@@ -3,9 +3,10 @@
     python data/align_faces.py --photos photographs --output faces
     python data/align_faces.py --photos photographs --output faces --points points.csv
 
-finds the face in ``photographs/<person>/<photo>`` with OpenCV's YuNet (its file, face_detection_yunet_2023mar.onnx of the OpenCV Zoo, goes into deploy/, or is named with
---detector), warps its five points onto those that face networks are trained on and writes ``faces/<person>/<photo>.jpg``. --points takes the points from elsewhere: a CSV
-file with the header photo,x1,y1,...,x5,y5 (and score, if known): path below --photos; eyes, tip of the nose, corners of the mouth, left to right as seen, in pixels; a line a face.
+finds the face in ``photographs/<person>/<photo>`` with OpenCV's YuNet (its file, face_detection_yunet_2023mar.onnx of the OpenCV Zoo, goes into deploy/,
+or is named with --detector), warps its five points onto those that face networks are trained on and writes ``faces/<person>/<photo>.jpg``. --points takes the points from elsewhere: a CSV
+file with the header photo,x1,y1,...,x5,y5 (and score, if known), a line a face: path below --photos; eyes, tip of the nose, corners of the mouth, left to right
+as seen, in pixels.
 
 Dropped is a photograph that is unreadable, has no face, no face with a score of --min-score, none of --min-size pixels, or several that are (--several largest takes the largest instead).
 ``faces/report.csv`` says of every file what became of it: photo,crop,reason,detail. Then pack them with data/make_rec.py --images faces.
@@ -174,7 +175,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="one sub-folder of photographs per person")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the crops and report.csv")
     parser.add_argument("--detector", type=Path, metavar="FILE", help="YuNet's file (deploy/face_detection_yunet_2023mar.onnx)")
-    parser.add_argument("--detector-size", type=int, default=LONGEST, metavar="N", help="pixels to which longer photographs are shrunk to look for faces; more finds smaller ones (%(default)s)")
+    parser.add_argument("--detector-size", type=int, default=LONGEST, metavar="N",
+                        help="pixels to which longer photographs are shrunk to look for faces; more finds smaller ones (%(default)s)")
     parser.add_argument("--points", type=Path, metavar="FILE.csv", help="five points of each face, instead of a detector")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="detector's score of a face that counts (%(default)s)")
     parser.add_argument("--min-size", type=float, default=MIN_SIZE, metavar="N", help="side of the square, in the photograph's pixels, that becomes the crop (%(default)s)")

@@ -3,8 +3,8 @@
     python data/check_rec.py data/faces_emore --sheet sheet.png --json check.json
 
 takes any set that training reads, a folder with train.rec or a folder of identities, decodes every image in as many processes as there are cores and prints what it finds.
-Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), labels that are no class of the set, classes without an image (label gaps), and the same bytes
-under two identities. The same bytes twice under one identity are only reported. --allow names errors to tolerate. --sheet draws identities, large and small, and
+Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), labels that are no class of the set, classes without an image (label
+gaps), and the same bytes under two identities. The same bytes twice under one identity are only reported. --allow names errors to tolerate. --sheet draws identities, large and small, and
 images that two identities share. A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in memory.
 """
 

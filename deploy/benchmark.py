@@ -3,8 +3,9 @@
     python deploy/benchmark.py 600backbone.pth 600backbone.onnx 600backbone.int8.onnx --batch 32 --threads 1
     python deploy/benchmark.py 600backbone.pth 600backbone.onnx --device cuda --batch 256
 
-prints for each model its network, numbers it computes with, parameters, multiply-adds (of convolutions and linear layers, for one image), size on disk, latency of one
-image (median) and images per second at the batch size. Checkpoints run in PyTorch, ONNX models in onnxruntime (requirements/onnx.txt). Images lie in memory, decoded and normalised.
+prints for each model its network, numbers it computes with, parameters, multiply-adds (of convolutions and linear layers, for one image), size on disk, latency
+of one image (median) and images per second at the batch size. Checkpoints run in PyTorch, ONNX models in onnxruntime (requirements/onnx.txt). Images lie in memory,
+decoded and normalised; those that take uint8 are given it, which counts.
 """
 
 import argparse

@@ -58,7 +58,8 @@ def read_gallery(folder: Path, read: Reader, model: Model) -> Gallery:
             except InputError as error:
                 left_out.append(str(error))
     if not people:
-        raise InputError(f"--gallery: no face in {folder.absolute()}" + (f" ({len(left_out)} images left out, the first: {left_out[0]})" if left_out else f": it holds no image ({', '.join(IMAGE_SUFFIXES)})"))
+        why = f" ({len(left_out)} images left out, the first: {left_out[0]})" if left_out else f": it holds no image ({', '.join(IMAGE_SUFFIXES)})"
+        raise InputError(f"--gallery: no face in {folder.absolute()}{why}")
     features = embed_faces(model, np.concatenate([np.stack(faces) for faces in people.values()]))
     stops = np.cumsum([len(faces) for faces in people.values()])
     means = np.stack([part.mean(axis=0) for part in np.split(features, stops[:-1])])

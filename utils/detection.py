@@ -56,7 +56,8 @@ class Detector:
         except cv2.error as error:
             from utils.looks import bytes_look_like     # needs torch, which the processes that only align need not load
             look = bytes_look_like(self.path, "onnx")
-            raise InputError(f"--detector: {self.path} is no YuNet face detector that OpenCV {cv2.__version__} can run; " + (f"it looks like {look}" if look else f"fetch {NAME} from {SOURCE}")) from error
+            mend = f"it looks like {look}" if look else f"fetch {NAME} from {SOURCE}"
+            raise InputError(f"--detector: {self.path} is no YuNet face detector that OpenCV {cv2.__version__} can run; {mend}") from error
 
     def __call__(self, image: np.ndarray) -> list[Face]:
         height, width = image.shape[:2]
