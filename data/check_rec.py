@@ -47,7 +47,7 @@ class Contents(NamedTuple):
 class Records(MXFaceDataset):
     """A record set whose labels are not looked at when it is opened: here they are a finding."""
 
-    def _check_last_label(self) -> None:
+    def _check_last_label(self, *_) -> None:
         pass
 
 
