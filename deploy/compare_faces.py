@@ -26,6 +26,8 @@ from eval.thresholds import read_threshold
 from utils.detection import LONGEST, MIN_SCORE, Detector
 from utils.errors import InputError, run
 
+FAR = 1e-3
+
 
 def main() -> None:
     args = parse_arguments()
@@ -53,7 +55,7 @@ def find_threshold(args: argparse.Namespace, model) -> tuple[float | None, str]:
         return args.threshold, f"threshold {args.threshold:.4f}, as given"
     if args.report is None:
         return None, "no decision: a threshold is named with --threshold, or with --report and --far"
-    found = read_threshold(args.report, args.far, args.set, [model.sha256, model.checkpoint_sha256])
+    found = read_threshold(args.report, FAR if args.far is None else args.far, args.set, [model.sha256, model.checkpoint_sha256])
     return found.cosine, (f"threshold {found.cosine:.4f}: on {found.set} it accepts at most {100 * found.far:g}% of different people (FAR {found.far:g}) "
                           f"and {100 * found.tar:.2f}% of pairs of the same person")
 
@@ -84,13 +86,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--face", default="only", metavar="WHICH", help="where there are several: largest, or 1, 2, ... from the left (default: they are an error)")
     parser.add_argument("--threshold", type=float, metavar="COSINE", help="the same person from this cosine on")
     parser.add_argument("--report", type=Path, metavar="DIR", help="folder of eval/run_full_eval.py --report-dir, for the threshold")
-    parser.add_argument("--far", type=float, default=1e-3, metavar="RATE", help="false accept rate of that threshold (%(default)s)")
+    parser.add_argument("--far", type=float, metavar="RATE", help=f"false accept rate of that threshold ({FAR})")
     parser.add_argument("--set", metavar="NAME", help="the set that it was measured on, if the report has several")
     args = parser.parse_args()
     if not args.gallery and len(args.photographs) != 2:
         raise InputError(f"{len(args.photographs)} photograph{'s'[:len(args.photographs) > 1]}: name two to compare, or people to search among with --gallery")
     if args.threshold is not None and (args.report or not -1 <= args.threshold <= 1):
         raise InputError("--threshold is a cosine, -1 ... 1, and takes the place of --report")
+    if not args.report and (args.far is not None or args.set):
+        raise InputError(f"--{'set' if args.far is None else 'far'} is of --report, the folder of a report that eval/run_full_eval.py --report-dir wrote")
     if args.face not in ("only", "largest") and not (args.face.isdecimal() and int(args.face)):
         raise InputError(f"--face {args.face}: largest, or a number from the left, 1, 2, ...")
     if args.top < 1 or args.detector_size < 32:

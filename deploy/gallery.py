@@ -54,9 +54,11 @@ def read_gallery(folder: Path, read: Reader, model: Model) -> Gallery:
     for name, paths in list_people(folder).items():
         for path in paths:
             try:
-                people.setdefault(name, []).append(read(path))
+                face = read(path)
             except InputError as error:
                 left_out.append(str(error))
+                continue
+            people.setdefault(name, []).append(face)
     if not people:
         why = f" ({len(left_out)} images left out, the first: {left_out[0]})" if left_out else f": it holds no image ({', '.join(IMAGE_SUFFIXES)})"
         raise InputError(f"--gallery: no face in {folder.absolute()}{why}")

@@ -10,6 +10,7 @@ from torch import nn
 
 from backbones import NAMES, build_backbone
 from eval.embed import embed
+from eval.roc import check_norms
 from eval.verification import add_flips
 from utils.checkpoint import ADAFACE_PREFIX, advice, network_weights, read_tensors, sha256
 from utils.errors import InputError
@@ -66,10 +67,10 @@ def load_checkpoint(path: Path, what: str) -> Model:
     network.load_state_dict(weights)
     if prefix == ADAFACE_PREFIX:
         exchange_colours(network)
-    step = re.match(r"\d+", path.name)
+    step = re.match(r"(\d+)backbone\b", path.name)
     digest = sha256(path)
     return Model(path, network.eval().requires_grad_(False), f"{name}{'_se' if use_se else ''}", size, sum(value.numel() for value in network.parameters()),
-                 step[0] if step else "", digest, digest)
+                 step[1] if step else "", digest, digest)
 
 
 def exchange_colours(network: nn.Module) -> None:
@@ -80,5 +81,13 @@ def exchange_colours(network: nn.Module) -> None:
 
 
 def embed_faces(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """(N, 112, 112, 3) uint8 RGB -> (N, D) float32 of unit length, image and mirror image added as in evaluation: a product of two is their cosine."""
-    return add_flips(embed(model.network, images, batch_size, name=model.path.name))
+    """(N, 112, 112, 3) uint8 RGB -> (N, D) float32 of unit length, image and mirror image added as in evaluation: a product of two is their cosine.
+
+    Errors: InputError naming the model if a feature is not finite, or zero: it has no direction to compare.
+    """
+    features = add_flips(embed(model.network, images, batch_size, name=model.path.name))
+    try:
+        check_norms(features)
+    except InputError as error:
+        raise InputError(f"{model.path}: {error}") from error
+    return features

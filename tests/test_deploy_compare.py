@@ -11,6 +11,7 @@ import torch
 from backbones import build_backbone
 from deploy import compare_faces
 from deploy.gallery import Reader
+from deploy.model import embed_faces, load_model
 from eval.page import PairExhibit
 from eval.roc import roc_curve
 from eval.thresholds import read_threshold, threshold_at, write_thresholds
@@ -131,6 +132,8 @@ def test_gallery(folder, tmp_path, monkeypatch, capsys):
             (gallery / name / f"{number}.png").write_bytes(encode(CROPS[number]))
     (gallery / "cid.png").write_bytes(encode(CROPS[3]))
     (gallery / "bob" / "broken.jpg").write_text("no image")
+    (gallery / "dan").mkdir()
+    (gallery / "dan" / "all.jpg").write_text("no image")
     vectors = features(folder, CROPS)
     people = {"ann": vectors[0] + vectors[2], "bob": vectors[1], "cid.png": vectors[3]}
     cosines = {name: float(vectors[4] @ vector / np.linalg.norm(vector)) for name, vector in people.items()}
@@ -159,6 +162,13 @@ def test_thresholds_of_a_report(tmp_path, folder, monkeypatch, capsys):
     output = compare(monkeypatch, capsys, folder, folder / "0.png", folder / "0.png", "--aligned", "--report", tmp_path, "--far", "0.01")
     assert "cosine 1.0000: the same person" in output
     assert f"threshold {found.cosine:.4f}: on lfw it accepts at most 1% of different people (FAR 0.01) and {100 * found.tar:.2f}% of pairs of the same person" in output
+
+
+def test_features_that_are_zero_have_no_cosine(folder, tmp_path):
+    weights = torch.load(folder / "7backbone.pth")
+    torch.save({key: torch.zeros_like(value) for key, value in weights.items()}, tmp_path / "zero.pth")
+    with pytest.raises(InputError, match="zero.pth: the feature of image 0 is zero"):
+        embed_faces(load_model(tmp_path / "zero.pth", "--model"), np.stack(CROPS[:2]))
 
 
 def test_reports_that_do_not_fit(tmp_path):
@@ -195,6 +205,8 @@ def test_wrong_input_is_said(folder, tmp_path, monkeypatch, capsys):
     refuses("--gallery: no folder", one, "--gallery", tmp_path / "none")
     refuses("--gallery: no face in .*: it holds no image", one, "--gallery", tmp_path)
     refuses("--face huge: largest, or a number", one, one, "--face", "huge")
+    refuses("--far is of --report", one, one, "--far", "0.01")
+    refuses("--set is of --report", one, one, "--set", "lfw", "--threshold", "0.5")
     refuses("--threshold is a cosine", one, one, "--threshold", "2")
     refuses(r"--detector: no file .*none.onnx: fetch face_detection_yunet_2023mar.onnx from https://github.com/opencv/opencv_zoo/", one, one, detector=tmp_path / "none.onnx")
     (tmp_path / "pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\n")
