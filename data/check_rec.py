@@ -2,7 +2,7 @@
 
     python data/check_rec.py data/faces_emore --sheet sheet.png --json check.json
 
-takes any set that training reads, a folder with train.rec or a folder of identities, decodes every image in as many processes as there are cores and prints what it finds.
+takes any set that training reads, a folder with train.rec (or its shards) or a folder of identities, decodes every image in as many processes as there are cores and prints what it finds.
 Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), labels that are no class of the set, classes without an image (label
 gaps), and the same bytes under two identities. The same bytes twice under one identity are only reported. --allow names errors to tolerate. --sheet draws identities, large and small, and
 images that two identities share. A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in memory.
@@ -24,6 +24,7 @@ from utils.dataset import IMAGE_SIZE, FaceDatasetFolder, FaceImages, MXFaceDatas
 from utils.errors import InputError, run
 from utils.loading import cores
 from utils.plain_json import dumps
+from utils.record_set import has_records
 from utils.recordio import RecordError, replacing
 from utils.workers import in_parallel
 
@@ -71,8 +72,7 @@ def main() -> None:
 def open_set(path: Path) -> FaceImages:
     if not path.is_dir():
         raise InputError(f"no folder {path.absolute()}: name a folder with train.rec, or one of identities")
-    records = any((path / name).is_file() for name in ("train.rec", "train.idx", "property"))
-    return Records(str(path)) if records else FaceDatasetFolder(str(path))
+    return Records(str(path)) if has_records(path) else FaceDatasetFolder(str(path))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
     """(all findings, as --json writes them; the indices of images that two identities share, a group each)."""
     labels, readable = contents.labels, contents.readable
     fits = (labels >= 0) & (labels < dataset.num_classes) & (labels == np.floor(labels))       # a NaN does not
-    strange = np.flatnonzero(~fits & ~np.isnan(labels))
+    strange = np.flatnonzero(~fits & (readable | ~np.isnan(labels)))
     sizes = np.bincount(labels[readable & fits].astype(np.int64), minlength=dataset.num_classes)
     gaps = np.flatnonzero(sizes == 0)
     groups = group_equal(contents.digests, np.flatnonzero(readable))
@@ -193,6 +193,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.workers < 1:
         raise InputError("--workers must be at least 1")
+    if args.sheet and args.sheet.suffix.lower() != ".png":
+        raise InputError(f"--sheet: {args.sheet} must end in .png")
     for path, flag in ((args.json, "--json"), (args.sheet, "--sheet")):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise InputError(f"{flag}: {path.absolute()} is a folder, or in none; name a file in a folder that is there")

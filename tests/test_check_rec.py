@@ -84,9 +84,25 @@ def test_a_cut_off_file_and_a_label_beyond_the_property_are_findings(tmp_path):
     assert "truncated" in output and error.endswith(" unreadable records\n")
 
 
+def test_shards_and_a_label_that_is_no_number(tmp_path):
+    for number, labels in enumerate(([0, 1], [float("nan"), 1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        write_set(folder, [(label, jpeg(10 * number + at)) for at, label in enumerate(labels)], "2,112,112\n")
+        for ending in ("rec", "idx"):
+            (folder / f"train.{ending}").rename(tmp_path / f"train_{number}.{ending}")
+        (folder / "property").unlink()
+        folder.rmdir()
+    output, error = check(tmp_path, "--workers", 1, "--json", tmp_path / "check.json", expect=1)
+    assert "4 images, 2 classes" in output and "labels that are no class: 1; the first: record train_1.rec:0 with label nan" in output
+    assert error.endswith(f"error: {tmp_path}: 1 labels that are no class\n")
+    assert json.loads((tmp_path / "check.json").read_text())["labels"]["listed"] == [dict(record="train_1.rec:0", label=None)]
+
+
 def test_wrong_input_is_one_line(tmp_path):
     for arguments, message in (([tmp_path / "none"], "no folder"), ([tmp_path], "it should hold one sub-folder of images per identity"),
-                               ([tmp_path, "--json", tmp_path / "none" / "x.json"], "--json: ")):
+                               ([tmp_path, "--json", tmp_path / "none" / "x.json"], "--json: "),
+                               ([tmp_path, "--sheet", "sheet.jpg"], "sheet.jpg must end in .png")):
         output, error = check(*arguments, expect=1)
         assert message in error and error.startswith("error: ") and error.count("\n") == 1 and not output
     (tmp_path / "property").write_text("3,112,112")

@@ -74,6 +74,11 @@ def records_in(folder: str) -> list[str]:
     return shards or ["train.rec"]
 
 
+def has_records(folder: str | os.PathLike) -> bool:
+    """Whether a folder is meant as a record set, if an incomplete one, not as one of images."""
+    return any(name in ("train.idx", "property") or name.startswith("train") and name.endswith(".rec") for name in os.listdir(folder))
+
+
 def check_labels(labels: str, folders: Sequence[Folder]) -> bool:
     """Whether the labels of the folders are counted on. Errors: InputError if several folders leave it open."""
     if labels not in LABELS:
