@@ -8,7 +8,7 @@ or is named with --detector), warps its five points onto those that face network
 file with the header photo,x1,y1,...,x5,y5 (and score, if known), a line a face: path below --photos; eyes, tip of the nose, corners of the mouth, left to right
 as seen, in pixels.
 
-Dropped is a photograph that is unreadable, has no face, no face with a score of --min-score, none of --min-size pixels, or several that are (--several largest takes the largest instead).
+Dropped is a photograph that lies in no sub-folder, is unreadable, has no face, no face with a score of --min-score, none of --min-size pixels, or several that are (--several largest takes the largest instead).
 ``faces/report.csv`` says of every file what became of it: photo,crop,reason,detail. Then pack them with data/make_rec.py --images faces.
 """
 
@@ -17,7 +17,6 @@ import csv
 import io
 import os
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from utils.align import align
 from utils.dataset import IMAGE_SUFFIXES, decode
 from utils.detection import LONGEST, MIN_SCORE, REASONS, Detector, Face, choose, from_left
 from utils.errors import InputError, run
+from utils.files import scratch
 from utils.loading import cores
 from utils.recordio import replacing
 from utils.workers import in_parallel
@@ -62,13 +62,14 @@ def main() -> None:
     args = parse_arguments()
     if not args.points:
         Detector(args.detector, args.detector_size)         # its errors are better told now
-    tasks = list_tasks(args.photos, args.png, args.points and read_points(args.points))
+    points = read_points(args.points) if args.points else None
+    tasks = list_tasks(args.photos, args.png, points)
     output = args.output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output: {output} is there and not an empty folder; name a new one")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".align_faces-", dir=output.parent) as temporary:
-        folder = Path(temporary) / "faces"
+    with scratch(".align_faces-", output.parent) as temporary:
+        folder = temporary / "faces"
         folder.mkdir()
         work = Aligner(args, folder)
         results = list(tqdm(in_parallel(work, tasks, min(args.workers, len(tasks)), chunk=16), "aligning", len(tasks), unit="img", disable=None))
@@ -77,10 +78,12 @@ def main() -> None:
             raise InputError(f"--photos: none of {len(results)} files in {args.photos} could be used ({describe(counts)}); the first: {results[0].photo}: {results[0].detail}")
         write_report(folder / REPORT, results)
         os.replace(folder, output)
-    people = {os.path.dirname(result.photo) for result in results}
+    people = {os.path.dirname(result.photo) for result in results} - {""}
+    unknown = sorted(set(points or ()) - {task.photo for task in tasks})
     kept = {os.path.dirname(result.crop) for result in results if result.crop}
     print(f"{args.output}: {counts['']} crops of {len(kept)} people from {len(results)} files of {len(people)}\ndropped: {describe(counts) or 'none'}\n"
-          + "".join(f"nothing left of {person}\n" for person in sorted(people - kept)) + f"what became of each: {args.output / REPORT}")
+          + "".join(f"nothing left of {person}\n" for person in sorted(people - kept))
+          + (f"points of {len(unknown)} files that are not there, the first: {unknown[0]}\n" if unknown else "") + f"what became of each: {args.output / REPORT}")
 
 
 def describe(counts: Counter) -> str:
@@ -101,6 +104,8 @@ def list_tasks(root: Path, png: bool, points: dict[str, list[Face]] | None) -> l
             tasks.append(Task(photo, f"{person}/{stem}.{'png' if png else 'jpg'}", None if points is None else points.get(photo, [])))
     if not tasks:
         raise InputError(f"--photos: no photographs in the sub-folders of {root.absolute()}; it should hold one sub-folder per person")
+    tasks += [Task(name, "", []) for name in sorted(entry.name for entry in root.iterdir()
+                                               if entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("."))]
     if points is not None and not any(task.faces for task in tasks):
         raise InputError(f"--points: none of its photographs ({next(iter(points))}, ...) is in {root.absolute()} ({tasks[0].photo}, ...)")
     return tasks
@@ -138,6 +143,8 @@ class Aligner:
         self.which, self.limits = "largest" if args.several == "largest" else "only", (args.min_score, args.min_size)
 
     def __call__(self, task: Task) -> Result:
+        if not task.crop:
+            return Result(task.photo, "", "no person", "it lies in no person's sub-folder")
         if not task.photo.lower().endswith(IMAGE_SUFFIXES):
             return Result(task.photo, "", "not an image", f"files are taken that end in {' '.join(IMAGE_SUFFIXES)}")
         try:
@@ -148,6 +155,7 @@ class Aligner:
             return Result(task.photo, "", "unreadable", str(error))
         try:
             face = choose(self.detect(image) if task.faces is None else task.faces, self.which, *self.limits)
+            check_place(face, image)
             crop = align(image, face.points)
         except InputError as error:
             return Result(task.photo, "", next((reason for reason in REASONS if str(error).startswith(reason)), "unusable points"), str(error))
@@ -161,6 +169,14 @@ class Aligner:
     def write(self, path: Path, crop: np.ndarray) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(cv2.imencode(path.suffix, crop, [cv2.IMWRITE_JPEG_QUALITY, self.quality] if path.suffix == ".jpg" else [])[1].tobytes())
+
+
+def check_place(face: Face, image: np.ndarray) -> None:
+    """Errors: InputError if the face lies outside the photograph, as points do that were found in a larger copy of it: the crop would be black."""
+    x, y = face.points.mean(axis=0)
+    height, width = image.shape[:2]
+    if not (0 <= x < width and 0 <= y < height):
+        raise InputError(f"points around ({x:.0f}, {y:.0f}), outside the photograph of {width}x{height}")
 
 
 def write_report(path: Path, results: list[Result]) -> None:

@@ -15,7 +15,6 @@ onnxruntime and PyTorch must agree on real images (--images, else the training s
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,6 +27,7 @@ from deploy.model import Model, load_model
 from deploy.quantise import to_int8
 from eval.report import prepare_file, write_json
 from utils.errors import InputError, run
+from utils.files import scratch
 from utils.onnx_network import NORMALISED, PIXELS, require_onnx
 
 
@@ -41,8 +41,8 @@ def main() -> None:
         raise InputError(f"--checkpoint: {args.checkpoint} is an ONNX model already; name the .pth, .ckpt or .safetensors file it was made from")
     paths = plan(args)
     evidence = checks.gather(args)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=paths["float32"].absolute().parent) as folder:
-        drafts = {numbers: Path(folder) / path.name for numbers, path in paths.items()}
+    with scratch(".export-", paths["float32"].absolute().parent) as folder:
+        drafts = {numbers: folder / path.name for numbers, path in paths.items()}
         write_models(original, args, evidence, drafts)
         rows = checks.check(original, drafts, evidence)
         for numbers, path in paths.items():
@@ -59,10 +59,12 @@ def plan(args: argparse.Namespace) -> dict[str, Path]:
     if output.suffix != ".onnx":
         raise InputError(f"--output: {output} must end in .onnx")
     endings = {"float32": ".onnx"} | ({"float16": ".fp16.onnx"} if args.fp16 else {}) | ({"int8": ".int8.onnx"} if args.int8 else {})
-    for path, flag in ((output, "--output"), (args.results_json, "--results-json")):
-        if path:
-            prepare_file(path, flag)
-    return {numbers: output.with_name(output.stem + ending) for numbers, ending in endings.items()}
+    paths = {numbers: output.with_name(output.stem + ending) for numbers, ending in endings.items()}
+    for path in paths.values():
+        prepare_file(path, "--output")
+    if args.results_json:
+        prepare_file(args.results_json, "--results-json")
+    return paths
 
 
 def write_models(original: Model, args: argparse.Namespace, evidence: checks.Evidence, paths: dict[str, Path]) -> None:

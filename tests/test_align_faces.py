@@ -35,6 +35,7 @@ def photos(tmp_path):
     (folder / "ann" / "broken.jpg").write_text("no image")
     (folder / "ann" / "notes.txt").write_text("no image")
     (folder / "ann" / "dir.jpg").mkdir()
+    (folder / "loose.png").write_bytes(encode(photograph(CROPS[:1], [(160, 160)])))
     return folder
 
 
@@ -53,9 +54,9 @@ def test_with_a_detector_in_two_processes_and_on_to_records(photos, tmp_path):
     assert report(tmp_path / "faces") == {
         "ann/a.jpg": ("ann/a.png", ""), "ann/a.png": ("ann/a.png.png", ""), "ann/broken.jpg": ("", "unreadable"), "ann/dir.jpg": ("", "unreadable"),
         "ann/notes.txt": ("", "not an image"), "ann/two.png": ("", "several faces"), "bob x/b.png": ("bob x/b.png", ""), "bob x/faint.png": ("", "low score"),
-        "bob x/none.png": ("", "no face"), "cid/none.png": ("", "no face")}
-    assert "3 crops of 2 people from 10 files of 3\n" in output and "nothing left of cid\n" in output
-    assert "dropped: 2 unreadable, 2 no face, 1 not an image, 1 several faces, 1 low score\n" in output
+        "bob x/none.png": ("", "no face"), "cid/none.png": ("", "no face"), "loose.png": ("", "no person")}
+    assert "3 crops of 2 people from 11 files of 3\n" in output and "nothing left of cid\n" in output
+    assert "dropped: 2 unreadable, 2 no face, 1 not an image, 1 several faces, 1 low score, 1 no person\n" in output
     for name, crop in (("ann/a.png", CROPS[0]), ("ann/a.png.png", CROPS[1]), ("bob x/b.png", CROPS[2])):
         found = cv2.cvtColor(decode((tmp_path / "faces" / name).read_bytes()), cv2.COLOR_BGR2RGB)
         assert found.shape == (112, 112, 3) and np.abs(found.astype(int) - crop).mean() < (6 if name == "ann/a.png" else 1), "a.jpg lost more"
@@ -72,14 +73,16 @@ def test_with_points_from_elsewhere(photos, tmp_path, monkeypatch, capsys):
     points = tmp_path / "points.csv"
     points.write_text("\n".join([HEADER + ",score", line("ann/a.jpg", (160, 160), score=0.99), line("ann/two.png", (480, 160)), line("ann/two.png", (160, 160), 0.5),
                                  line("bob x/b.png", (400, 160), score=0.3), line("bob x/none.png", (300, 160), 0.1), line("cid/none.png", (0, 0), 0),
-                                 line("nobody/x.png", (0, 0))]))
+                                 line("nobody/x.png", (0, 0)), line("ann/a.png", (5000, 160))]))
     main(monkeypatch, "--photos", photos, "--output", tmp_path / "faces", "--points", points, "--several", "largest", "--workers", 1, "--quality", 100)
     found = report(tmp_path / "faces")
     assert {photo: outcome for photo, outcome in found.items() if outcome[0]} == {"ann/a.jpg": ("ann/a.jpg", ""), "ann/two.png": ("ann/two.jpg", "")}
-    assert (found["bob x/b.png"][1], found["bob x/none.png"][1], found["cid/none.png"][1], found["ann/a.png"][1]) == ("low score", "too small", "unusable points", "no face")
+    assert (found["bob x/b.png"][1], found["bob x/none.png"][1], found["cid/none.png"][1], found["ann/a.png"][1]) == ("low score", "too small", "unusable points", "unusable points")
     crop = cv2.cvtColor(decode((tmp_path / "faces" / "ann" / "two.jpg").read_bytes()), cv2.COLOR_BGR2RGB)
     assert np.abs(crop.astype(int) - CROPS[1]).mean() < 3
-    assert "2 crops of 1 people" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "2 crops of 1 people" in output and "points of 1 files that are not there, the first: nobody/x.png\n" in output
+    assert "outside the photograph of 640x320" in (tmp_path / "faces" / "report.csv").read_text()
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(photos, tmp_path, monkeypatch):
@@ -100,7 +103,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(photos, tmp_path, monkeypatc
     refuses("lists no photograph", HEADER)
     refuses("none of its photographs .*zoe/1.png, .* is in", HEADER + "\nzoe/1.png,1,2,30,2,15,20,5,40,25,40")
     refuses("is there and not an empty folder", good, output=tmp_path / "faces")
-    refuses(r"none of 10 files in .* could be used \(6 no face, 2 unreadable, .*\); the first: ann/a.jpg: too small", good, "--min-size", "500")
+    refuses(r"none of 11 files in .* could be used \(6 no face, 2 unreadable, .*\); the first: ann/a.jpg: too small", good, "--min-size", "500")
     refuses("--quality is 1 ... 100", good, "--quality", "0")
     for arguments, message in ((["--photos", tmp_path / "none"], "--photos: no folder"), (["--photos", tmp_path / "faces"], "no photographs in the sub-folders")):
         with pytest.raises(InputError, match=message):

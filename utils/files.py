@@ -2,7 +2,11 @@
 
 import fcntl
 import os
+import signal
+import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -18,6 +22,17 @@ def replacing(path: str, mode: str = "wb"):
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextmanager
+def scratch(prefix: str, folder: Path):
+    """A temporary folder inside ``folder``, whose files can be renamed to where they belong; it goes when the block ends, also by SIGTERM. For the main thread."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as path:
+            yield Path(path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def take_lock(path: str, shared: bool = False, wait: bool = True):
