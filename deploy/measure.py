@@ -13,6 +13,9 @@ from utils.errors import InputError
 from utils.onnx_network import OnnxNetwork, inputs_of, require_onnx, weight_files
 
 IMAGE = (3, 112, 112)
+# operators that multiply by weights, and which of their inputs those are; the eight-bit ones are of other quantisers
+WEIGHTS = dict(Conv=1, Gemm=1, MatMul=1, ConvInteger=1, MatMulInteger=1, QLinearConv=3, QLinearMatMul=3, QGemm=3, FusedConv=1, FusedGemm=1, FusedMatMul=1,
+               MatMulIntegerToFloat=1, DynamicQuantizeMatMul=1)
 RUNS = 10           # of each timing, at least
 
 
@@ -76,13 +79,13 @@ def count_in_graph(path: Path) -> int:
     shapes |= {value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for value in inferred.output}
     total = 0
     for node in inferred.node:
-        if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        if node.op_type not in WEIGHTS:
             continue
-        output, weight = shapes.get(node.output[0]), shapes.get(node.input[1])
+        output, weight = shapes.get(node.output[0]), shapes.get(node.input[WEIGHTS[node.op_type]])
         if not output or not weight or not all(output + weight):
             raise InputError(f"{path}: the graph does not tell the shapes of its {node.op_type} {node.name}, so its multiply-adds cannot be counted")
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        each = weight[1:] if node.op_type == "Conv" or transposed else weight[-2:-1]
+        each = weight[1:] if "Conv" in node.op_type or transposed else weight[-2:-1]
         total += int(np.prod(output)) * int(np.prod(each))
     return total
 

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("name, use_se, published", [("mbf", False, 0.45e9), ("mobilefacenet", False, None), ("iresnet18", True, None), ("iresnet50", False, 6.3e9), ("ir18", False, None)])
 def test_multiply_adds(tmp_path, name, use_se, published):
+    from onnxruntime.quantization import quantize_dynamic
     network = build_backbone(name, use_se=use_se).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.inference_mode():
@@ -36,6 +37,8 @@ def test_multiply_adds(tmp_path, name, use_se, published):
         onnx.save(model, tmp_path / "x.onnx")
         assert count_in_graph(tmp_path / "x.onnx") == found
     if name == "mobilefacenet":
+        quantize_dynamic(tmp_path / "x.onnx", tmp_path / "dynamic.onnx")
+        assert count_in_graph(tmp_path / "dynamic.onnx") == found
         onnx.save(to_int8(to_onnx(network, uint8=True), np.zeros((2, 112, 112, 3), np.uint8), uint8=True), tmp_path / "x.onnx")
         assert count_in_graph(tmp_path / "x.onnx") == found
 
