@@ -13,6 +13,7 @@ from deploy.measure import agreement, measure, megabytes
 from deploy.model import Model, load_model
 from eval import verification
 from eval.embed import embed
+from eval.roc import check_norms
 from eval.tables import Table, format_table
 from utils.dataset import sampled
 from utils.errors import InputError
@@ -40,18 +41,18 @@ def gather(args: argparse.Namespace) -> Evidence:
         if where is None:
             why = f"the set that {beside} names is not there" if cfg else f"there is no {beside} that names a set"
             raise InputError(f"--int8: nothing to calibrate on, {why}; name a training set with --calibration-rec")
-        images, calibration = divide(read_images(where, args.calibration_images + IMAGES, "--calibration-rec"), where)
-        source = f"images of {where}"
-    elif own:
-        images, source = read_images(own, IMAGES, "rec"), f"images of {own}"
-    else:
+        images, calibration = divide(read_images(where, args.calibration_images + IMAGES, "--calibration-rec"), words_of(where))
+        source = f"images of {words_of(where)}"
+    elif own and not args.images:
+        images, source = read_images(own, IMAGES, "rec"), f"images of {words_of(own)}"
+    elif not args.images:
         images, source = draw_images(IMAGES), "drawn faces"
     if args.images:
         images, source = read_images(args.images, IMAGES, "--images"), f"images of {args.images}"
     return Evidence(images, source, calibration, pair_sets(args, cfg) if args.int8 else {})
 
 
-def divide(images: np.ndarray, where: Path) -> tuple[np.ndarray, np.ndarray]:
+def divide(images: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
     """(IMAGES of them to check on, spread evenly, or half of all if there are fewer; the others, to calibrate on)."""
     if len(images) < 2:
         raise InputError(f"--calibration-rec: {where} has a single image: one is needed to calibrate on and another to check on")
@@ -60,10 +61,15 @@ def divide(images: np.ndarray, where: Path) -> tuple[np.ndarray, np.ndarray]:
     return images[checked], images[~checked]
 
 
-def training_set(cfg) -> Path | None:
-    """The set that a run was trained on, if it is still there."""
-    path = cfg and (cfg.rec if cfg.db_file_format == "rec" else cfg.data_path)
-    return Path(path) if path and Path(path).is_dir() else None
+def training_set(cfg) -> str | list[str] | None:
+    """The set that a run was trained on, a path or several, if it is still there."""
+    where = cfg and (cfg.rec if cfg.db_file_format == "rec" else cfg.data_path)
+    paths = where if isinstance(where, list) else [where]
+    return where if all(path and Path(path).exists() for path in paths) else None
+
+
+def words_of(where: str | Path | list[str]) -> str:
+    return ", ".join(where) if isinstance(where, list) else str(where)
 
 
 def pair_sets(args: argparse.Namespace, cfg) -> dict[str, verification.DataSet]:
@@ -91,7 +97,7 @@ def check(original: Model, paths: dict[str, Path], evidence: Evidence) -> dict[s
         if model.embedding_size != original.embedding_size:
             raise InputError(f"{path.name} gives {model.embedding_size}-d features, {original.path.name} {original.embedding_size}-d ones")
         found = agreement(features(model, evidence.images), wanted)
-        if found.least_cosine < LEAST_COSINE.get(numbers, -1.0):
+        if not found.least_cosine >= LEAST_COSINE.get(numbers, -1.0):
             raise InputError(f"{path.name} ({numbers}) disagrees with {original.path.name}: cosine {found.least_cosine:.6f} on {evidence.source}, "
                              f"below {LEAST_COSINE[numbers]}; nothing was written")
         rows[path.name] = figures_of(model) | found._asdict() | {name: verification.test(pairs, model.network, BATCH) for name, pairs in evidence.sets.items()}
@@ -99,9 +105,11 @@ def check(original: Model, paths: dict[str, Path], evidence: Evidence) -> dict[s
 
 
 def features(model: Model, images: np.ndarray) -> np.ndarray:
-    """(N, D) float32 as the network gives them. Errors: InputError naming the model if one is not finite."""
+    """(N, D) float32 as the network gives them. Errors: InputError naming the model if one is not finite or zero."""
     try:
-        return embed(model.network, images, BATCH, flip=False, name="checking")[0].numpy()
+        found = embed(model.network, images, BATCH, flip=False, name="checking")[0].numpy()
+        check_norms(found)
+        return found
     except InputError as error:
         raise InputError(f"{model.path.name}: {error}; nothing was written") from error
 

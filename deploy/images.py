@@ -10,21 +10,25 @@ from eval.verification import load_bin
 from utils.dataset import IMAGE_SIZE, IMAGE_SUFFIXES, FaceDatasetFolder, MXFaceDataset, sampled
 from utils.errors import InputError
 from utils.images import decode
+from utils.record_set import has_records
 
 
-def read_images(path: str | Path, count: int, flag: str) -> np.ndarray:
+def read_images(path: str | Path | list[str], count: int, flag: str) -> np.ndarray:
     """At most ``count`` images, spread evenly over what is there: (N, 112, 112, 3) uint8 RGB.
 
-    path: a folder with train.rec, a folder of identities, a folder of aligned images, or a pair set <name>.bin. flag: the command line's word for it.
+    path: a folder with train.rec or its shards, a .rec file or a list of such, a folder of identities, a folder of aligned images, or a pair set <name>.bin.
+    flag: the command line's word for it.
     Errors: InputError if there is no such thing, no image in it, or one that is damaged or not 112x112.
     """
+    if isinstance(path, list) or Path(path).suffix == ".rec" and Path(path).is_file():
+        return read_set(MXFaceDataset(path, labels="shared"), count)       # whom they show does not matter here
     path = Path(path)
     if path.is_file() and path.suffix == ".bin":
         images, _ = load_bin(path)
         return images[sampled(len(images), count)]
     if not path.is_dir():
         raise InputError(f"{flag}: no folder {path.absolute()} (nor a pair set .bin); name a folder with train.rec or of aligned faces")
-    if (path / "train.rec").is_file():
+    if has_records(path):
         return read_set(MXFaceDataset(str(path)), count)
     files = sorted(entry.name for entry in os.scandir(path) if entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES))
     if not files:

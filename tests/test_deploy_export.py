@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from easydict import EasyDict
 
 from backbones import build_backbone
 from data import make_synthetic
@@ -151,6 +152,30 @@ def test_a_model_that_disagrees_is_not_written(tmp_path):
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == "error: nan.pth: features are not finite (NaN or infinite) for 33 of 33 images, first image index 0; nothing was written\n"
     assert os.listdir(tmp_path) == ["nan.pth"]
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["zero features", "a folder in the way"])
+def test_nothing_is_written_if_one_of_the_models_cannot_be(run_folder, tmp_path, monkeypatch, blocked):
+    weights = torch.load(run_folder / "12backbone.pth")
+    torch.save(weights if blocked else {key: torch.zeros_like(value) for key, value in weights.items()}, tmp_path / "x.pth")
+    if blocked:
+        (tmp_path / "x.fp16.onnx").mkdir()
+    there = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--checkpoint", str(tmp_path / "x.pth"), "--fp16"])
+    with pytest.raises(InputError, match="x.fp16.onnx is a folder" if blocked else "x.pth: the feature of image 0 is zero.*nothing was written"):
+        export_onnx.main()
+    assert sorted(os.listdir(tmp_path)) == there
+
+
+def test_the_set_of_a_run_may_be_several_paths(run_folder, tmp_path):
+    rec = run_folder / "set" / "train.rec"
+    shutil.copy(rec, tmp_path / "train_1.rec")
+    shutil.copy(rec.with_suffix(".idx"), tmp_path / "train_1.idx")
+    for where, name in (([str(rec), str(tmp_path)], "list"), (str(rec), "file"), (str(tmp_path), "shards")):
+        cfg = EasyDict(db_file_format="rec", rec=where)
+        assert checks.training_set(cfg) == where, name
+        assert read_images(checks.training_set(cfg), 6, "rec").shape == (6, 112, 112, 3), name
+    assert checks.training_set(EasyDict(db_file_format="rec", rec=[str(rec), "/nowhere"])) is None and checks.training_set(None) is None
 
 
 def test_wrong_input_is_said_and_leaves_nothing(run_folder, exported, tmp_path, monkeypatch):
