@@ -57,6 +57,7 @@ class OnnxNetwork(nn.Module):
         self.device, self.session = torch.device("cpu"), self.open_session(torch.device("cpu"))
         self.input = self.session.get_inputs()[0].name
         self.embedding_size = self.probe()
+        self.forward = torch.compiler.disable(self.forward)     # here, for it takes a second to import what only teachers of this kind need
 
     def open_session(self, device: torch.device):
         """onnxruntime's session on a device, as far as it has the provider for it."""
@@ -91,7 +92,6 @@ class OnnxNetwork(nn.Module):
                 self.batch = 1
         return shape[1]
 
-    @torch.compiler.disable
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.device != self.device:
             self.device, self.session = images.device, self.open_session(images.device)
