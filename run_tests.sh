@@ -8,5 +8,5 @@ set_up test.txt "pytest, pytest_timeout, xdist, datasets, huggingface_hub, yaml,
 # small networks: one thread each is as fast, and the same on all machines
 export OMP_NUM_THREADS=1
 cd "$root"
-# two files of tests at a time
-exec "$PYTHON" -m pytest tests -n 2 --dist loadfile "$@"
+# two tests at a time, mostly of different files, for what is prepared once a file is prepared by each process
+exec "$PYTHON" -m pytest tests -n 2 --dist worksteal "$@"
