@@ -78,9 +78,9 @@ class Header(nn.Module):
         return chosen, torch.searchsorted(chosen, columns.to(device)).clamp_(max=wanted - 1).to(columns.device)
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
-        """{"kernel": (D, C), and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
+        """{"kernel": (D, C) float32 on the CPU, and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
         state = {} if destination is None else destination
-        state[prefix + "kernel"] = self.centers.whole(self.centers.weight)
+        state[prefix + "kernel"] = self.centers.whole(self.centers.weight).float()
         return self.margin.state_dict(destination=state, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state: dict, strict: bool = True):
