@@ -144,8 +144,7 @@ Engine.train_step = dying
 sys.argv[0] = {str(STANDALONE)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    arguments = command(script, *options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1"), torchrun=True)
-    arguments.insert(arguments.index("--standalone"), "--max-restarts=1")
+    arguments = command(script, *options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1"), torchrun=True, restarts=1)
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Resumed at step 4" in done.stdout and (output / "9state.pth").exists()
