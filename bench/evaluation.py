@@ -26,6 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from sklearn.metrics import roc_curve
 
 from bench.plain import plain_verification
+from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
 from utils.errors import InputError, run
 from utils.recordio import replacing
@@ -104,12 +105,11 @@ def measure_ours(work: Work) -> dict:
 
 def timed(function: Callable[[], dict]) -> tuple[float, float, dict]:
     """Seconds, peak resident memory in GB, result."""
-    Path("/proc/self/clear_refs").write_text("5")       # Linux: start the peak anew
+    start_peak()
     start = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - start
-    peak = next(entry for entry in Path("/proc/self/status").read_text().splitlines() if entry.startswith("VmHWM"))
-    return seconds, int(peak.split()[1]) / 1e6, result
+    return seconds, resident("VmHWM") / 1e9, result
 
 
 def median(runs: list[tuple[float, float, dict]]) -> float:

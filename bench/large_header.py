@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from bench.processes import resident, return_memory
+from bench.processes import resident, return_memory, start_peak
 from utils import distributed
 from utils.losses import build_header
 from utils.sharded import save_header
@@ -61,10 +61,6 @@ def build_and_move(method: str, rate: float, dtype: torch.dtype, classes: int = 
     saved = resident("VmHWM") - before
     return f"{method + f', rate {rate:g}, ' + str(dtype).removeprefix('torch.'):34}" + "".join(
         f"{value:11.3f}" for value in (held / 1e9, logits / 1e9, peak / 1e9, (held + 2.5 * logits) / 1e9, seconds, saved / 1e9, saving))
-
-
-def start_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def save(header) -> float:

@@ -65,7 +65,7 @@ def measured(method) -> dict:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")       # Linux: start the peak anew
+        start_peak()
         before = resident("VmRSS")
     start = time.perf_counter()
     figures = method()
@@ -80,7 +80,13 @@ def return_memory() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def start_peak() -> None:
+    """Have the process's peak of resident memory (VmHWM) begin anew; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def resident(which: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
     line = next(entry for entry in Path("/proc/self/status").read_text().splitlines() if entry.startswith(which))
     return int(line.split()[1]) * 1024
 

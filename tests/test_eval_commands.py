@@ -11,7 +11,7 @@ import torch
 from backbones import build_backbone
 from tests.commands import ROOT, run
 from data import make_synthetic
-from eval import evaluate, report, verification
+from eval import evaluate, verification
 from eval.run_batch_eval import find_checkpoints, name_of
 from utils.checkpoint import load_backbone
 from utils.errors import InputError

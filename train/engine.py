@@ -31,7 +31,6 @@ from utils.precision import autocast
 from utils.sampler import EpochBatches, mirrored
 from utils.watch import Watch
 
-
 LARGE_HEADER = 1 << 30       # bytes of class centres beyond which header_format "auto" leaves them in shares
 
 

@@ -5,7 +5,6 @@ the page cache, each in one go, so that the small reads of the DataLoader's work
 and read each once; several machines each read all of them.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
