@@ -8,10 +8,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.plain import PlainSet
-from utils.dataset import MXFaceDataset, keep_batch
+from utils.dataset import MXFaceDataset
 from utils.images import to_input
-from utils.loading import start_worker
+from utils.precision import PRECISIONS, choose_precision
 from utils.recordio import IndexedRecordIO, IRHeader, pack, write_property
+from utils.sampler import EpochBatches, mirrored
+from utils.shared_batches import open_loader
 
 BATCH = 128
 
@@ -34,26 +36,26 @@ def write_set(folder: str, images: int, num_classes: int, distinct: int = 512) -
 class Way:
     """Both read the whole set once, shuffled. workers: 1, a reading process that shares the core with the one that trains; 0, none."""
 
-    def __init__(self, folder: str, device: str, workers: int):
+    def __init__(self, folder: str, device: str, workers: int, precision: str = "auto"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         cv2.setNumThreads(0)
         self.folder, self.device = folder, torch.device(device)
-        self.options = dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device == "cuda")
+        self.dtype = PRECISIONS[choose_precision(precision, self.device)] or torch.float32         # ours: what training feeds its networks on this device
+        self.workers = workers
         self.loader = self.open()
 
     def step(self) -> dict:
-        """The mean of two rows of every image: the same, mirrored or not."""
+        """The mean of every image's middle row in green: the same, mirrored or not."""
         total, count = 0.0, 0
         for batch in self.loader:
-            images = self.images(batch)
-            total, count = total + images[:, :, ::56].double().sum(), count + len(images)
+            total, count = total + self.images(batch)[:, 1, 56].double().sum(), count + len(batch[0])
         return dict(mean=float(total) / count, images=count)
 
 
 class Plain(Way):
     def open(self):
-        return DataLoader(PlainSet(self.folder), BATCH, shuffle=True, **self.options)
+        return DataLoader(PlainSet(self.folder), BATCH, shuffle=True, num_workers=self.workers, persistent_workers=self.workers > 0, pin_memory=self.device.type == "cuda")
 
     def images(self, batch):
         images, labels = batch
@@ -64,13 +66,12 @@ class Plain(Way):
 class Ours(Way):
     def open(self):
         self.dataset = MXFaceDataset(self.folder)
-        sampler = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(self.dataset), BATCH, drop_last=False)
-        return DataLoader(self.dataset, batch_sampler=sampler, collate_fn=keep_batch, worker_init_fn=start_worker, **self.options)
+        return open_loader(self.dataset, EpochBatches(len(self.dataset), BATCH, 0, 1, seed=0), BATCH, self.workers, self.device)
 
     def images(self, batch):
         batch.labels.to(self.device, non_blocking=True)
-        flip = torch.rand(len(batch.images)) < 0.5
-        return to_input(batch.images.to(self.device, non_blocking=True), flip.to(self.device), channels_last=True)
+        flip = mirrored(0, 0, 0, len(batch.images)).to(self.device)
+        return to_input(batch.images.to(self.device, non_blocking=True), flip, channels_last=True, dtype=self.dtype)
 
     def limit(self) -> dict:
         """``cv2.imdecode`` alone, the bytes already in memory."""

@@ -206,7 +206,7 @@ def test_a_run_with_blocks_on_two_ranks_resumes_on_one(tmp_path):
     with open_studio(1, 3, 1.0) as studio:
         write_training_set(tmp_path / "faces", studio, 6, 8)
     arguments = ["dataset=synthetic", f"rec={tmp_path / 'faces'}", "embedding_size=32", "num_epoch=1", "val_targets=[]", "log_every=1", "shuffle_block=3", "num_workers=2",
-                 "flip=False", "channels_last=False", f"output={tmp_path / 'run'}"]
+                 "flip=False", "channels_last=False", "precision=fp32", f"output={tmp_path / 'run'}"]
     assert "Stopped by a signal at step 3 of 6" in run(Path(__file__), "stop", *arguments, "batch_size=4", ranks=2)
     assert "Resumed at step 3, epoch 0, 24 of its images done" in run(Path(__file__), "go", "--resume", *arguments, "batch_size=8")
     seen = [line for name in ("stop0", "stop1", "go0") for line in (tmp_path / f"{name}.seen").read_text().split()]

@@ -14,21 +14,20 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval import verification
 from eval.benchmarks import run_benchmark
-from train.setup import StopRequest, write_config
+from train.setup import StopRequest, input_dtype, write_config
 from utils import checkpoint, distributed
 from utils.blocks import ReadAhead, RecordBlocks
-from utils.dataset import keep_batch
 from utils.errors import InputError
 from utils.images import to_input
-from utils.loading import end_workers, next_batch, start_worker
+from utils.loading import end_workers, next_batch
 from utils.logging import RunLog
 from utils.precision import autocast
 from utils.sampler import EpochBatches, mirrored
+from utils.shared_batches import open_loader
 from utils.watch import Watch
 
 LARGE_HEADER = 1 << 30       # bytes of class centres beyond which header_format "auto" leaves them in shares
@@ -49,7 +48,7 @@ def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.T
 
 
 class Inputs(NamedTuple):
-    """What a rank computes with at a time, on its device: images (B, 3, 112, 112) in [-1, 1], labels (B,) int64, and the teacher's features (B, D) float32
+    """What a rank computes with at a time, on its device: images (B, 3, 112, 112) in [-1, 1] (float32 or bfloat16), labels (B,) int64, and the teacher's features (B, D) float32
     of these images, mirrored or not, if the data set has them."""
 
     images: torch.Tensor
@@ -71,8 +70,7 @@ class Engine:
         self.steps_per_epoch = len(dataset) // self.step_samples
         if self.steps_per_epoch == 0:
             raise InputError(f"the set has {len(dataset)} images, one step takes {self.step_samples} (batch_size x processes x accumulate): lower batch_size")
-        self.loader = DataLoader(dataset, batch_sampler=self.batches, collate_fn=keep_batch, num_workers=cfg.num_workers, worker_init_fn=start_worker,
-                                 pin_memory=run.device.type == "cuda", persistent_workers=cfg.num_workers > 0, generator=torch.Generator())
+        self.loader = open_loader(dataset, self.batches, cfg.batch_size, cfg.num_workers, run.device)
         self.reading, self.bad_records, self.shared_bad_records = None, {}, 0
 
         layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
@@ -215,10 +213,8 @@ class Engine:
 
     def read_batches(self):
         """Yield the Inputs of this epoch, mirrored and augmented as a function of the position alone."""
-        cfg, device, samples = self.cfg, self.run.device, self.batches.samples
-        if cfg.augment:
-            from utils.augment import augment       # torchvision takes a second to import
-        batches = self.reading = iter(self.loader)
+        samples, batches = self.batches.samples, iter(self.loader)
+        self.reading = batches
         while True:
             started = time.monotonic()
             batch = next_batch(batches)
@@ -226,14 +222,20 @@ class Engine:
             if batch is None:
                 return
             self.note_bad_records(batch.bad)
-            flip = mirrored(cfg.seed, self.epoch, samples, self.batches.global_batch)[self.rank * cfg.batch_size:][:cfg.batch_size] if cfg.flip else None
-            flip = None if flip is None else flip.to(device, non_blocking=True)
-            images = to_input(batch.images.to(device, non_blocking=True), flip, cfg.channels_last)
-            features = None if batch.features is None else features_shown(batch.features.to(device, non_blocking=True), flip)
-            if cfg.augment:
-                images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
+            yield self.inputs_of(batch, samples)        # kept in no variable here: the next one takes its memory
             samples += self.batches.global_batch
-            yield Inputs(images, batch.labels.to(device, non_blocking=True), features)
+
+    def inputs_of(self, batch, samples: int) -> Inputs:
+        """The batch of this rank in the global batch that starts after ``samples`` images of the epoch."""
+        cfg, device = self.cfg, self.run.device
+        flip = mirrored(cfg.seed, self.epoch, samples, self.batches.global_batch)[self.rank * cfg.batch_size:][:cfg.batch_size] if cfg.flip else None
+        flip = None if flip is None else flip.to(device, non_blocking=True)
+        images = to_input(batch.images.to(device, non_blocking=True), flip, cfg.channels_last, input_dtype(cfg, self.run))
+        features = None if batch.features is None else features_shown(batch.features.to(device, non_blocking=True), flip)
+        if cfg.augment:
+            from utils.augment import augment       # torchvision takes a second to import
+            images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
+        return Inputs(images, batch.labels.to(device, non_blocking=True), features)
 
     # --- what is watched
 

@@ -243,6 +243,12 @@ def open_teacher(cfg, run: Run, dataset):
     return features
 
 
+def input_dtype(cfg, run: Run) -> torch.dtype:
+    """bfloat16 where the first convolution of every network would round the images to it anyway; float32 for all else that reads them."""
+    others = cfg.augment or cfg.teacher.startswith(ONNX) and not cfg.teacher_embeddings
+    return torch.bfloat16 if run.precision == "bf16" and not others else torch.float32
+
+
 def keep_to_one_teacher(run: Run, digest: str) -> None:
     """Remember the SHA-256 of the teacher in the run's folder. Errors: InputError if the ranks have different teachers, or a resumed run had another."""
     found = distributed.all_gather_object(digest)

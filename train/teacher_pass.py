@@ -4,13 +4,12 @@ import logging
 import sys
 
 import torch
-from torch.utils.data import DataLoader
 
 from eval.embed import embed_parts, split
 from utils import distributed
-from utils.dataset import keep_batch
-from utils.loading import end_workers, next_batch, start_worker
+from utils.loading import end_workers, next_batch
 from utils.precision import choose_precision
+from utils.shared_batches import open_loader
 from utils.teacher import load_teacher
 
 log = logging.getLogger(__name__)
@@ -29,8 +28,7 @@ class TrainingImages:
 
     def __init__(self, dataset, parts: list[range], batch_size: int, num_workers: int, device: torch.device):
         self.dataset, self.damaged = dataset, {}
-        self.reading = iter(DataLoader(dataset, batch_sampler=split(parts, batch_size), collate_fn=keep_batch, num_workers=num_workers,
-                                       worker_init_fn=start_worker, pin_memory=device.type == "cuda"))
+        self.reading = iter(open_loader(dataset, split(parts, batch_size), batch_size, num_workers, device))
 
     def __len__(self) -> int:
         return len(self.dataset)

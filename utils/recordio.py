@@ -24,6 +24,7 @@ MAGIC_BYTES = struct.pack("<I", MAGIC)
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 LENGTH_BITS = 29
 LENGTH_MASK = (1 << LENGTH_BITS) - 1
+MOST_AT_ONCE = 1 << 16          # bytes read together with a record's frame, in the hope that they are all of it
 EXACT_IN_FLOAT32 = 1 << 24      # labels are float32: identity ranges above this would be rounded
 
 _FRAME = struct.Struct("<II")
@@ -111,10 +112,10 @@ class RecordFile:
 
     def __init__(self, path: str):
         self.path = path
-        self._file = None
+        self._file, self._usual = None, 0
 
     def __getstate__(self) -> dict:
-        return {"path": self.path, "_file": None}
+        return {"path": self.path, "_file": None, "_usual": 0}
 
     def pread(self, size: int, offset: int) -> bytes:
         """Up to ``size`` bytes at ``offset``; fewer at the end of the file."""
@@ -130,8 +131,8 @@ class RecordFile:
             while start < end and (got := os.preadv(file.fileno(), [memoryview(buffer)[:end - start]], start)):
                 start += got
 
-    def read(self, offset: int, name: str) -> bytes:
-        """The payload of the record at ``offset``; RecordError, saying ``name`` and the offset, if it is damaged."""
+    def read(self, offset: int, name: str | int) -> bytes | memoryview:
+        """The payload of the record at ``offset``; RecordError, saying ``name`` (a number: of a key) and the offset, if it is damaged."""
         cflag, payload, end = self._part(offset, name)
         if cflag == WHOLE:
             return payload
@@ -145,15 +146,19 @@ class RecordFile:
             parts.append(payload)
         return MAGIC_BYTES.join(parts)
 
-    def _part(self, offset: int, name: str) -> tuple[int, bytes, int]:
+    def _part(self, offset: int, name: str | int) -> tuple[int, bytes | memoryview, int]:
         """(cflag, bytes, offset after the padding) of the part at ``offset``."""
-        cflag, length = self._frame(self.pread(_FRAME.size, offset), offset, name)
-        payload = self.pread(length, offset + _FRAME.size)
+        window = self.pread(_FRAME.size + self._usual, offset)
+        cflag, length = self._frame(window, offset, name)
+        payload = memoryview(window)[_FRAME.size:_FRAME.size + length]
+        if len(payload) < length:
+            payload = self.pread(length, offset + _FRAME.size)
+            self._usual = min(length, MOST_AT_ONCE)     # records of a file are alike: one call reads most of them whole
         if len(payload) < length:
             raise self._damaged(name, offset, f"truncated, {len(payload)} of {length} bytes are there")
         return cflag, payload, _after(offset, length)
 
-    def _frame(self, start: bytes, offset: int, name: str) -> tuple[int, int]:
+    def _frame(self, start: bytes, offset: int, name: str | int) -> tuple[int, int]:
         """(cflag, length) from the bytes at ``offset``."""
         if len(start) < _FRAME.size:
             raise self._damaged(name, offset, "truncated, the file ends before it")
@@ -162,10 +167,10 @@ class RecordFile:
             raise self._damaged(name, offset, f"no record starts there (0x{magic:08x} instead of the magic)")
         return word >> LENGTH_BITS, word & LENGTH_MASK
 
-    def _damaged(self, name: str, offset: int, reason: str) -> RecordError:
-        return RecordError(f"{self.path}: {name} at offset {offset}: {reason}")
+    def _damaged(self, name: str | int, offset: int, reason: str) -> RecordError:
+        return RecordError(f"{self.path}: {name if isinstance(name, str) else f'key {name}'} at offset {offset}: {reason}")
 
-    def glance(self, offset: int, name: str) -> Glance:
+    def glance(self, offset: int, name: str | int) -> Glance:
         """What the first bytes of the record at ``offset`` tell, without reading the image; RecordError as ``read``."""
         wanted = _HEADER.size + 4
         window = self.pread(_FRAME.size + wanted, offset)
@@ -183,7 +188,7 @@ class RecordFile:
             label = struct.unpack_from("<f", start, _HEADER.size)[0]
         return Glance(end, key, label, length > labels_end)
 
-    def _end_of_split(self, offset: int, name: str) -> int:
+    def _end_of_split(self, offset: int, name: str | int) -> int:
         """The offset after the last part of the split record at ``offset``."""
         cflag = FIRST
         while cflag != LAST:
@@ -301,11 +306,11 @@ class IndexedRecordIO:
 
     def read_idx(self, key: int) -> bytes:
         """The payload of the record ``key`` (for images: to be split by ``unpack``)."""
-        return self.records.read(self.offset(key), f"key {key}")
+        return bytes(self.records.read(self.offset(key), key))
 
-    def read_at(self, position: int) -> bytes:
+    def read_at(self, position: int) -> bytes | memoryview:
         """The payload of the record at ``position``."""
-        return self.records.read(int(self.index.offsets[position]), f"key {self.index.keys[position]}")
+        return self.records.read(int(self.index.offsets[position]), self.index.keys[position])
 
     def glance(self, key: int) -> Glance:
         """The start of the record ``key``, without reading the image."""
@@ -313,7 +318,7 @@ class IndexedRecordIO:
 
     def glance_at(self, position: int) -> Glance:
         """The start of the record at ``position``, without reading the image."""
-        return self.records.glance(int(self.index.offsets[position]), f"key {self.index.keys[position]}")
+        return self.records.glance(int(self.index.offsets[position]), self.index.keys[position])
 
     def _open_writer(self) -> None:
         self._keys, self._offsets = array("q"), array("q")      # 16 bytes a record where lists would take 72
