@@ -11,6 +11,7 @@ It ends with a table. "floor": what the ratio is meant to reach; "limit": time o
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from bench import data_path, evaluation, header, training
-from bench.processes import Process
+from bench.processes import ROOT, Process
 from utils.errors import InputError, run
 from utils.recordio import replacing
 
@@ -71,12 +72,15 @@ def parse_arguments() -> argparse.Namespace:
 def data_rows(folder: Path, device: str, arguments) -> list[Row]:
     images = 4096
     data_path.write_set(folder / "images", images, training.C)
+    run_tool("data/decode_rec.py", folder / "images", "--output", folder / "decoded")
     rows = []
-    for workers, what in ((1, "data path, one core, a reading process"), (0, "data path, one core, no other process")):
-        calls = in_turns("bench.data_path", dict(folder=str(folder / "images"), device=device, workers=workers), rounds=5, limit=True)
-        check_equal("data path", calls, "mean", 1e-2)       # ours is rounded where training rounds; in float32 it is the same, as a test asserts
-        plain, ours, limit = (1e6 * median(calls[way]) / images for way in ("Plain.step", "Ours.step", "Ours.limit"))
-        rows.append(Row(what, "us/image", plain, ours, 8, limit, 1 / 0.7))
+    for decoded in (False, True):
+        for workers, what in ((1, "a reading process"), (0, "no other process")):
+            options = dict(folder=str(folder / "images"), device=device, workers=workers)
+            calls = in_turns("bench.data_path", options, rounds=5, limit=not decoded, ours=dict(folder=str(folder / "decoded")) if decoded else None)
+            check_equal("data path", calls, "mean", 1e-2)       # ours is rounded where training rounds; in float32 it is the same, as a test asserts
+            plain, ours, *limit = (1e6 * median(found) / images for found in calls.values())
+            rows.append(Row(f"data path, one core, {what}{', decoded before' if decoded else ''}", "us/image", plain, ours, 8, *limit, *([1 / 0.7] if limit else [])))
     return say(rows)
 
 
@@ -132,6 +136,11 @@ def evaluation_rows(folder: Path, device: str, arguments) -> list[Row]:
         limit = (evaluation.three_passes(scale), 2) if work.name.startswith("IJB-C 1:1") else ()
         rows += say([Row(what, "s", found["plain"], found["ours"], floors.get(work.name), *limit)])
     return rows
+
+
+def run_tool(script: str, *arguments) -> None:
+    """One of the project's commands, whose output is not wanted."""
+    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------------

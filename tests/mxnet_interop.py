@@ -13,7 +13,7 @@ import mxnet
 import numpy as np
 
 from utils import recordio
-from utils.dataset import MXFaceDataset
+from utils.dataset import PIXELS, MXFaceDataset
 
 GOLDEN = os.path.join(sys.path[0], "tests", "golden", "recordio")
 
@@ -103,6 +103,19 @@ def check_backends(scratch):
     assert [key for key, _ in native[2]] == [key for key, _ in other[2]] == [1, 2, 29]
 
 
+def check_decoded(scratch):
+    """Both backends read images as data/decode_rec.py stores them."""
+    encoded = MXFaceDataset(os.path.join(scratch, "backend_plain"))
+    folder = os.path.join(scratch, "decoded")
+    os.makedirs(folder)
+    with recordio.IndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w") as writer:
+        for index in range(3):
+            writer.write_idx(index, recordio.pack(recordio.IRHeader(0, 1.0, index, 0), PIXELS + encoded[index][0].tobytes()))
+    for backend in ("native", "mxnet"):
+        dataset = MXFaceDataset(folder, backend=backend)
+        assert all(np.array_equal(dataset[index][0], encoded[index][0]) for index in range(3))
+
+
 def copy_golden(style, folder):
     os.makedirs(folder)
     for name, suffix in (("train.rec", "rec"), ("train.idx", "idx"), ("property", "property")):
@@ -130,6 +143,7 @@ def main():
     check_headers()
     check_insightface_layout(scratch)
     check_backends(scratch)
+    check_decoded(scratch)
     print(f"MXNet {mxnet.__version__}, NumPy {np.__version__}, OpenCV {cv2.__version__}: all equal")
 
 

@@ -1,0 +1,135 @@
+"""data/decode_rec.py: the copy holds the same images, labels, keys and order, and trains to the same weights."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from commands import ROOT, run
+from data import decode_rec
+from data.make_synthetic import open_studio, write_training_set
+from test_dataset import copy_set, jpeg, write_set
+from test_recordio import STYLES
+from utils.dataset import PIXELS, MXFaceDataset, decode_into
+from utils.errors import InputError
+from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, unpack
+
+TOOL = ROOT / "data" / "decode_rec.py"
+
+
+def records_of(folder, stem="train"):
+    """[(key, offset, header and image)] in the order of the file."""
+    with IndexedRecordIO(folder / f"{stem}.idx", folder / f"{stem}.rec", "r") as reader:
+        found = [(key, reader.offset(key), reader.read_idx(key)) for key in reader.keys]
+    return sorted(found, key=lambda entry: entry[1])
+
+
+def assert_same_set(copy, source):
+    assert len(copy) == len(source) and copy.num_classes == source.num_classes
+    for index in range(len(source)):
+        image, label = source[index]
+        assert np.array_equal(copy[index][0], image) and copy[index][1] == label and copy.name_of(index) == source.name_of(index)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_golden_sets(style, tmp_path):
+    source, copy = copy_set(style, tmp_path / "source"), tmp_path / "new" / "copy"
+    assert "30 decoded images of 6 identities, read back and equal" in run(TOOL, source, "--output", copy)
+    assert_same_set(MXFaceDataset(copy), MXFaceDataset(source))
+    assert sorted(os.listdir(copy)) == ["property", "train.idx", "train.rec"] and os.listdir(copy.parent) == ["copy"]
+    images = 0
+    for (key, _, record), (key_before, _, before) in zip(records_of(copy), records_of(source), strict=True):
+        assert key == key_before
+        image, image_before = unpack(record)[1], unpack(before)[1]
+        if not image_before:
+            assert record == before     # of InsightFace's index
+            continue
+        images += 1
+        assert record[:-len(image)] == before[:-len(image_before)] and image.startswith(PIXELS)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(image, np.uint8), 1), cv2.imdecode(np.frombuffer(image_before, np.uint8), 1))
+    assert images == 30
+    assert_same_set(MXFaceDataset(run_again(copy, tmp_path)), MXFaceDataset(source))
+
+
+def run_again(copy, tmp_path):
+    """Of a copy a copy can be made."""
+    run(TOOL, copy, "--output", tmp_path / "again", "--workers", 1)
+    assert (tmp_path / "again" / "train.rec").read_bytes() == (copy / "train.rec").read_bytes()
+    return tmp_path / "again"
+
+
+def test_shards_vector_labels_and_the_order_in_the_file(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for number, keys in ((0, [4, 0, 2]), (1, [1, 3])):
+        with IndexedRecordIO(source / f"train_{number}.idx", source / f"train_{number}.rec", "w") as writer:
+            for key in keys:
+                writer.write_idx(key, pack(IRHeader(0, [float(key % 3), 0.5], key, 7), jpeg(10 * number + key)))
+    (source / "property").write_text("3,112,112\n")
+    run(TOOL, source, "--output", tmp_path / "copy")
+    assert_same_set(MXFaceDataset(tmp_path / "copy"), MXFaceDataset(source))
+    for stem in ("train_0", "train_1"):
+        copied, before = records_of(tmp_path / "copy", stem), records_of(source, stem)
+        assert [(key, record[:32]) for key, _, record in copied] == [(key, record[:32]) for key, _, record in before]
+
+
+def test_it_trains_to_the_same_weights(tmp_path):
+    (tmp_path / "source").mkdir()
+    with open_studio(1, 3, 1.0) as studio:
+        write_training_set(tmp_path / "source", studio, 6, 8)
+    run(TOOL, tmp_path / "source", "--output", tmp_path / "copy")
+    for name in ("source", "copy"):
+        run(ROOT / "train" / "train_standalone.py", "dataset=synthetic", f"rec={tmp_path / name}", "embedding_size=32", "num_epoch=1", "val_targets=[]", "batch_size=8",
+            "num_workers=1", f"output={tmp_path / name}_run")
+    left, right = (torch.load(next((tmp_path / f"{name}_run").glob("*backbone.pth")), weights_only=True) for name in ("source", "copy"))
+    assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_damaged_images_and_labels(tmp_path):
+    source = write_set(tmp_path, [(0.0, jpeg(0)), (1.0, b"no image"), (1.0, jpeg(2))], "2,112,112\n")
+    printed = run(TOOL, source, "--output", tmp_path / "copy", expect=1)
+    assert f"error: record 1 of {source} is damaged (8 bytes that are no image OpenCV can read): data/check_rec.py lists all such" in printed
+    assert not list(tmp_path.glob("copy*"))
+
+
+@pytest.mark.parametrize("encoded, reason", [(PIXELS + bytes(37631), "37646 bytes of pixels, 37647 were expected"), (b"P6\n96 100\n255\n" + bytes(28800), "the image is 96x100, not 112x112")])
+def test_damaged_pixels(encoded, reason):
+    with pytest.raises(RecordError, match=reason):
+        decode_into(encoded, np.empty((112, 112, 3), np.uint8))
+
+
+def test_what_cannot_be_done_is_told(tmp_path, monkeypatch):
+    source = copy_set("plain", tmp_path / "source")
+    (tmp_path / "there").mkdir()
+    assert f"error: --output {tmp_path / 'there'} is there already" in run(TOOL, source, "--output", tmp_path / "there", expect=1)
+    assert f"error: no record set {tmp_path / 'there'}" in run(TOOL, tmp_path / "there", "--output", tmp_path / "copy", expect=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    monkeypatch.setattr("sys.argv", ["decode_rec.py", str(source), "--output", str(tmp_path / "copy")])
+    with pytest.raises(InputError, match=r"30 decoded images take 0.0 GB, the disk has 0.0 GB left"):
+        decode_rec.main()
+    assert not list(tmp_path.glob("copy*"))
+
+
+def test_what_a_killed_one_left_goes_and_one_at_work_is_left_alone(tmp_path):
+    source, partial = copy_set(STYLES[0], tmp_path / "source"), tmp_path / "copy.partial"
+    partial.mkdir()
+    (partial / "train.rec.tmp-1").write_bytes(b"half")
+    run(TOOL, source, "--output", tmp_path / "copy")
+    assert sorted(os.listdir(tmp_path / "copy")) == ["property", "train.idx", "train.rec"] and not partial.exists()
+
+    partial = tmp_path / "other.partial"
+    partial.mkdir()
+    with decode_rec.take_lock(str(partial / "lock")):
+        assert f"error: another process is writing {partial}" in run(TOOL, source, "--output", tmp_path / "other", expect=1)
+    assert partial.exists()
+
+
+def test_a_disk_that_gives_back_something_else(tmp_path):
+    with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
+        writer.write_idx(3, b"what was not written")
+    with pytest.raises(InputError, match="train.rec: record 3 differs from what was written; check the disk"):
+        decode_rec.compare(str(tmp_path / "train.idx"), str(tmp_path / "train.rec"), np.array([3]), np.array([0], np.uint32))
