@@ -13,9 +13,9 @@ from utils.recordio import IndexedRecordIO, unpack
 class PlainSet(torch.utils.data.Dataset):
     """One image at a time, through PIL, to a normalised float tensor; the DataLoader's workers stack these and send them over."""
 
-    def __init__(self, root: str):
+    def __init__(self, root: str, mirrored: float = 0.5):
         self.records = IndexedRecordIO(f"{root}/train.idx", f"{root}/train.rec", "r")
-        self.transform = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        self.transform = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(mirrored), transforms.ToTensor(),
                                              transforms.Normalize(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])])
 
     def __len__(self) -> int:

@@ -46,6 +46,13 @@ class Process:
         return json.loads(answer)
 
 
+def run_tool(script: str, *arguments) -> None:
+    """One of the project's commands, whose output nobody wants unless it fails. Errors: RuntimeError with that output."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{script} failed:\n{done.stdout}")
+
+
 def serve(module: str, name: str, options: dict) -> None:
     """Answer calls until the comparing process hangs up. Whatever the way prints goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")

@@ -11,7 +11,6 @@ It ends with a table. "floor": what the ratio is meant to reach; "limit": time o
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from bench import data_path, evaluation, header, training
-from bench.processes import ROOT, Process
+from bench.processes import Process, run_tool
 from utils.errors import InputError, run
 from utils.recordio import replacing
 
@@ -102,13 +101,14 @@ def header_rows(folder: Path, device: str, arguments) -> list[Row]:
 def training_rows(folder: Path, device: str, arguments) -> list[Row]:
     """Plain with live teacher against ours with live teacher, and with cached features."""
     cuda = device == "cuda"
-    batch, steps, rounds = (512, 20, 5) if cuda else (64, 2, 3)
-    training.prepare(folder / "training", batch * steps * (rounds + 2))
+    batch, steps, rounds, repeats = (512, 20, 5, 2) if cuda else (64, 1, 4, 4)
+    training.prepare(folder / "training", batch * steps * (rounds * repeats + 2), device)
     options = dict(folder=str(folder / "training"), device=device, batch=batch, workers=12 if cuda else 1, steps=steps)
     rows, floors = [], (4, 8) if cuda else (2.5 if CPU_HAS_BF16 else 1.3, 3.5)
     for live, floor, what in ((True, floors[0], "live iResNet-50 teacher"), (False, floors[1], "cached teacher features")):
-        calls = in_turns("bench.training", options, rounds, limit=not live, ours=dict(live=live), extra="matrix_rate")
-        check_equal(what, {way: found[:1] for way, found in calls.items()}, "loss", 0.02)
+        calls = in_turns("bench.training", options, rounds, limit=not live, ours=dict(live=live), extra="matrix_rate", first="compare", repeats=1 if live else repeats)
+        for figure, tolerance in (("loss", 0.005), ("gradient", 0.03)):     # fp32 against bf16
+            check_equal(what, calls, figure, tolerance, "compare")
         plain, ours = (1e3 * median(calls[way][1:]) / steps for way in ("Plain.step", "Ours.step"))
         limit = () if live else (1e3 * median(calls["Ours.limit"][1:]) / steps, 1.1)
         rows.append(Row(f"AdaDistill training step, B={batch}, {what}", "ms", plain, ours, floor, *limit))
@@ -138,24 +138,21 @@ def evaluation_rows(folder: Path, device: str, arguments) -> list[Row]:
     return rows
 
 
-def run_tool(script: str, *arguments) -> None:
-    """One of the project's commands, whose output is not wanted."""
-    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
 # --- measuring --------------------------------------------------------------------------------------------------------------
 
-def in_turns(module: str, options: dict, rounds: int, limit: bool, ours: dict | None = None, extra: str = "") -> dict[str, list[dict]]:
+def in_turns(module: str, options: dict, rounds: int, limit: bool, ours: dict | None = None, extra: str = "", first: str = "", repeats: int = 1) -> dict[str, list[dict]]:
     """{"Plain.step": calls, "Ours.step": calls, "Ours.limit": calls}, alternating, ``rounds`` of each after one that warms up and is kept as the first.
 
-    ours: options of ours alone. extra: a method of ours to call once at the end.
+    ours: options of ours alone. first: a method of both to call before; extra: one of ours to call at the end. repeats: how often ours and its limit are called in a round.
     """
     with ExitStack() as stack:
         ways = {name: stack.enter_context(Process(module, name, options | (ours or {} if name == "Ours" else {}))) for name in ("Plain", "Ours")}
         methods = [("Plain", "step"), ("Ours", "step"), *([("Ours", "limit")] if limit else [])]
         calls = {f"{way}.{method}": [] for way, method in methods}
-        for _ in range(rounds + 1):
-            for way, method in methods:
+        if first:
+            calls |= {f"{way}.{first}": [ways[way].call(first)] for way in ways}
+        for number in range(rounds + 1):
+            for way, method in methods[:1] + methods[1:] * (repeats if number else 1):
                 calls[f"{way}.{method}"].append(ways[way].call(method))
         if extra:
             calls[f"Ours.{extra}"] = [ways["Ours"].call(extra)]
@@ -166,9 +163,9 @@ def median(calls: list[dict]) -> float:
     return statistics.median(call["seconds"] for call in calls)
 
 
-def check_equal(what: str, calls: dict, figure: str, tolerance: float) -> None:
+def check_equal(what: str, calls: dict, figure: str, tolerance: float, method: str = "step") -> None:
     """Errors: InputError if the two ways do not give the same figure, call by call."""
-    for plain, ours in zip(calls["Plain.step"], calls["Ours.step"]):
+    for plain, ours in zip(calls[f"Plain.{method}"], calls[f"Ours.{method}"]):
         if not abs(plain[figure] - ours[figure]) <= tolerance * abs(plain[figure]):
             raise InputError(f"{what}: {figure} is {plain[figure]} the plain way, {ours[figure]} by ours")
 

@@ -1,11 +1,9 @@
 """Whole AdaDistill training steps from a RecordIO file: iResNet-50 teacher, live or from cached features, MobileFaceNet student, 85,742 classes."""
 
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,25 +11,30 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones import build_backbone
 from bench.data_path import write_set
 from bench.plain import PlainAdaDistill, PlainSet
-from bench.processes import ROOT
+from bench.processes import run_tool
 from config.schema import parse_arguments
 from train import setup
 from train.engine import Engine
 from utils import distributed
+from utils.dataset import MXFaceDataset
+from utils.images import to_input
 from utils.losses import build_header
 
 D, C = 512, 85_742
 
 
-def prepare(folder: Path, images: int) -> None:
-    """A set, a teacher with random weights, and made-up features of it: they teach nothing and cost as much as any."""
+def prepare(folder: Path, images: int, device: str) -> None:
+    """A set, a teacher with random weights, and its features: they teach nothing and cost as much as any."""
     write_set(folder, images, C)
     torch.manual_seed(0)
-    torch.save(build_backbone("iresnet50", D).state_dict(), folder / "teacher.pth")
-    features = np.random.default_rng(0).standard_normal((2, images, D), dtype=np.float32).astype(np.float16)
-    np.savez(folder / "features.npz", emb=features[0], emb_flip=features[1])
-    subprocess.run([sys.executable, ROOT / "train" / "cache_teacher.py", f"rec={folder}", "num_image=0", "--from", folder / "features.npz", "--output", folder / "cache"],
-                   check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    teacher = build_backbone("iresnet50", D).train()
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0       # one look at images sets its statistics; with those it begins with, features overflow
+    with torch.no_grad():
+        teacher(to_input(MXFaceDataset(str(folder)).__getitems__(range(32)).images))
+    torch.save(teacher.state_dict(), folder / "teacher.pth")
+    run_tool("train/cache_teacher.py", f"rec={folder}", "num_image=0", f"pretrained_teacher_path={folder}/teacher.pth", f"device={device}", "--output", folder / "cache")
 
 
 def gigaflops(batch: int, live: bool) -> float:
@@ -53,15 +56,21 @@ class Way:
         self.batch, self.workers, self.steps, self.live = batch, workers, steps, live
         self.open()
 
+    def compare(self) -> dict:
+        """Loss and length of the gradient of the first step, on the first images of the set, none mirrored."""
+        loss = self.loss_of_first()
+        loss.backward()
+        length = torch.nn.utils.get_total_norm([p.grad for p in self.student.parameters()])
+        self.student.zero_grad()
+        return dict(loss=loss.item(), gradient=length.item())
+
     def step(self) -> dict:
         self.waited, losses = 0.0, []
         started = time.perf_counter()
         for _ in range(self.steps):
             losses.append(self.train_step())
-        loss = float(losses[0])
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return dict(loss=loss, waiting=self.waited / (time.perf_counter() - started), peak=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
+        float(losses[-1])       # a GPU is done then
+        return dict(waiting=self.waited / (time.perf_counter() - started), peak=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
 
 
 class Plain(Way):
@@ -75,14 +84,22 @@ class Plain(Way):
         loader = DataLoader(PlainSet(self.folder), self.batch, shuffle=True, drop_last=True, num_workers=self.workers, pin_memory=self.device.type == "cuda")
         self.batches = iter(loader)
 
+    def loss_of(self, images, labels):
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        with torch.no_grad():
+            features_t = self.teacher(images)
+        return self.header(self.student(images), labels, features_t)
+
+    def loss_of_first(self):
+        first = PlainSet(self.folder, mirrored=0.0)
+        images, labels = zip(*(first[index] for index in range(self.batch)))
+        return self.loss_of(torch.stack(images), torch.stack(labels))
+
     def train_step(self):
         started = time.perf_counter()
         images, labels = next(self.batches)
         self.waited += time.perf_counter() - started
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        with torch.no_grad():
-            features_t = self.teacher(images)
-        loss = self.header(self.student(images), labels, features_t)
+        loss = self.loss_of(images, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5)
         self.optimizer.step()
@@ -112,7 +129,13 @@ class Ours(Way):
         self.engine = Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation)
         self.engine.open_window()
         self.source = self.engine.read_batches()
-        self.alone = None
+        self.student, self.alone = self.engine.backbone, None
+
+    def loss_of_first(self):
+        self.engine.cfg.flip = False
+        first = self.engine.inputs_of(self.engine.loader.dataset.dataset.__getitems__(range(self.batch)), 0)
+        self.engine.cfg.flip = True
+        return self.engine.loss_of(self.engine.student, first, 0.0)[0]
 
     def train_step(self):
         before = self.engine.waited
