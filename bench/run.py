@@ -77,7 +77,8 @@ def data_rows(folder: Path, device: str, arguments) -> list[Row]:
         for workers, what in ((1, "a reading process"), (0, "no other process")):
             options = dict(folder=str(folder / "images"), device=device, workers=workers)
             calls = in_turns("bench.data_path", options, rounds=5, limit=not decoded, ours=dict(folder=str(folder / "decoded")) if decoded else None)
-            check_equal("data path", calls, "mean", 1e-2)       # ours is rounded where training rounds; in float32 it is the same, as a test asserts
+            for figure in ("images", "red", "green", "blue"):
+                check_equal("data path", calls, figure, 5e-3)   # ours is bf16 where training takes that; in float32 they are the same, as a test asserts
             plain, ours, *limit = (1e6 * median(found) / images for found in calls.values())
             rows.append(Row(f"data path, one core, {what}{', decoded before' if decoded else ''}", "us/image", plain, ours, 8, *limit, *([1 / 0.7] if limit else [])))
     return say(rows)

@@ -147,7 +147,8 @@ class Ours(Way):
     def limit(self) -> dict:
         """The student's forward and backward pass alone, on one batch in place."""
         if self.alone is None:
-            self.alone = torch.randn(self.batch, 3, 112, 112, device=self.device).contiguous(memory_format=torch.channels_last), torch.randn(self.batch, D, device=self.device)
+            images = torch.randn(self.batch, 3, 112, 112, device=self.device).to(setup.input_dtype(self.engine.cfg, self.engine.run), memory_format=torch.channels_last)
+            self.alone = images, torch.randn(self.batch, D, device=self.device)
         images, direction = self.alone
         for _ in range(self.steps):
             (self.engine.student(images).float() * direction).sum().backward()

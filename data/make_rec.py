@@ -26,11 +26,9 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from utils.dataset import IMAGE_SIZE, decode, first_label, list_identities
+from utils.dataset import IMAGE_SIZE, JPEG_START, decode, first_label, list_identities
 from utils.errors import InputError, run
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, replacing, unpack, write_insightface, write_property
-
-JPEG_START = b"\xff\xd8\xff"
 
 
 class Entry(NamedTuple):

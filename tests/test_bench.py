@@ -21,7 +21,8 @@ def test_header_ways_agree(method, monkeypatch, one_thread):
 def test_data_ways_agree_in_processes_of_their_own(tmp_path):
     data_path.write_set(str(tmp_path), 256, 10)
     calls = run.in_turns("bench.data_path", dict(folder=str(tmp_path), device="cpu", workers=0, precision="fp32"), rounds=1, limit=True)
-    run.check_equal("data path", calls, "mean", 1e-6)
+    for figure in ("red", "green", "blue"):
+        run.check_equal("data path", calls, figure, 1e-5)
     assert [call["images"] for call in calls["Ours.step"]] == [256, 256] and calls["Ours.limit"][0]["seconds"] > 0
     row = run.Row("data path", "us", 4.0, 2.0, 8, 1.0, 1.43)
     assert run.table([row]).splitlines()[1].split() == ["data", "path,", "us", "4", "2", "2.0", "8", "1", "2.00", "1.43"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from utils.dataset import FaceDatasetFolder, MXFaceDataset, keep_batch
+from utils.dataset import FaceDatasetFolder, MXFaceDataset, decode, decode_into, keep_batch
 from utils.loading import start_worker
 from utils.errors import InputError
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack
@@ -113,6 +113,18 @@ def test_loader_with_workers_equals_direct_reading(tmp_path):
         assert len(batches) == 5
         for indices, batch in zip(sampler, batches):
             assert_batches_equal(batch, dataset.__getitems__(indices))
+
+
+def test_colours_are_in_their_places_whatever_the_format(tmp_path):
+    """Red, green and blue stripes; OpenCV has formats of which it gives BGR also when asked for RGB."""
+    stripes = np.zeros((112, 112, 3), np.uint8)
+    for channel in range(3):
+        stripes[:, channel * 36:channel * 36 + 36, channel] = 255
+    for suffix in (".jpg", ".png", ".webp", ".bmp", ".ppm", ".pam", ".tiff", ".jp2"):
+        encoded, image = cv2.imencode(suffix, stripes[..., ::-1])[1].tobytes(), np.empty_like(stripes)
+        decode_into(encoded, image)
+        assert np.abs(image[:, 10:100:36].astype(int) - stripes[:, 10:100:36]).max() < 10, suffix
+        assert np.array_equal(decode(encoded), image[..., ::-1]), suffix
 
 
 def test_damaged_records_are_replaced_and_listed(tmp_path):

@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import zlib
 from types import SimpleNamespace
 
 import cv2
@@ -16,6 +20,7 @@ from test_dataset import copy_set, jpeg, write_set
 from test_recordio import STYLES
 from utils.dataset import PIXELS, MXFaceDataset, decode_into
 from utils.errors import InputError
+from utils.files import take_lock
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, unpack
 
 TOOL = ROOT / "data" / "decode_rec.py"
@@ -96,10 +101,14 @@ def test_damaged_images_and_labels(tmp_path):
     assert not list(tmp_path.glob("copy*"))
 
 
-@pytest.mark.parametrize("encoded, reason", [(PIXELS + bytes(37631), "37646 bytes of pixels, 37647 were expected"), (b"P6\n96 100\n255\n" + bytes(28800), "the image is 96x100, not 112x112")])
-def test_damaged_pixels(encoded, reason):
-    with pytest.raises(RecordError, match=reason):
-        decode_into(encoded, np.empty((112, 112, 3), np.uint8))
+def test_pixels_of_another_length_or_size_are_left_to_opencv():
+    out, pixels = np.empty((112, 112, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    for end in (b"", b"\n"):
+        decode_into(PIXELS + pixels.tobytes() + end, out)
+        assert np.array_equal(out, pixels)
+    for encoded, reason in ((PIXELS + bytes(37631), "37646 bytes that are no image OpenCV can read"), (b"P6\n96 100\n255\n" + bytes(28800), "the image is 96x100, not 112x112")):
+        with pytest.raises(RecordError, match=reason):
+            decode_into(encoded, out)
 
 
 def test_what_cannot_be_done_is_told(tmp_path, monkeypatch):
@@ -111,25 +120,62 @@ def test_what_cannot_be_done_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["decode_rec.py", str(source), "--output", str(tmp_path / "copy")])
     with pytest.raises(InputError, match=r"30 decoded images take 0.0 GB, the disk has 0.0 GB left"):
         decode_rec.main()
-    assert not list(tmp_path.glob("copy*"))
+    assert sorted(os.listdir(tmp_path)) == ["source", "there"]
+
+
+INTERRUPTED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from data import decode_rec
+write, written = decode_rec.IndexedRecordIO.write_idx, []
+def interrupted(self, key, record):
+    written.append(key)
+    if len(written) == 10:
+        {what}
+    write(self, key, record)
+decode_rec.IndexedRecordIO.write_idx = interrupted
+decode_rec.run(decode_rec.main)
+"""
+
+
+def run_interrupted(what, source, copy):
+    """The command, in which ``what`` happens at the tenth record; returns when its workers have ended, too, for they hold its pipes."""
+    return subprocess.run([sys.executable, "-c", INTERRUPTED.format(root=str(ROOT), what=what), str(source), "--output", str(copy)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("what, status", [("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT), ("os.kill(os.getpid(), signal.SIGTERM)", 128 + signal.SIGTERM), ("raise MemoryError", 1)])
+def test_an_end_in_the_middle_leaves_neither_files_nor_processes(tmp_path, what, status):
+    source = copy_set("insightface", tmp_path / "source")
+    done = run_interrupted(what, source, tmp_path / "copy")
+    assert done.returncode == status, done.stderr
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """As a limit to the size of a file, which the system tells likewise."""
+    source = copy_set("plain", tmp_path / "source")
+    done = run_interrupted("__import__('resource').setrlimit(__import__('resource').RLIMIT_FSIZE, (400_000, 400_000))", source, tmp_path / "copy")
+    assert done.returncode == 1 and f"error: --output {tmp_path / 'copy'}: a file of the copy: File too large; nothing is kept" in done.stderr
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_what_a_killed_one_left_goes_and_one_at_work_is_left_alone(tmp_path):
-    source, partial = copy_set(STYLES[0], tmp_path / "source"), tmp_path / "copy.partial"
-    partial.mkdir()
-    (partial / "train.rec.tmp-1").write_bytes(b"half")
-    run(TOOL, source, "--output", tmp_path / "copy")
-    assert sorted(os.listdir(tmp_path / "copy")) == ["property", "train.idx", "train.rec"] and not partial.exists()
-
-    partial = tmp_path / "other.partial"
-    partial.mkdir()
-    with decode_rec.take_lock(str(partial / "lock")):
-        assert f"error: another process is writing {partial}" in run(TOOL, source, "--output", tmp_path / "other", expect=1)
-    assert partial.exists()
+    source = copy_set("plain", tmp_path / "source")
+    left, at_work, others = (tmp_path / name for name in (".copy.decode_rec-1", ".copy.decode_rec-2", ".copy.decode_rec-3"))
+    for folder in (left, at_work, others):
+        (folder / "copy").mkdir(parents=True)
+        (folder / "copy" / "train.rec.tmp-1").write_bytes(b"half")
+    (left / "lock").touch()
+    with take_lock(str(at_work / "lock")):
+        run(TOOL, source, "--output", tmp_path / "copy")
+    assert sorted(os.listdir(tmp_path / "copy")) == ["property", "train.idx", "train.rec"]
+    assert sorted(os.listdir(tmp_path)) == [at_work.name, others.name, "copy", "source"]
 
 
 def test_a_disk_that_gives_back_something_else(tmp_path):
     with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
-        writer.write_idx(3, b"what was not written")
-    with pytest.raises(InputError, match="train.rec: record 3 differs from what was written; check the disk"):
-        decode_rec.compare(str(tmp_path / "train.idx"), str(tmp_path / "train.rec"), np.array([3]), np.array([0], np.uint32))
+        writer.write_idx(3, b"what was written")
+        writer.write_idx(1, b"what was not written")
+    sums = np.array([zlib.crc32(b"what was written")] * 2, np.uint32)
+    with pytest.raises(InputError, match="train.rec: record 1 differs from what was written; check the disk"):
+        decode_rec.compare(tmp_path / "train.rec", sums)

@@ -92,6 +92,20 @@ def test_random_payloads_round_trip(tmp_path):
         assert all(reader.offset(key) % 4 == 0 for key in reader.keys)
 
 
+def test_most_records_are_read_in_one_call_and_a_large_one_is_forgotten(tmp_path, monkeypatch):
+    sizes = [100] * 5 + [60_000] + [100] * 200 + [300_000, 7, 0]
+    payloads = [bytes([number % 256]) * size for number, size in enumerate(sizes)]
+    with IndexedRecordIO(tmp_path / "a.idx", tmp_path / "a.rec", "w") as writer:
+        for key, payload in enumerate(payloads):
+            writer.write_idx(key, payload)
+    calls, pread = [], os.pread
+    with IndexedRecordIO(tmp_path / "a.idx", tmp_path / "a.rec", "r") as reader:
+        monkeypatch.setattr(os, "pread", lambda file, size, offset: calls.append(size) or pread(file, size, offset))
+        assert [reader.read_idx(key) for key in range(len(sizes))] == payloads
+    assert len(calls) == len(sizes) + 3         # twice for the first, and for the two that are larger than the one before
+    assert calls[7] < 60_100 and calls[206] < 120 and calls[-3:] == [300_000, 8 + (1 << 16), 8 + (1 << 16) * 15 // 16]
+
+
 def test_headers_round_trip():
     for label in (3, 2.5, np.float32(7), [1.0, 6.0], np.array([4], np.float32)):
         header, payload = unpack(pack(IRHeader(0, label, 12, 1 << 40), b"image"))

@@ -115,20 +115,28 @@ def test_without_workers_nothing_is_shared(dataset):
         assert_equal(batch, dataset.__getitems__(indices))
 
 
+def free_memory():
+    status = os.statvfs("/dev/shm")
+    return status.f_bavail * status.f_frsize
+
+
 def test_the_memory_goes_with_the_loader(folder):
-    loader = open_loader(MXFaceDataset(folder), [[0, 1]], 2, 1, CPU)
-    number = loader.dataset.number
-    for _ in loader:
-        pass
+    before = free_memory()
+    loader = open_loader(MXFaceDataset(folder), [[0, 1]], 600, 1, CPU)     # 3 slots of 600 images: 68 MB
+    assert sum(1 for _ in loader) == 1
+    assert before - free_memory() > 60e6
     end_workers(loader._iterator)
     del loader
-    assert number not in shared_batches._memories
+    assert before - free_memory() < 30e6
 
 
 def test_too_little_shared_memory(folder, monkeypatch):
-    """Each of the two processes of a machine takes 4 workers x 3 slots x 100 images of 37,632 bytes and a label of 8."""
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=16_000, f_frsize=4096))
-    with pytest.raises(InputError, match=r"^num_workers=4: .* take 90 MB of shared memory, /dev/shm has 66 MB left; make it larger \(docker run --shm-size=8g\), or lower num_workers"):
-        open_loader(MXFaceDataset(folder), [[0]], 100, 4, CPU)
-    open_loader(MXFaceDataset(folder), [[0]], 70, 4, CPU)
+    """Whoever comes second sees what the first one has taken: 2 workers x 3 slots x 100 images of 37,632 bytes and a label of 8, each."""
+    size, real = 2 * 3 * 100 * 37640, os.statvfs
+    missing = free_memory() - 1.5 * size
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=real(path).f_bavail * real(path).f_frsize - missing, f_frsize=1))
+    first = open_loader(MXFaceDataset(folder), [[0]], 100, 2, CPU)
+    with pytest.raises(InputError, match=r"^the batches of 2 reading processes take 23 MB of shared memory, /dev/shm has 1\d MB left; make it larger \(docker run --shm-size=8g\)"):
+        open_loader(MXFaceDataset(folder), [[0]], 100, 2, CPU)
+    del first
+    open_loader(MXFaceDataset(folder), [[0]], 100, 2, CPU)

@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -15,7 +16,7 @@ from backbones import build_backbone
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
 from tests.commands import ROOT, command, environment, run, run_until
 from train.engine import learning_rate
-from train.setup import see_rgb
+from train.setup import Run, input_dtype, see_rgb
 from utils.augment import augment
 from utils.dataset import MXFaceDataset
 from utils.sampler import EpochBatches, mirrored
@@ -326,6 +327,14 @@ def test_learning_rate_follows_the_specification():
     assert learning_rate(cfg, 2, 0.9) == learning_rate(cfg, 6, 0.9) == pytest.approx(base)
     assert learning_rate(cfg, 7, 0.0) == learning_rate(cfg, 12, 0.9) == pytest.approx(base * 0.1)
     assert learning_rate(cfg, 13, 0.0) == pytest.approx(base * 0.01)
+
+
+def test_images_are_bf16_only_where_all_who_read_them_round_them_to_it():
+    def dtype(precision, augment=False, teacher="iresnet50", teacher_embeddings=""):
+        run_ = Run(torch.device("cpu"), precision, None, 0)
+        return input_dtype(SimpleNamespace(augment=augment, teacher=teacher, teacher_embeddings=teacher_embeddings), run_)
+    assert dtype("bf16") == dtype("bf16", teacher="onnx:w600k_r50.onnx", teacher_embeddings="cache") == torch.bfloat16
+    assert dtype("fp32") == dtype("fp16") == dtype("bf16", augment=True) == dtype("bf16", teacher="onnx:w600k_r50.onnx") == torch.float32
 
 
 def test_ranks_share_one_order_and_one_set_of_mirrors():

@@ -359,7 +359,7 @@ def test_to_input_flips_chosen_images_and_nothing_else():
 
 
 def test_to_input_equals_the_formula_for_every_value_also_rounded():
-    """Bit for bit: the table of the CPU path, and what a convolution under bf16 autocast makes of its result."""
+    """Bit for bit: the table of the CPU path, and that a convolution under bf16 autocast rounds its input to the same."""
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(2, 1, 1, 3)
     formula = ((torch.arange(256, dtype=torch.float32) / 255 - 0.5) / 0.5).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
     assert torch.equal(to_input(images), formula)
@@ -367,6 +367,9 @@ def test_to_input_equals_the_formula_for_every_value_also_rounded():
     rounded = to_input(images, flip, channels_last=True, dtype=torch.bfloat16)
     assert rounded.dtype == torch.bfloat16 and rounded.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(rounded, to_input(images, flip).bfloat16())
+    convolution = torch.nn.Conv2d(3, 8, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(convolution(rounded), convolution(to_input(images, flip, channels_last=True)))
 
 
 def test_verification_of_a_network(tmp_path):

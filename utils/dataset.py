@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from utils.teacher_cache import TeacherCache
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
+JPEG_START = b"\xff\xd8\xff"
 PIXELS = b"P6\n%d %d\n255\n" % IMAGE_SIZE[::-1]        # begins an image that is stored as it is, a PPM file: read without OpenCV, in a tenth of the time
 LONGEST_HOLE = 1000     # so many damaged records in a row are a damaged file: stop looking for a neighbour
 OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64      # for the identity of a set: half a second for six million images
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
 
 
 def decode(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
-    """Decode a JPEG, PNG, ... to (H, W, 3) uint8 BGR, or RGB with order=cv2.IMREAD_COLOR_RGB. RecordError if OpenCV cannot."""
+    """Decode a JPEG, PNG, ... to (H, W, 3) uint8 BGR. RecordError if OpenCV cannot. order: another way for OpenCV to read it."""
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), order) if len(encoded) else None
     except cv2.error as error:          # a damaged header that asks for gigapixels
@@ -49,14 +50,19 @@ def decode(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
     return image
 
 
+def decode_rgb(encoded: bytes) -> np.ndarray:
+    """As ``decode``, but RGB."""
+    if bytes(encoded[:3]) == JPEG_START:
+        return decode(encoded, cv2.IMREAD_COLOR_RGB)        # saves a conversion; of some rare formats OpenCV gives BGR all the same
+    return cv2.cvtColor(decode(encoded), cv2.COLOR_BGR2RGB)
+
+
 def decode_into(encoded: bytes, out: np.ndarray) -> None:
-    """Decode a JPEG, PNG, ... into ``out`` (H, W, 3) uint8 RGB. RecordError if it is no image or not of that size."""
-    if encoded[:len(PIXELS)] == PIXELS:
-        if len(encoded) != len(PIXELS) + out.nbytes:
-            raise RecordError(f"{len(encoded)} bytes of pixels, {len(PIXELS) + out.nbytes} were expected")
+    """Decode a JPEG, PNG, ... into ``out`` (112, 112, 3) uint8 RGB. RecordError if it is no image or not of that size."""
+    if len(encoded) == len(PIXELS) + out.nbytes and encoded[:len(PIXELS)] == PIXELS:
         np.copyto(out, np.frombuffer(encoded, np.uint8, offset=len(PIXELS)).reshape(out.shape))
         return
-    image = decode(encoded, cv2.IMREAD_COLOR_RGB)
+    image = decode_rgb(encoded)
     if image.shape != out.shape:
         height, width = image.shape[:2]
         raise RecordError(f"the image is {width}x{height}, not {out.shape[1]}x{out.shape[0]}; align and crop it first")
@@ -172,7 +178,7 @@ def sampled(length: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(0, length - 1, min(length, count)).round().astype(np.int64))
 
 
-def keep_batch(batch: Batch) -> Batch:
+def keep_batch(batch):
     """``collate_fn`` for these sets: their batches are made whole in the worker."""
     return batch
 

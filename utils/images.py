@@ -12,7 +12,7 @@ def decode(buffer: bytes | bytearray | np.ndarray) -> np.ndarray:
 
     Returns (H, W, 3) uint8 RGB. Raises InputError when the bytes are no readable image.
     """
-    return dataset.decode(buffer, cv2.IMREAD_COLOR_RGB)
+    return dataset.decode_rgb(buffer)
 
 
 def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

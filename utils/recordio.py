@@ -153,7 +153,8 @@ class RecordFile:
         payload = memoryview(window)[_FRAME.size:_FRAME.size + length]
         if len(payload) < length:
             payload = self.pread(length, offset + _FRAME.size)
-            self._usual = min(length, MOST_AT_ONCE)     # records of a file are alike: one call reads most of them whole
+        # records of a file are alike: one call reads most of them whole; what a large one asked for is forgotten step by step
+        self._usual = min(max(length, self._usual - (self._usual >> 4)), MOST_AT_ONCE)
         if len(payload) < length:
             raise self._damaged(name, offset, f"truncated, {len(payload)} of {length} bytes are there")
         return cflag, payload, _after(offset, length)
