@@ -46,10 +46,10 @@ class Way:
         self.loader = self.open()
 
     def step(self) -> dict:
-        """The sums of the middle row of all images, by channel: the same, mirrored or not."""
+        """The sums of two pixels of all images, by channel: of both ends of a row, the same mirrored or not."""
         total, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
         for batch in self.loader:
-            total, count = total + self.images(batch)[:, :, 56].sum((0, 2), dtype=torch.float64), count + len(batch[0])
+            total, count = total + self.images(batch)[:, :, 56, ::111].sum((0, 2), dtype=torch.float64), count + len(batch[0])
         return dict(zip(("red", "green", "blue"), total.tolist()), images=count)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils.errors import InputError
-from utils.losses import build_header
+from utils.losses import build_header, softmax
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "headers.npz")
 CASES = sorted({key.split("/kernel0")[0] for key in GOLDEN.files if key.endswith("kernel0")})
@@ -56,6 +56,28 @@ def check_three_steps(header, case, autocast):
 @pytest.mark.parametrize("case", CASES)
 def test_golden(case, autocast):
     check_three_steps(header_of(case), case, autocast)
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request, monkeypatch):
+    """So many threads, each of which takes a share also of few classes."""
+    monkeypatch.setattr(softmax, "LARGE_SHARE", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_golden_where_threads_share_out_the_classes(threads):
+    for case in CASES:
+        check_three_steps(header_of(case), case, autocast=False)
+
+
+def test_a_product_in_shares_is_the_product(threads):
+    """Against float64; of columns of a larger matrix, whose number the threads do not divide."""
+    generator = torch.Generator().manual_seed(0)
+    grad, block = torch.randn(5, 120, generator=generator)[:, 10:111], torch.randn(101, 7, generator=generator)
+    assert relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("standalone")])
