@@ -18,6 +18,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
+from glob import escape
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -77,7 +78,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
     """Remove what killed runs have left; what another one is writing is locked."""
-    for folder in parent.glob(f"{prefix}*"):
+    for folder in parent.glob(f"{escape(prefix)}*"):
         if (folder / "lock").exists() and (lock := take_lock(str(folder / "lock"), wait=False)):
             with lock:
                 shutil.rmtree(folder)
@@ -116,7 +117,7 @@ def is_image(shard: Shard, position):
 def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterator[bytes]:
     """The pixels of the images, in this order. Errors: InputError naming the first that is damaged."""
     parts = (images[first:first + BATCH].tolist() for first in range(0, len(images), BATCH))
-    batches = iter(open_loader(dataset, parts, BATCH, workers, torch.device("cpu")))
+    batches = iter(open_loader(dataset, parts, BATCH, min(workers, -(-len(images) // BATCH)), torch.device("cpu")))
     try:
         with tqdm(desc="decoding", total=len(images), unit="img", disable=None) as bar:
             while (batch := next_batch(batches)) is not None:

@@ -6,8 +6,8 @@ along. That takes half as long as decoding.
 
 import itertools
 import os
-import tempfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,6 +20,7 @@ from utils.loading import start_worker
 
 PREFETCH = 2                # batches that a worker makes ahead
 SLOTS = PREFETCH + 1        # of a worker: those, and the one that is in use here
+SHARED = "/dev/shm"         # where Linux keeps shared memory
 
 _numbers = itertools.count()
 _memories = WeakValueDictionary()       # number -> SharedBatches, in the process that made them
@@ -50,7 +51,7 @@ class SharedBatches(Dataset):
         if dataset.teacher_features is not None:
             shapes["features"] = (2, dataset.teacher_features.embedding_size), torch.float16
         shapes = {name: ((num_workers * SLOTS, batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-        with take_lock(os.path.join(tempfile.gettempdir(), f"shared-memory-{os.getuid()}.lock")):       # of the ranks of a machine, each sees what those before it have taken
+        with one_at_a_time():
             check_room(sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values()), num_workers)
             self.memory = {name: torch.empty(shape, dtype=dtype).share_memory_() for name, (shape, dtype) in shapes.items()}
         _memories[self.number] = self
@@ -84,11 +85,16 @@ def arrive(number: int, slot: int, count: int, bad: list) -> Batch:
     return _memories[number].batch(slot, count, bad)
 
 
+def one_at_a_time():
+    """A context for one process of a machine at a time, so that each sees what those before it have taken."""
+    return take_lock(f"{SHARED}/batches-{os.getuid()}.lock") if os.path.isdir(SHARED) else nullcontext()
+
+
 def check_room(size: int, num_workers: int) -> None:
-    """Errors: InputError if /dev/shm has no ``size`` bytes left: a write beyond its end would kill the process without a word."""
-    if os.path.isdir("/dev/shm"):
-        status = os.statvfs("/dev/shm")
+    """Errors: InputError if SHARED has no ``size`` bytes left: a write beyond its end would kill the process without a word."""
+    if os.path.isdir(SHARED):
+        status = os.statvfs(SHARED)
         free = status.f_bavail * status.f_frsize
         if size > free:
-            raise InputError(f"the batches of {num_workers} reading processes take {size / 1e6:,.0f} MB of shared memory, /dev/shm has {free / 1e6:,.0f} MB left; make it larger "
+            raise InputError(f"the batches of {num_workers} reading processes take {size / 1e6:,.0f} MB of shared memory, {SHARED} has {free / 1e6:,.0f} MB left; make it larger "
                              "(docker run --shm-size=8g), or take fewer processes (num_workers, --workers) or a smaller batch")
