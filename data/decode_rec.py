@@ -32,7 +32,7 @@ from utils.errors import InputError, run
 from utils.files import scratch, take_lock
 from utils.loading import cores, end_workers, next_batch
 from utils.record_index import read_index
-from utils.record_set import Shard, has_records, stem
+from utils.record_set import has_records, stem
 from utils.recordio import IndexedRecordIO, RecordFile, unpack
 from utils.shared_batches import open_loader
 
@@ -59,9 +59,9 @@ def main() -> None:
         copy.mkdir()
         try:
             write_copy(dataset, args.set, copy, args.workers)
+            os.rename(copy, output)
         except OSError as error:
             raise InputError(f"--output {output}: {error.filename or 'a file of the copy'}: {error.strerror}; nothing is kept: make room, or name another folder") from error
-        os.rename(copy, output)
     print(f"{output}: {len(dataset)} decoded images of {dataset.num_classes} identities, read back and equal")
 
 
@@ -86,18 +86,20 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
 
 def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int) -> None:
     """Write all files of the copy to ``folder`` and compare them with what was meant. Errors: InputError naming a damaged image, or a record that reads back otherwise."""
-    orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in dataset.shards()]      # of all records, as they lie in the files
-    firsts = np.cumsum([0, *(shard.count for shard in dataset.shards())])
-    images = np.concatenate([first + order[is_image(shard, order)] - shard.first for shard, order, first in zip(dataset.shards(), orders, firsts)])
+    shards = dataset.shards()
+    orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]      # of all records, as they lie in the files
+    are_images = [(order >= shard.first) & (order < shard.first + shard.count) for shard, order in zip(shards, orders)]     # the others are InsightFace's index records
+    firsts = np.cumsum([0, *(shard.count for shard in shards)])
+    images = np.concatenate([first + order[is_image] - shard.first for shard, order, is_image, first in zip(shards, orders, are_images, firsts)])
     written = []
     # closing: also where the error is not one of reading, its workers are ended; they are deaf to signals
     with closing(decoded(dataset, images, workers)) as pixels:
-        for shard, order in zip(dataset.shards(), orders):
+        for shard, order, is_image in zip(shards, orders, are_images):
             rec, sums = folder / Path(shard.path).name, np.empty(len(order), np.uint32)
             with IndexedRecordIO(str(folder / f"{stem(rec.name)}.idx"), str(rec), "w") as writer:
                 for number, position in enumerate(order):
                     record = bytes(shard.index.read_at(position))
-                    if is_image(shard, position):
+                    if is_image[number]:
                         header = record[:len(record) - len(unpack(record)[1])]
                         record = header + PIXELS + next(pixels)
                     sums[number] = zlib.crc32(record)
@@ -107,11 +109,6 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
         compare(rec, sums)
     if (source / "property").is_file():
         shutil.copyfile(source / "property", folder / "property")
-
-
-def is_image(shard: Shard, position):
-    """Whether the record at a position, or at each of an array of them, is an image and not one of InsightFace's index records."""
-    return (position >= shard.first) & (position < shard.first + shard.count)
 
 
 def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterator[bytes]:
