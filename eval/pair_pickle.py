@@ -5,6 +5,7 @@ each is answered by a small stand-in that handles the one thing a pair set needs
 integers and booleans. So nothing in a file reaches numpy's own state setters, which trust what they are given.
 """
 
+import os
 import pickle
 from pathlib import Path
 
@@ -14,6 +15,22 @@ from utils.errors import InputError
 
 # Without a byte order: "<" and "|" are what every writer of pair sets runs on; ">" is refused.
 _DTYPES = ("b1", "u1", "i1", "i4", "i8")
+
+# What else a NumPy array of the images may be, by the first letter of its type's name.
+_OTHER_DTYPES = {
+    "O": "an array of Python objects",
+    "S": "an array of texts of one length, which end at their last byte that is not 0",
+    "U": "an array of text, not of encoded images",
+    "f": "an array of floats: pixels, or features, not encoded images",
+}
+# A path on Linux is shorter, and every JPEG or PNG has a control character in it.
+LONGEST_NAME = 4096
+# of a text that stands where an image should, in messages
+SHOWN = 80
+MEND = (
+    "pickle plain lists, (list of encoded images as bytes, list of booleans), or pack the files with"
+    " data/make_rec.py --pairs"
+)
 
 # A damaged stream makes the unpickler raise any of these (the pickle documentation promises no complete list).
 _DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, MemoryError)
@@ -39,10 +56,59 @@ def as_plain(value):
     return value.values if isinstance(value, _Array) else value
 
 
+def refuse_one_kind(same, where: str) -> None:
+    """Raises InputError if all pairs are of one kind: accepting all, or none, would be right.
+
+    same: whether each pair shows one person. where: begins the message.
+    """
+    if all(same) or not any(same):
+        kind = "the same person" if any(same) else "different people"
+        raise InputError(
+            f"{where}: all {len(same)} pairs are of {kind}, so that any network would reach about"
+            " 100 %; pairs of both kinds are needed"
+        )
+
+
+def encoded_image(entry, where: str) -> bytes | bytearray | np.ndarray:
+    """The bytes of an image of a pair set. Raises InputError if the entry is anything else.
+
+    where: begins the message.
+    """
+    entry = as_plain(entry)
+    if isinstance(entry, np.ndarray) and entry.dtype == np.uint8:
+        return entry
+    if isinstance(entry, (bytes, bytearray)):
+        # a pickle of Python 2 gives its texts as bytes
+        if 0 < len(entry) < LONGEST_NAME and _is_text(bytes(entry)):
+            entry = os.fsdecode(bytes(entry))
+        else:
+            return entry
+    if isinstance(entry, str):
+        shown = entry if len(entry) <= SHOWN else f"{entry[:SHOWN]}..."
+        what = f"text ({shown!r})"
+    elif isinstance(entry, np.ndarray):
+        what = f"a numpy array of {entry.dtype}"
+    elif entry is None:
+        what = "None"
+    else:
+        what = f"of the type {type(entry).__name__}"
+    raise InputError(
+        f"{where} is {what}, not an encoded image: data/make_rec.py --pairs packs the files"
+    )
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether these bytes could be the name of a file: no control character among them."""
+    return all(byte >= 32 and byte != 127 for byte in content)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> "_Admitted":
         if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"refused {module}.{name}: a pair set holds only bytes, booleans and numpy arrays of them")
+            raise pickle.UnpicklingError(
+                f"refused {module}.{name}: a pair set holds only bytes, booleans and numpy arrays of"
+                f" them; {MEND}"
+            )
         return _ADMITTED[module, name]
 
 
@@ -69,7 +135,8 @@ class _Dtype:
     def __init__(self, name, *_):
         self.name = _text(name).lstrip("<|")
         if self.name not in _DTYPES:
-            raise pickle.UnpicklingError(f"refused numpy dtype {self.name}; known: {', '.join(_DTYPES)}")
+            what = _OTHER_DTYPES.get(self.name[:1], f"known are {', '.join(_DTYPES)}")
+            raise pickle.UnpicklingError(f"refused numpy dtype {self.name}, {what}; {MEND}")
 
     def __setstate__(self, state):
         if _text(state[1]) == ">":

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eval.embed import embed
-from eval.pair_pickle import as_plain, load_pickle
+from eval.pair_pickle import as_plain, encoded_image, load_pickle, refuse_one_kind
 from utils.errors import InputError
 from utils.images import decode, resize_and_crop
 
@@ -26,16 +26,19 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
 
     ``image_size``: (height, width); other images are resized by the short side and cropped in the centre.
     Returns uint8 RGB images (2N, H, W, 3), of which 2i and 2i+1 are a pair, and bools (N,), True for the same person.
-    Raises InputError naming the file when it is missing, damaged, asks for anything but plain data, or does not fit together.
+    Raises InputError naming the file when it is missing, damaged, asks for anything but plain data,
+    does not fit together, or holds pairs of one kind only.
     """
     path = Path(path)
     buffers, issame = _load_pairs(path)
 
     def load_image(index: int) -> np.ndarray:
+        where = f"{path}: image {index} of {len(buffers)}"
+        encoded = encoded_image(buffers[index], where)
         try:
-            return resize_and_crop(decode(as_plain(buffers[index])), image_size)
-        except (InputError, TypeError) as error:        # TypeError: an entry that is no buffer
-            raise InputError(f"{path}: image {index} of {len(buffers)}: {error}") from error
+            return resize_and_crop(decode(encoded), image_size)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
     images = np.empty((len(buffers), *image_size, 3), np.uint8)
     with ThreadPoolExecutor() as pool:                  # OpenCV decodes outside the interpreter's lock
@@ -170,4 +173,7 @@ def _load_pairs(path: Path) -> tuple[list, np.ndarray]:
         raise InputError(f"{path}: {len(buffers)} images do not fit {len(labels)} pairs: two for each are needed")
     if not all(label in (0, 1) for label in labels):
         raise InputError(f"{path}: the labels of a pair set are booleans")
+    # a single pair is of one kind, and no accuracy can be measured on it
+    if len(labels) > 1:
+        refuse_one_kind(labels, str(path))
     return buffers, np.array(labels, bool)

@@ -173,10 +173,51 @@ def test_contents_that_are_no_pair_set(tmp_path, content, message):
     assert "lfw.bin" in str(error.value)
 
 
+@pytest.mark.parametrize("labels", [[True] * 12, np.zeros(12, np.int64)])
+def test_pairs_of_one_kind_are_refused_when_loaded(tmp_path, labels):
+    write(tmp_path / "lfw.bin", ([encode(image) for image in faces(2, (8, 8))] * 12, labels))
+    kind = "the same person" if labels[0] else "different people"
+    for load in (lambda: load_bin(tmp_path / "lfw.bin"), lambda: load_targets(tmp_path, ["lfw"])):
+        with pytest.raises(InputError, match=rf"lfw\.bin: all 12 pairs are of {kind}"):
+            load()
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("entry, what", [
+    ("photos/0.jpg", r"text \('photos/0\.jpg'\)"),
+    (b"photos/0.jpg", r"text \('photos/0\.jpg'\)"),
+    (np.frombuffer(b"photos/0.jpg", np.int8), "a numpy array of int8"),
+    (["photos/0.jpg"], "of the type list"),
+    (None, "None"),
+])
+def test_what_stands_for_an_image_is_named(tmp_path, protocol, entry, what):
+    """Names of files instead of their bytes above all; Python 2 writes text as bytes."""
+    content = [encode(image) for image in faces(4, (8, 8))]
+    content[1] = entry
+    path = write(tmp_path / "lfw.bin", (content, [True, False]), protocol)
+    message = rf"lfw\.bin: image 1 of 4 is {what}, not an encoded image: .*make_rec\.py --pairs"
+    with pytest.raises(InputError, match=message):
+        load_bin(path)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_numpy_arrays_of_other_types_say_what_to_pickle(tmp_path, protocol):
+    files = [encode(image) for image in faces(4, (8, 8))]
+    for kind, images, what in (
+        ("O8", np.array([*files, None], object)[:4], "Python objects"),
+        ("S", np.array(files), "texts of one length"),
+        ("U", np.array(["photos/0.jpg"] * 4), "text"),
+        ("f4", faces(4, (8, 8)).astype(np.float32), "pixels"),
+    ):
+        path = write(tmp_path / "lfw.bin", (images, [True, False]), protocol)
+        with pytest.raises(InputError, match=rf"refused numpy dtype {kind}.*{what}.*plain lists"):
+            load_bin(path)
+
+
 def test_missing_files_are_named_with_what_is_there(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.bin"):
         load_bin(tmp_path / "nowhere.bin")
-    write(tmp_path / "lfw.bin", ([encode(image) for image in faces(2)] * 10, [True] * 10))
+    write(tmp_path / "lfw.bin", ([encode(image) for image in faces(2)] * 10, [True, False] * 5))
     assert list(load_targets(tmp_path, ["lfw"])) == ["lfw"]
     with pytest.raises(InputError, match=r"agedb_30\.bin not found; \.bin files there: lfw\.bin"):
         load_targets(tmp_path, ["lfw", "agedb_30"])
