@@ -3,8 +3,9 @@
     python data/align_faces.py --photos photographs --output faces
     python data/align_faces.py --photos photographs --output faces --points points.csv
 
-finds the face in ``photographs/<person>/<photo>`` with OpenCV's YuNet (its file, face_detection_yunet_2023mar.onnx of the OpenCV Zoo, goes into deploy/,
-or is named with --detector), warps its five points onto those that face networks are trained on and writes ``faces/<person>/<photo>.jpg``. --points takes the points from elsewhere: a CSV
+finds the face in ``photographs/<person>/<photo>`` with OpenCV's YuNet (its file,
+face_detection_yunet_2026may.onnx or, for OpenCV 4, face_detection_yunet_2023mar.onnx of the OpenCV
+Zoo, goes into deploy/, or is named with --detector), warps its five points onto those that face networks are trained on and writes ``faces/<person>/<photo>.jpg``. --points takes the points from elsewhere: a CSV
 file with the header photo,x1,y1,...,x5,y5 (and score, if known), a line a face: path below --photos; eyes, tip of the nose, corners of the mouth, left to right
 as seen, in pixels.
 
@@ -29,9 +30,9 @@ from tqdm import tqdm
 
 from utils.align import align
 from utils.dataset import IMAGE_SUFFIXES, decode
-from utils.detection import LONGEST, MIN_SCORE, REASONS, Detector, Face, choose, from_left
+from utils.detection import DETECTOR_HELP, LONGEST, MIN_SCORE, REASONS, Detector, Face, choose, from_left
 from utils.errors import InputError, run
-from utils.files import scratch
+from utils.files import read_text, scratch
 from utils.loading import cores
 from utils.recordio import replacing
 from utils.workers import in_parallel
@@ -116,7 +117,7 @@ def read_points(path: Path) -> dict[str, list[Face]]:
     if not path.is_file():
         raise InputError(f"--points: no file {path.absolute()}")
     found = {}
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+    with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
@@ -190,7 +191,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="one sub-folder of photographs per person")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the crops and report.csv")
-    parser.add_argument("--detector", type=Path, metavar="FILE", help="YuNet's file (deploy/face_detection_yunet_2023mar.onnx)")
+    parser.add_argument("--detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
     parser.add_argument("--detector-size", type=int, default=LONGEST, metavar="N",
                         help="pixels to which longer photographs are shrunk to look for faces; more finds smaller ones (%(default)s)")
     parser.add_argument("--points", type=Path, metavar="FILE.csv", help="five points of each face, instead of a detector")

@@ -6,7 +6,8 @@
 
 finds the face in each photograph (OpenCV's YuNet), aligns it by five points, embeds it and its mirror image as evaluation does and prints the cosine, and the decision at
 a threshold: of a false accept rate that the model had on a pair set (--report: the folder that eval/run_full_eval.py --report-dir wrote), or --threshold itself.
-YuNet's file, face_detection_yunet_2023mar.onnx of the OpenCV Zoo, is not part of this repository: put it into deploy/, or name it with --detector. --aligned takes crops
+YuNet's file, face_detection_yunet_2026may.onnx or, for OpenCV 4, face_detection_yunet_2023mar.onnx
+of the OpenCV Zoo, is not part of this repository: put it into deploy/, or name it with --detector. --aligned takes crops
 of 112x112 and needs none. A gallery is a folder of photographs, one a person, or of one folder a person, whose features are averaged. The threshold is that of
 one comparison: among many people, chance finds a look-alike more often.
 """
@@ -23,7 +24,7 @@ from deploy.gallery import Reader, read_gallery
 from deploy.model import embed_faces, load_model
 from eval.tables import Table, format_table
 from eval.thresholds import read_threshold
-from utils.detection import LONGEST, MIN_SCORE, Detector
+from utils.detection import DETECTOR_HELP, LONGEST, MIN_SCORE, Detector
 from utils.errors import InputError, run
 
 FAR = 1e-3
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--gallery", type=Path, metavar="DIR", help="people to search among")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many of them to show (%(default)s)")
     parser.add_argument("--aligned", action="store_true", help="the images are aligned crops of 112x112")
-    parser.add_argument("--detector", type=Path, metavar="FILE", help="YuNet's file (deploy/face_detection_yunet_2023mar.onnx)")
+    parser.add_argument("--detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
     parser.add_argument("--detector-size", type=int, default=LONGEST, metavar="N", help="pixels to which longer photographs are shrunk; more finds smaller faces (%(default)s)")
     parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="detector's score of a face that counts (%(default)s)")
     parser.add_argument("--face", default="only", metavar="WHICH", help="where there are several: largest, or 1, 2, ... from the left (default: they are an error)")

@@ -12,7 +12,7 @@ import pytest
 from data import align_faces
 from tests.commands import ROOT, environment, run
 from tests.saved_sets import encode, smooth
-from tests.yunet import POINTS, photograph, write_detector
+from tests.yunet import POINTS, advised, photograph, write_detector
 from utils.dataset import MXFaceDataset, decode
 from utils.errors import InputError
 
@@ -110,8 +110,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(photos, tmp_path, monkeypatc
             main(monkeypatch, "--output", tmp_path / "new", "--points", points, *arguments)
 
 
+@pytest.mark.parametrize("encode_text", [lambda text: b"\xef\xbb\xbf" + text.encode(), lambda text: text.encode("utf-16")])
+def test_points_as_windows_saves_them(tmp_path, encode_text):
+    rows = [HEADER, "ann/a.jpg" + ",1,2,30,2,15,20,5,40,25,40", "bob x/b.png" + ",1,2,30,2,15,20,5,40,25,40"]
+    (tmp_path / "points.csv").write_bytes(encode_text("\r\n".join(rows)))
+    assert list(align_faces.read_points(tmp_path / "points.csv")) == ["ann/a.jpg", "bob x/b.png"]
+
+
 def test_a_missing_detector_is_one_line(photos, tmp_path):
     done = subprocess.run([sys.executable, str(SCRIPT), "--photos", str(photos), "--output", "new", "--detector", "none.onnx"], capture_output=True, text=True,
                           env=environment(), cwd=tmp_path)
     assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1 and os.listdir(tmp_path) == ["photos"]
-    assert done.stderr.startswith(f"error: --detector: no file {tmp_path}/none.onnx: fetch face_detection_yunet_2023mar.onnx from https://github.com/opencv/opencv_zoo/")
+    assert done.stderr.startswith(f"error: --detector: no file {tmp_path}/none.onnx: fetch {advised()} from https://github.com/opencv/opencv_zoo/")

@@ -1,6 +1,7 @@
 """deploy/compare_faces.py: cosines, decisions and searches against features computed by hand, with a detector of YuNet's form; thresholds of a report; what is refused."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -18,9 +19,10 @@ from eval.thresholds import read_threshold, threshold_at, write_thresholds
 from tests.commands import ROOT, environment
 from tests.saved_sets import encode, smooth
 from tests.test_backbones import fill
-from tests.yunet import photograph, write_detector
+from tests.yunet import advised, photograph, write_detector
 from utils.align import align
 from utils.checkpoint import sha256
+from utils import detection
 from utils.detection import Detector, Face, choose
 from utils.errors import InputError
 from utils.images import to_input
@@ -102,6 +104,21 @@ def test_several_faces_are_chosen_among(folder):
     assert np.abs(Reader(detector, "2", 0.8)(folder / "one.png").astype(int) - CROPS[0]).mean() < 1, "with one face there is nothing to choose"
     with pytest.raises(InputError, match="several faces: 2"):
         Reader(detector, "3", 0.8)(path)
+
+
+@pytest.mark.parametrize("version, first, second", [
+    ("4.11.0", "face_detection_yunet_2023mar.onnx", "face_detection_yunet_2026may.onnx"),
+    ("5.0.0", "face_detection_yunet_2026may.onnx", "face_detection_yunet_2023mar.onnx"),
+    ("10.1.0", "face_detection_yunet_2026may.onnx", "face_detection_yunet_2023mar.onnx"),
+])
+def test_either_file_of_yunet_is_found_the_recommended_one_first(tmp_path, monkeypatch, version, first, second):
+    monkeypatch.setattr(detection.cv2, "__version__", version)
+    monkeypatch.setattr(detection, "FOLDER", tmp_path)
+    with pytest.raises(InputError, match=rf"no file {re.escape(str(tmp_path / first))}: fetch {first} \(for OpenCV {version}; {second} works, too\)"):
+        Detector()
+    for name in (second, first):
+        write_detector(tmp_path / name)
+        assert Detector().path == tmp_path / name
 
 
 def test_a_photograph_is_shrunk_for_the_detector_and_aligned_at_full_size(folder):
@@ -208,7 +225,7 @@ def test_wrong_input_is_said(folder, tmp_path, monkeypatch, capsys):
     refuses("--far is of --report", one, one, "--far", "0.01")
     refuses("--set is of --report", one, one, "--set", "lfw", "--threshold", "0.5")
     refuses("--threshold is a cosine", one, one, "--threshold", "2")
-    refuses(r"--detector: no file .*none.onnx: fetch face_detection_yunet_2023mar.onnx from https://github.com/opencv/opencv_zoo/", one, one, detector=tmp_path / "none.onnx")
+    refuses(rf"--detector: no file .*none.onnx: fetch {re.escape(advised())} from https://github.com/opencv/opencv_zoo/", one, one, detector=tmp_path / "none.onnx")
     (tmp_path / "pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\n")
-    refuses("is no YuNet face detector .*; it looks like a Git LFS pointer", one, one, detector=tmp_path / "pointer.onnx")
-    refuses("is no YuNet face detector", one, one, detector=folder / "7backbone.pth")
+    refuses(rf"is no YuNet face detector .*; it looks like a Git LFS pointer.*; fetch {re.escape(advised())}", one, one, detector=tmp_path / "pointer.onnx")
+    refuses(rf"is no YuNet face detector .* fetch {re.escape(advised())}", one, one, detector=folder / "7backbone.pth")

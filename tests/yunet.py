@@ -52,6 +52,14 @@ def write_detector(path: Path) -> Path:
     return path
 
 
+def advised() -> str:
+    """What messages say of YuNet's two files: the one that suits the installed OpenCV first."""
+    names = ["face_detection_yunet_2026may.onnx", "face_detection_yunet_2023mar.onnx"]
+    if cv2.__version__.startswith("4."):
+        names.reverse()
+    return f"{names[0]} (for OpenCV {cv2.__version__}; {names[1]} works, too)"
+
+
 def photograph(crops: list[np.ndarray], places: list[tuple[int, int]], size: tuple[int, int] = (320, 640), blue: int = 255) -> np.ndarray:
     """(H, W, 3) uint8 RGB, grey, with each aligned crop (112, 112, 3) enlarged around its marker; places: (x, y) of the markers, multiples of 8."""
     image = np.full((*size, 3), 90, np.uint8)

@@ -9,9 +9,13 @@ import numpy as np
 from utils.align import SIZE, similarity
 from utils.errors import InputError
 
-NAME = "face_detection_yunet_2023mar.onnx"
-PLACE = Path(__file__).resolve().parents[1] / "deploy" / NAME
+# The same weights twice: the file of 2026 takes images of any size; the one of 2023 states 640x640,
+# which OpenCV's own engine ignores and ONNX Runtime, one of OpenCV 5's engines, does not. OpenCV
+# 4.11, 4.14 and 5.0 find the same faces with either.
+DYNAMIC, STATIC = "face_detection_yunet_2026may.onnx", "face_detection_yunet_2023mar.onnx"
+FOLDER = Path(__file__).resolve().parents[1] / "deploy"
 SOURCE = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
+DETECTOR_HELP = f"YuNet's file (deploy/{DYNAMIC}, or {STATIC})"
 LONGEST = 640           # pixels: a photograph is shrunk to it, for YuNet was trained on faces of 10 to 300 pixels
 FLOOR = 0.5             # score: what is below is background
 MIN_SCORE = 0.8         # what is below is no face to learn from or decide by
@@ -39,25 +43,36 @@ class Face(NamedTuple):
 class Detector:
     """photograph (H, W, 3) uint8 RGB -> its faces, from left to right, those of a score of at least FLOOR.
 
-    path: YuNet's file; None: deploy/face_detection_yunet_2023mar.onnx. longest: photographs with a longer side are shrunk to it; more finds smaller faces.
+    path: YuNet's file; None: the one of ``file_names()`` that lies in deploy/.
+    longest: photographs with a longer side are shrunk to it; more finds smaller faces.
     Errors: InputError if the file is missing or no face detector.
     """
 
     def __init__(self, path: str | Path | None = None, longest: int = LONGEST):
-        self.path, self.longest = Path(path or PLACE), longest
+        self.path, self.longest = Path(path) if path else default_file(), longest
         if not self.path.is_file():
-            raise InputError(f"--detector: no file {self.path.absolute()}: fetch {NAME} from {SOURCE} and put it there, or name it with --detector; "
-                             "or give faces that are aligned already, or points from elsewhere")
+            raise InputError(
+                f"--detector: no file {self.path.absolute()}: {advice()} and name it with --detector"
+                f" or put it into {FOLDER}; or give faces that are aligned already, or points from"
+                " elsewhere"
+            )
         # what OpenCV has to say of an unreadable file is said below, in one line; the function's name is that of OpenCV 4, then that of 5
         (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+        # the file's content, not its name: OpenCV crashes on a name that is not UTF-8
+        content, no_text = np.fromfile(self.path, np.uint8), np.empty(0, np.uint8)
         try:
-            self.network = cv2.FaceDetectorYN.create(str(self.path), "", (320, 320), FLOOR, OVERLAP, MOST)
+            self.network = cv2.FaceDetectorYN.create(
+                "onnx", content, no_text, (320, 320), FLOOR, OVERLAP, MOST
+            )
             self(np.zeros((64, 64, 3), np.uint8))
         except cv2.error as error:
             from utils.looks import bytes_look_like     # needs torch, which the processes that only align need not load
             look = bytes_look_like(self.path, "onnx")
-            mend = f"it looks like {look}" if look else f"fetch {NAME} from {SOURCE}"
-            raise InputError(f"--detector: {self.path} is no YuNet face detector that OpenCV {cv2.__version__} can run; {mend}") from error
+            it = f"it looks like {look}; " if look else ""
+            raise InputError(
+                f"--detector: {self.path} is no YuNet face detector that OpenCV {cv2.__version__}"
+                f" can run; {it}{advice()}"
+            ) from error
 
     def __call__(self, image: np.ndarray) -> list[Face]:
         height, width = image.shape[:2]
@@ -70,6 +85,22 @@ class Detector:
         # YuNet's points: right eye, left eye, nose, right and left corner of the mouth, as the person has them: left to right as seen
         faces = [Face((*(row[:2] * back), *(row[2:4] * back)), row[4:14].reshape(5, 2) * back, float(row[14])) for row in ([] if rows is None else rows.astype(np.float64))]
         return from_left(faces)
+
+
+def file_names() -> tuple[str, str]:
+    """The names of YuNet's files that the installed OpenCV can run, the recommended one first."""
+    return (STATIC, DYNAMIC) if int(cv2.__version__.split(".")[0]) < 5 else (DYNAMIC, STATIC)
+
+
+def default_file() -> Path:
+    """The first of ``file_names()`` that lies in deploy/; if neither does, where the first should."""
+    places = [FOLDER / name for name in file_names()]
+    return next((place for place in places if place.is_file()), places[0])
+
+
+def advice() -> str:
+    recommended, other = file_names()
+    return f"fetch {recommended} (for OpenCV {cv2.__version__}; {other} works, too) from {SOURCE}"
 
 
 def from_left(faces: list[Face]) -> list[Face]:

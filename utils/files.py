@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and locks between the processes of a machine."""
 
+import codecs
 import fcntl
 import os
 import signal
@@ -7,6 +8,8 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+from utils.errors import InputError
 
 
 @contextmanager
@@ -22,6 +25,44 @@ def replacing(path: str, mode: str = "wb"):
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def read_text(path: str | Path) -> str:
+    """What somebody wrote by hand: UTF-8 with or without a byte order mark, or UTF-16 with one.
+
+    Lines end as "\\n". The names of files that are not UTF-8 come as Python gives them, so that they
+    find the files.
+    Raises InputError for UTF-16 that is damaged.
+    """
+    content = Path(path).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            content = content.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{path} begins as UTF-16 text and is not: {error.reason}; save it as UTF-8"
+            ) from error
+    text = os.fsdecode(content.removeprefix(codecs.BOM_UTF8))
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def printable(name: str) -> str:
+    """A file's name where text must be UTF-8: a byte that is not comes as ``\\udce9``."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def utf8_path(path: Path) -> str:
+    """A path that is UTF-8 to a file or folder that is there.
+
+    TensorBoard, onnxruntime, safetensors and pyarrow take no other. Good in this process and its
+    forks, while they live.
+    """
+    if printable(str(path)) == str(path):
+        return str(path)
+    if printable(path.name) == path.name:
+        return f"{utf8_path(path.parent)}/{path.name}"
+    # Linux, where alone such names exist, also names what is open by its number
+    return f"/proc/self/fd/{os.open(path, os.O_RDONLY)}"
 
 
 @contextmanager
