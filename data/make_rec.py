@@ -7,7 +7,9 @@
 files of that size are copied byte for byte, all else is encoded as JPEG. ``--layout plain`` (the default) is im2rec's: every
 record an image, shuffled by ``--seed`` unless ``--no-shuffle``. ``--layout insightface`` keeps an identity's images
 together, as its index records require, in sorted order. The training scripts shuffle either layout every epoch. ``pairs.txt`` has lines ``path1 path2 0|1`` (1: same person), paths below DIR,
-tab-separated if they contain spaces. What was written is read back and compared before it gets its name.
+tab-separated if they contain spaces; or it is LFW's own list (``pairs.txt``,
+``pairsDevTrain.txt``, ``pairsDevTest.txt``), whose ``Name 1`` is ``DIR/Name/Name_0001.jpg`` or
+``.png``. Pairs of one kind only are refused. What was written is read back and compared before it gets its name.
 """
 import argparse
 import os
@@ -26,6 +28,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data.pair_list import read_pairs
 from utils.dataset import IMAGE_SIZE, JPEG_START, decode, first_label, list_identities
 from utils.errors import InputError, run
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, replacing, unpack, write_insightface, write_property
@@ -43,7 +46,7 @@ def main() -> None:
     args = parse_arguments()
     encode = image_encoder(args.images, args.quality, args.resize)
     if args.pairs:
-        count = write_pairs(args.pairs, encode, args.output)
+        count = write_pairs(args.pairs, args.images, encode, args.output)
         print(f"{args.output}: {count} pairs, read back and equal")
     else:
         count, classes = write_records(args, encode)
@@ -54,7 +57,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of identities, or the folder the pair list refers to")
     parser.add_argument("--output", required=True, help="folder for the records, or the .bin file")
-    parser.add_argument("--pairs", help="pair list; writes a .bin instead of records")
+    parser.add_argument(
+        "--pairs", help="pair list, our own or LFW's; writes a .bin instead of records"
+    )
     parser.add_argument("--layout", choices=("insightface", "plain"), default="plain")
     parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, help="order of the plain layout (default: shuffled)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
@@ -104,8 +109,10 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
             shuffle = args.shuffle is not False
             entries, checksums = write_plain(temporary, groups, encode, args.seed if shuffle else None)
         write_property(temporary, len(groups), IMAGE_SIZE)
-        with replacing(os.path.join(temporary, "train.lst"), "w") as file:
-            file.writelines(f"{entry.key}\t{entry.label}\t{entry.path}\n" for entry in entries)
+        with replacing(os.path.join(temporary, "train.lst")) as file:
+            # a file's name as its bytes, whatever its encoding, so that the list finds the file
+            lines = (f"{entry.key}\t{entry.label}\t{entry.path}\n" for entry in entries)
+            file.writelines(map(os.fsencode, lines))
         check_records(temporary, entries, checksums)
         install(temporary, output)
     return len(entries), len(groups)
@@ -170,12 +177,16 @@ def install(temporary: str, output: str) -> None:
         shutil.move(os.path.join(temporary, name), os.path.join(output, name))
 
 
-def write_pairs(pairs_path: str, encode: Callable[[str], bytes], output: str) -> int:
-    """Write a pair set: pickle (protocol 4) of ([2N encoded images], [N booleans]); returns N."""
-    pairs = read_pairs(pairs_path)
-    load = lru_cache(maxsize=None)(encode)     # an image of many pairs is read, and pickled, once
-    images = [load(path) for first, second, _ in progress("reading", len(pairs), pairs) for path in (first, second)]
-    same = [same for _, _, same in pairs]
+def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], output: str) -> int:
+    """Write a pair set: pickle (protocol 4) of ([2N encoded images], [N booleans]); returns N.
+
+    The pairs keep the order of the list, which the ten contiguous folds of the protocol rely on.
+    """
+    pairs = read_pairs(pairs_path, root)
+    # an image of many pairs is read, and pickled, once
+    load = lru_cache(maxsize=None)(encode)
+    images = [load(path) for pair in progress("reading", len(pairs), pairs) for path in pair[:2]]
+    same = [pair.same for pair in pairs]
     if os.path.isdir(output):
         raise InputError(f"--output {output} is a folder; name the .bin file to write")
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
@@ -186,25 +197,6 @@ def write_pairs(pairs_path: str, encode: Callable[[str], bytes], output: str) ->
         if file.read() != content:
             raise InputError(f"{output} differs from what was written; check the disk")
     return len(pairs)
-
-
-def read_pairs(path: str) -> list[tuple[str, str, bool]]:
-    """(path1, path2, same) of every line; empty lines and lines that begin with # are skipped. InputError names a bad line."""
-    if not os.path.isfile(path):
-        raise InputError(f"no pair list {os.path.abspath(path)}")
-    pairs = []
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:      # as file names come
-        for number, line in enumerate(file, start=1):
-            line = line.strip()
-            if not line or line.startswith("#"):
-                continue
-            fields = line.split("\t") if "\t" in line else line.split()
-            if len(fields) != 3 or fields[2] not in ("0", "1"):
-                raise InputError(f"{path}, line {number}: expected 'path1 path2 0|1', got {line[:80]!r}")
-            pairs.append((fields[0], fields[1], fields[2] == "1"))
-    if not pairs:
-        raise InputError(f"{path} lists no pairs")
-    return pairs
 
 
 def progress(what: str, total: int, items: Iterable | None = None) -> tqdm:

@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from data.pair_list import read_pairs
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
+from utils.errors import InputError
 from test_dataset import jpeg, write_folder
 from test_recordio import ROOT
 
@@ -108,11 +110,110 @@ def test_pairs(faces, tmp_path):
     assert images == [(faces / path).read_bytes() for path in paths] and same == [True, False, False]
 
 
+UTF16 = "\ufeffann/00.jpg ann/01.jpg 1\r\nann/00.jpg cid/00.jpg 0\r\n".encode("utf-16-le")
+
+
+@pytest.mark.parametrize("content", [
+    b"\xef\xbb\xbfann/00.jpg ann/01.jpg 1\r\nann/00.jpg cid/00.jpg 0\r\n",
+    b"\xef\xbb\xbf# with a remark\nann/00.jpg ann/01.jpg 1\nann/00.jpg cid/00.jpg 0",
+    UTF16,
+])
+def test_pairs_as_windows_saves_them(faces, tmp_path, content):
+    (tmp_path / "pairs.txt").write_bytes(content)
+    assert read_pairs(tmp_path / "pairs.txt", faces) == [
+        ("ann/00.jpg", "ann/01.jpg", True), ("ann/00.jpg", "cid/00.jpg", False)]
+
+
+def test_damaged_utf16_is_one_line(faces, tmp_path):
+    (tmp_path / "pairs.txt").write_bytes(UTF16[:-1])
+    with pytest.raises(InputError, match=r"pairs\.txt begins as UTF-16 text and is not"):
+        read_pairs(tmp_path / "pairs.txt", faces)
+
+
+@pytest.mark.parametrize("same", [0, 1])
+def test_pairs_of_one_kind_are_not_packed(faces, tmp_path, same):
+    (tmp_path / "pairs.txt").write_text(f"ann/00.jpg ann/01.jpg {same}\n" * 12)
+    result = make_rec("--pairs", tmp_path / "pairs.txt", "--images", faces, "--output", tmp_path / "lfw.bin")
+    assert_fails(result, f"all 12 pairs are of {'the same person' if same else 'different people'}", tmp_path)
+
+
+# --- LFW's own lists
+
+@pytest.fixture
+def lfw(tmp_path):
+    """Six people with three photographs each, named as LFW's are; of one of them PNG files."""
+    for person in range(6):
+        folder = tmp_path / "faces" / f"Name_{person}"
+        folder.mkdir(parents=True)
+        for number in (1, 2, 3):
+            encoded = jpeg(10 * person + number)
+            suffix = ".png" if person == 5 else ".jpg"
+            if person == 5:
+                encoded = cv2.imencode(".png", cv2.imdecode(np.frombuffer(encoded, np.uint8), 1))[1].tobytes()
+            (folder / f"Name_{person}_{number:04d}{suffix}").write_bytes(encoded)
+    return tmp_path / "faces"
+
+
+def lfw_folds(folds: int, pairs: int) -> tuple[list[str], list[tuple[str, str, bool]]]:
+    """Lines of LFW's list below its first, and the pairs that they are."""
+    lines, expected = [], []
+    path = "Name_{0}/Name_{0}_{1:04d}.jpg".format
+    for fold in range(folds):
+        for number in range(pairs):
+            person = (fold + number) % 5
+            lines.append(f"Name_{person}\t1\t{2 + number % 2}")
+            expected.append((path(person, 1), path(person, 2 + number % 2), True))
+        for number in range(pairs):
+            first, second = (fold + number) % 5, (fold + number + 1) % 5
+            lines.append(f"Name_{first}\t3\tName_{second}\t{1 + number % 3}")
+            expected.append((path(first, 3), path(second, 1 + number % 3), False))
+    return lines, expected
+
+
+@pytest.mark.parametrize("header, folds, pairs, ends", [
+    ("10\t3", 10, 3, "\n"), ("10 3", 10, 3, "\r\n"), ("7", 1, 7, "\n"), ("\ufeff2\t4", 2, 4, "\r\n"),
+])
+def test_lfws_own_lists_keep_their_order(lfw, tmp_path, header, folds, pairs, ends):
+    lines, expected = lfw_folds(folds, pairs)
+    (tmp_path / "pairs.txt").write_bytes((ends.join([header, *lines]) + ends).encode())
+    result = make_rec("--pairs", tmp_path / "pairs.txt", "--images", lfw, "--output", tmp_path / "lfw.bin")
+    assert result.returncode == 0, result.stderr
+    images, same = pickle.loads((tmp_path / "lfw.bin").read_bytes())
+    assert same == [pair[2] for pair in expected]
+    assert images == [(lfw / path).read_bytes() for pair in expected for path in pair[:2]]
+    # so that InsightFace's contiguous folds are those of the list
+    for part in np.split(np.array(same), folds):
+        assert part.sum() == pairs == len(part) // 2
+
+
+def test_lfws_lists_find_other_suffixes(lfw, tmp_path):
+    (tmp_path / "pairs.txt").write_text("1\nName_5\t1\t3\nName_5\t2\tName_0\t1\n")
+    assert read_pairs(tmp_path / "pairs.txt", lfw) == [
+        ("Name_5/Name_5_0001.png", "Name_5/Name_5_0003.png", True),
+        ("Name_5/Name_5_0002.png", "Name_0/Name_0_0001.jpg", False),
+    ]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("10 1\nName_0 1 2\nName_0 1 Name_1 1\n", r"first line, '10 1', says 10 pairs .* there are 1 and 1"),
+    ("1\nName_0 1 2\nName_0 1 Name_0 2\n", "line 3: two images of Name_0 as a pair of different people"),
+    ("1\nName_0 1 2\nName_0 1\n", "line 3: expected 'name n1 n2' or 'name1 n1 name2 n2'"),
+    ("1\nName_0 1 2\nName_0\n", "line 3: expected 'name n1 n2' or 'name1 n1 name2 n2'"),
+    ("1\nName_0 one 2\nName_0 1 Name_1 1\n", "line 2: expected 'name n1 n2'"),
+    ("1\nName_0 1 9\nName_0 1 Name_1 1\n", r"line 2: no image .*Name_0_0009\.jpg, nor with .*\.png"),
+    ("Name_0 1 Name_1 1\n", r"line 1: expected 'path1 path2 0\|1'.* begin with a line such as '10 300'"),
+])
+def test_wrong_lines_of_lfws_lists(lfw, tmp_path, text, message):
+    (tmp_path / "pairs.txt").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_pairs(tmp_path / "pairs.txt", lfw)
+
+
 def test_wrong_pairs(faces, tmp_path):
     pairs = tmp_path / "pairs.txt"
     common = "--pairs", pairs, "--images", faces, "--output", tmp_path / "lfw.bin"
     assert_fails(make_rec(*common), f"no pair list {pairs}", tmp_path)
-    pairs.write_text("ann/00.jpg ann/01.jpg 1\nann/00.jpg ann/09.jpg 1\n")
-    assert_fails(make_rec(*common), f"cannot read the image {faces}/ann/09.jpg: No such file", tmp_path)
+    pairs.write_text("ann/00.jpg ann/01.jpg 1\nann/00.jpg cid/09.jpg 0\n")
+    assert_fails(make_rec(*common), f"cannot read the image {faces}/cid/09.jpg: No such file", tmp_path)
     pairs.write_text("ann/00.jpg ann/01.jpg yes\n")
     assert_fails(make_rec(*common), "line 1: expected 'path1 path2 0|1'", tmp_path)
