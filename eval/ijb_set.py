@@ -6,7 +6,9 @@ CVLFace: see eval/arrow.py. In both, 1:N comes with the lists ``_1N_gallery_<nam
 """
 
 import csv
+import io
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from eval.arrow import METADATA, is_saved, open_records, read_metadata, saved_fi
 from eval.ijb import check_mated, list_templates
 from eval.set_folder import BLOCK, ImageFiles, find_set, fingerprint, first_of, scan, warn_if_not_as_published
 from utils.errors import InputError
+from utils.files import read_text
 
 SUFFIX = "_gt_aligned"      # of CVLFace's folders
 CROPS, META = "loose_crop", "meta"
@@ -129,7 +132,7 @@ def find_files(folder: Path, names: list[str]) -> list[tuple]:
 def read_rows(path: Path, kind: str, columns: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
     """A meta file's names and the numbers behind them, (N, columns) int64 (kind "q") or float64 ("d"). Errors: InputError naming the line."""
     number, names, values = int if kind == "q" else float, [], array(kind)
-    for line, text in enumerate(path.read_text("utf-8", "replace").rstrip().split("\n"), 1):
+    for line, text in enumerate(read_text(path).rstrip().split("\n"), 1):
         name, *fields = text.split() or [""]
         try:
             if len(fields) != len(columns):
@@ -177,7 +180,7 @@ def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def whole_lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        rest = b""
+        rest = file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
         while block := file.read(BLOCK):
             lines, newline, end = block.rpartition(b"\n")
             if newline:
@@ -229,7 +232,7 @@ def read_lists(places: list[Path], prefix: str) -> dict:
 def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(templates, subjects), (rows,) int64 each: the first two columns of a CSV file with a header. Errors: InputError naming the line."""
     templates, subjects = array("q"), array("q")
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:     # the file names in it may be of any encoding
+    with io.StringIO(read_text(path), newline="") as file:
         rows = csv.reader(file)
         try:
             header = [cell.strip().lower() for cell in next(rows, [])]

@@ -46,7 +46,7 @@ def fingerprint(files: Iterable[Path], listing: Iterable[tuple]) -> str:
     """SHA-256 (hex) over the bytes of ``files`` and over ``listing``, what is known of files that are too many to be read."""
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)

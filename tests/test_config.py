@@ -223,6 +223,12 @@ def test_files_that_are_none(tmp_path):
         refused(message, tmp_path / "config.json")
 
 
+@pytest.mark.parametrize("name, text", [("mine.py", "config = dict(loss='CosFace')"), ("config.json", '{"loss": "CosFace"}')])
+def test_a_file_with_a_byte_order_mark(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_config(tmp_path / name).loss == "CosFace"
+
+
 def test_a_script_shows_a_mistake_as_one_line(tmp_path):
     """From another directory; before the output folder is made."""
     done = subprocess.run([sys.executable, ROOT / "train" / "train_standalone.py", "los=ArcFace", "output=run"], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -54,6 +54,12 @@ def assert_batches_equal(left, right):
     assert torch.equal(left.images, right.images) and torch.equal(left.labels, right.labels) and left.bad == right.bad
 
 
+def test_a_property_with_a_byte_order_mark(tmp_path):
+    folder = copy_set("plain", tmp_path)
+    (folder / "property").write_bytes(b"\xef\xbb\xbf" + (folder / "property").read_bytes())
+    assert MXFaceDataset(folder).num_classes == 6
+
+
 @pytest.mark.parametrize("style", STYLES)
 def test_golden_sets(style, tmp_path, expected):
     dataset = MXFaceDataset(copy_set(style, tmp_path))

@@ -142,6 +142,23 @@ def test_both_layouts_of_one_set_give_the_same(tmp_path, crops):
     assert snapshot(crops) | snapshot(folder) == before         # nothing is written beside a set
 
 
+def test_meta_files_as_windows_saves_them(crops):
+    """With a byte order mark and its line ends; the names of images need not be UTF-8."""
+    odd = os.fsdecode(b"Ren\xe9.jpg")
+    try:
+        os.rename(crops / "loose_crop" / NAMES[4], crops / "loose_crop" / odd)
+    except OSError:
+        pytest.skip("this file system's names are UTF-8")
+    for path in (*(crops / "meta").glob("*.txt"), *(crops / "meta").glob("*.csv")):
+        text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+        text = text.replace(NAMES[4].encode() + b" ", os.fsencode(odd) + b" ")
+        path.write_bytes(b"\xef\xbb\xbf" + text)
+    ijb = load(crops)
+    assert_is_the_set(ijb)
+    assert_has_lists(ijb)
+    assert ijb.images.name_of(4) == str(crops / "loose_crop" / odd) and ijb.images[4].shape == (112, 112, 3)
+
+
 def test_lists_are_optional_and_in_cvlface_sets_also_in_meta(tmp_path, saved):
     assert load(saved).galleries == {} and load(saved).probes is None
     (saved / "meta").mkdir()

@@ -7,6 +7,7 @@ import torch
 
 from backbones import build_backbone
 from tests.teachers import IMAGES, SIZE, STATED, config, network, prefixed, refused, repository, save
+from utils import hub
 from utils.checkpoint import network_weights, sha256
 from utils.looks import looks_like
 from utils.teacher import TEACHERS, Teacher, load_teacher
@@ -55,6 +56,15 @@ def test_published_files(tmp_path, caplog, name, file, wrap, bgr):
 
 LAYOUTS = {"published": {}, "config.json": dict(yaml=None), "model.yaml": dict(conf=None), "model.pt": dict(file="pretrained_model/model.pt"),
            "other details": dict(conf=STATED | {"start_from": "elsewhere"})}
+
+
+@pytest.mark.parametrize("file", ["config.json", "pretrained_model/model.yaml"])
+def test_a_configuration_with_a_byte_order_mark(tmp_path, file):
+    other = dict(yaml=None) if file == "config.json" else dict(conf=None)
+    folder = repository(tmp_path, {}, **other)
+    stated = hub.read_configuration(folder)
+    (folder / file).write_bytes(b"\xef\xbb\xbf" + (folder / file).read_bytes())
+    assert stated is not None and hub.read_configuration(folder) == stated
 
 
 @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)

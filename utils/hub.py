@@ -94,7 +94,7 @@ def read_configuration(folder: Path) -> Stated | None:
 def read_stated(path: Path) -> Stated | None:
     """One configuration file; None for a config.json that is not CVLFace's."""
     try:
-        content = parse(path.read_text(encoding="utf-8"), path)
+        content = parse(path.read_text(encoding="utf-8-sig"), path)
     except (ValueError, OSError) as error:       # ValueError: of the syntax or of the encoding
         raise InputError(f"teacher: {path} is unreadable ({first_line(error)})") from error
     conf = content.get("conf") if path.suffix == ".json" and isinstance(content, dict) else content

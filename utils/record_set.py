@@ -199,7 +199,7 @@ def open_backend(backend: str, index: IndexedRecordIO) -> NativeRecords | MXNetR
 
 def read_property(path: str) -> int:
     """Number of classes of a ``property`` file (``classes,height,width``); InputError if it holds something else."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         text = file.read().strip()
     try:
         num_classes, height, width = (int(field) for field in text.split(","))
