@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from utils.files import printable
 from utils.onnx_network import require_onnx
 
 OPSET = 20                  # the newest that PyTorch's tracer writes; onnxruntime has read it since 1.17
@@ -57,7 +58,7 @@ def operators(model) -> Counter:
 def describe(model, **about) -> None:
     """Write what a user of the file must know into its metadata, as text."""
     onnx = require_onnx("deploy")
-    onnx.helper.set_model_props(model, {key: str(value) for key, value in about.items()})
+    onnx.helper.set_model_props(model, {key: printable(str(value)) for key, value in about.items()})
 
 
 # --- folding -------------------------------------------------------------------------------------------------------------------

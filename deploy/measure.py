@@ -10,6 +10,7 @@ from torch import nn
 
 from deploy.model import Model
 from utils.errors import InputError
+from utils.files import utf8_path
 from utils.onnx_network import OnnxNetwork, inputs_of, require_onnx, weight_files
 
 IMAGE = (3, 112, 112)
@@ -70,7 +71,7 @@ def count_in_network(network: nn.Module) -> int:
 def count_in_graph(path: Path) -> int:
     """The same from the shapes in an ONNX graph, quantised or not. Errors: InputError if it does not tell them."""
     onnx = require_onnx("model")
-    model = onnx.load(path)
+    model = onnx.load(utf8_path(path))
     inputs_of(model.graph)[0].type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph

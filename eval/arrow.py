@@ -17,6 +17,7 @@ from eval.roc import to_whole
 from eval.set_folder import check_aligned, fingerprint, scan
 from utils.checkpoint import UNREADABLE
 from utils.errors import InputError
+from utils.files import utf8_path
 from utils.images import decode
 
 STATE, INFO, SPLITS, METADATA = "state.json", "dataset_info.json", "dataset_dict.json", "metadata.pt"
@@ -82,7 +83,7 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
         raise InputError(f"{folder} holds several splits ({SPLITS}), not one set; save the split that is the set, or name its folder")
     datasets.disable_progress_bars()
     try:
-        table = datasets.load_from_disk(str(folder.absolute()))
+        table = datasets.load_from_disk(utf8_path(folder.absolute()))
         check_schema(folder, table, ("image", "index", "path") if with_paths else ("image", "index"))
         rows = order_rows(folder, table.data.column("index").to_numpy())
         paths = table.data.column("path").to_pylist() if with_paths else None

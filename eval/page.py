@@ -65,7 +65,9 @@ def write_page(path: str | Path, title: str, results: dict, exhibits: Sequence[P
         "</main>",
     ]
     with replacing(str(path)) as file:
-        file.write(PAGE.substitute(title=escape(heading), body="\n".join(filter(None, body))).encode())
+        page = PAGE.substitute(title=escape(heading), body="\n".join(filter(None, body)))
+        # the name of a file or folder may be no UTF-8
+        file.write(page.encode("utf-8", "backslashreplace"))
 
 
 def show_links(sets) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.errors import InputError, run
+from utils.files import printable
 from utils.recordio import replacing
 
 
@@ -36,7 +37,11 @@ def read_curves(folder: Path) -> dict[str, list[dict]]:
     files = sorted(folder.glob("*/metrics.jsonl"), key=lambda file: file.stat().st_mtime)
     if not files:
         raise InputError(f"no run with a metrics.jsonl in {folder.absolute()}")
-    return {file.parent.name: [row for row in map(json.loads, file.read_text().splitlines()) if "loss" in row] for file in files}
+    curves = {}
+    for file in files:
+        rows = map(json.loads, file.read_text().splitlines())
+        curves[printable(file.parent.name)] = [row for row in rows if "loss" in row]
+    return curves
 
 
 def read_accuracies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
@@ -46,7 +51,7 @@ def read_accuracies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
     """
     if not path.is_file():
         raise InputError(f"no {path.absolute()}; make it with eval/run_batch_eval.py")
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: int(row["step"] or -1))     # the table may be sorted by a figure
     accuracies = {}
     for row in rows:

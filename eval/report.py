@@ -216,4 +216,5 @@ def write_table(path: Path, lines) -> None:
 
 def write(path: Path, text: str) -> None:
     with replacing(path) as file:
-        file.write(text.encode())
+        # the name of a file or folder may be no UTF-8
+        file.write(text.encode("utf-8", "backslashreplace"))

@@ -19,6 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from eval import evaluate, report, tables
 from utils import distributed
 from utils.errors import InputError, run
+from utils.files import printable
 
 
 def main() -> None:
@@ -129,7 +130,8 @@ class Reports:
 
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
-        self.rows[checkpoint] = report.Row(name, checkpoint.absolute().parent.name, step_of(checkpoint), figures)
+        run_name = printable(checkpoint.absolute().parent.name)
+        self.rows[checkpoint] = report.Row(printable(name), run_name, step_of(checkpoint), figures)
         return name
 
     def add_failure(self, checkpoint: Path, error: str) -> None:

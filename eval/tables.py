@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from eval.roc import resolves
 from utils.errors import InputError
+from utils.files import printable
 
 MARK = "†"
 EXPLANATION = (f"{MARK} finer than the data can resolve: fewer than one false accept is expected there among the impostor pairs (1:N: the probes without a mate), "
@@ -130,7 +131,12 @@ def flatten(results: dict) -> dict[str, float]:
     """Nested figures with dotted keys, sorted."""
     flat = {}
     for key, value in results.items():
-        flat |= {f"{key}.{inner}": figure for inner, figure in flatten(value).items()} if isinstance(value, dict) else {key: value}
+        # the name of a set is that of a file
+        key = printable(key)
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": figure for inner, figure in flatten(value).items()}
+        else:
+            flat[key] = value
     return dict(sorted(flat.items()))
 
 

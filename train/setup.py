@@ -130,7 +130,7 @@ def was_restarted(log: Path) -> bool:
     torchrun counts no restart where machines only join again, so where restarts are allowed the launch's own name (RDZV_ID) is enough.
     """
     allowed = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ["TORCHELASTIC_RUN_ID"] != "none"
-    return bool(allowed) and log.is_file() and f"{launch_name()}\n" in log.read_text()
+    return bool(allowed) and log.is_file() and f"{launch_name()}\n" in log.read_text("utf-8", "replace")
 
 
 def write_config(cfg, resume_step: int) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from utils.errors import InputError, first_line
+from utils.files import utf8_path
 from utils.looks import bytes_look_like, feature_size, looks_like, which_network
 from utils.recordio import replacing
 
@@ -52,7 +53,7 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         raise InputError(f"{what}: no file at {path.absolute()}" + (f"; {hint}" if hint else ""))
     kind = "safetensors" if path.suffix == ".safetensors" else "checkpoint"
     try:
-        return load_file(path) if kind == "safetensors" else load_pickled(path)
+        return load_file(utf8_path(path)) if kind == "safetensors" else load_pickled(path)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it asks to load {name[1]}, which is code and no tensor" if name else "it holds more than tensors, or is no checkpoint"

@@ -1,6 +1,7 @@
 """The one kind of error that users are meant to read, and the way entry scripts show it."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ def first_line(error: BaseException, most: int = 160) -> str:
 
 def run(main) -> None:
     """Call ``main()``; an InputError or a full or forbidden disk becomes one line on stderr and exit status 1, all else is a bug and keeps its traceback."""
+    print_any_name()
     try:
         main()
     except InputError as error:
@@ -36,6 +38,16 @@ def run(main) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         fail(f"{error.filename or 'a file'}: {error.strerror}")
+
+
+def print_any_name() -> None:
+    """Let stdout show what its encoding lacks as ``\\udce9`` or ``\\xe9``, as stderr does by itself.
+
+    The name of a file may be any bytes.
+    """
+    # a test or a notebook may have put something else in its place
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def fail(message: str) -> None:

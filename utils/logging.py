@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from utils.distributed import is_main
 from utils.errors import InputError
+from utils.files import printable, utf8_path
 from utils.plain_json import dumps
 from utils.recordio import replacing
 
@@ -28,7 +29,9 @@ def start_log(output: str | Path, append: bool) -> None:
     root.handlers.clear()
     handlers = [logging.StreamHandler(sys.stdout)]
     if is_main():
-        file = logging.FileHandler(Path(output) / "training.log", mode="a")
+        file = logging.FileHandler(
+            Path(output) / "training.log", mode="a", encoding="utf-8", errors="backslashreplace"
+        )
         try:
             fcntl.lockf(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -57,7 +60,12 @@ class RunLog:
             else:       # what a run left that ended before its first checkpoint
                 for old in (self.path, *Path(output).glob("tb/events.out.tfevents.*")):
                     old.unlink(missing_ok=True)
-            self.board = SummaryWriter(str(Path(output) / "tb"), purge_step=resumed_step + 1 if resumed_step else None)
+            folder = Path(output) / "tb"
+            folder.mkdir(exist_ok=True)
+            self.board = SummaryWriter(
+                utf8_path(folder),
+                purge_step=resumed_step + 1 if resumed_step else None,
+            )
 
     def train(self, step: int, epoch: int, loss: float, lr: float, samples_per_sec: float, data_wait: float, memory: float, stats: dict) -> None:
         """One line, one JSON row and TensorBoard scalars; samples_per_sec: of all ranks; data_wait: the share of the time spent waiting for images;
@@ -83,7 +91,7 @@ class RunLog:
             logging.info("[%s][%d]Accuracy-Flip: %.5f+-%.5f", name, step, figures["Accuracy-Flip"], figures["Accuracy-Std"])
             logging.info("[%s][%d]Accuracy-Highest: %.5f", name, step, highest[name])
             for tag, value in (("Accuracy_Flip", figures["Accuracy-Flip"]), ("Accuracy_Highest", highest[name]), ("XNorm", figures["XNorm"])):
-                self.board.add_scalar(f"val/{name}/{tag}", value, step)
+                self.board.add_scalar(f"val/{printable(name)}/{tag}", value, step)
         self.write(dict(step=step, epoch=epoch, validation={name: dict(figures, **{"Accuracy-Highest": highest[name]}) for name, figures in results.items()}))
 
     def benchmarks(self, step: int, epoch: int, results: dict) -> None:
@@ -91,7 +99,7 @@ class RunLog:
         if not self.active:
             return
         for kind, name, key, value in ((kind, name, *item) for kind, sets in results.items() for name, figures in sets.items() for item in flat(figures)):
-            self.board.add_scalar(f"{BOARD_NAMES[kind]}/{name}/{key}", value, step)
+            self.board.add_scalar(f"{BOARD_NAMES[kind]}/{printable(name)}/{key}", value, step)
             if key.endswith(SHOWN):
                 logging.info("[%s][%d]%s: %.5f", name, step, key, value)
         self.write(dict(step=step, epoch=epoch, **results))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from utils.errors import InputError, first_line
+from utils.files import utf8_path
 from utils.looks import bytes_look_like
 
 CUDA = "CUDAExecutionProvider"
@@ -69,7 +70,7 @@ class OnnxNetwork(nn.Module):
         if device.type == "cuda" and CUDA in onnxruntime.get_available_providers():
             providers.insert(0, (CUDA, {"device_id": device.index or 0}))
         try:
-            session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+            session = onnxruntime.InferenceSession(utf8_path(self.path), options, providers=providers)
         except failures() as error:
             raise InputError(f"{self.what}: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
         if device.type == "cuda" and CUDA not in session.get_providers():
