@@ -142,7 +142,7 @@ def _on_rank(rank: int, world: int, folder: str) -> None:
     assert distributed.world_size() == world
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.shutdown()
 
 
 def fail_on_first():

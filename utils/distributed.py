@@ -4,8 +4,10 @@ Under torchrun the environment names the rank (RANK, LOCAL_RANK, WORLD_SIZE). Wi
 every function here is the identity, so the code above never asks how many ranks there are.
 """
 
+import atexit
 import os
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -60,8 +62,23 @@ def meeting_place() -> dict:
 
 
 def shutdown() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the other ranks; with several of them, end this process with exit status 0.
+
+    The last call of a command that has done all its work. The interpreter would still take down
+    DistributedDataParallel and gloo's threads, and PyTorch aborts now and then while it does
+    ("terminate called without an active exception"): torchrun would report a finished run as failed,
+    or start it again. So what the interpreter does for others is done here: what is registered with
+    atexit (temporary folders, logs, child processes), and the streams are flushed.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # whoever read it has gone: there is nobody left to tell
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(0)
 
 
 @contextmanager
