@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import distributed
 from utils.losses import build_header
-from utils.losses.centers import store
+from utils.losses.centers import AdaptiveCenters, store
+from utils.precision import float64_device
 
 SIZE, CLASSES = 8, 41
 LR, MOMENTUM, DECAY = 0.3, 0.9, 5e-4
@@ -134,6 +135,39 @@ def test_a_step_never_waits_for_the_gpu(method, rate, monkeypatch):
         if header.centers.learned:
             header.centers.step(LR, MOMENTUM, DECAY)
     assert waits.found == []
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("method", ["standalone", "AMLDistill", "AdaDistill"])
+def test_float64_is_computed_in_one_place_only(method, rate, monkeypatch):
+    """Which leaves the device for it on MPS, where there is no float64."""
+    assert float64_device(torch.device("mps")) == torch.device("cpu") and float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+    def in_float32(moved, same):
+        return same.float() @ moved / same.sum(1, keepdim=True).clamp_min(1)
+    monkeypatch.setattr(AdaptiveCenters, "mean_of_same", staticmethod(in_float32))
+    header = build_header(method, "AdaFace", SIZE, CLASSES, sample_rate=rate, use_geom_margin=method != "standalone")
+    header.centers.defer = True
+    features, labels = inputs(0)
+    with DoubleNumbers() as found:
+        header(features.requires_grad_(), labels, features.detach() + 1)[0].backward()
+        if header.centers.learned:
+            header.centers.step(LR, MOMENTUM, DECAY)
+    assert found.operations == []
+
+
+class DoubleNumbers(TorchDispatchMode):
+    """Remembers the operations that give float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in (result if isinstance(result, (tuple, list)) else [result])):
+            self.operations.append(function.overloadpacket.__name__)
+        return result
 
 
 # --- shares on disk ----------------------------------------------------------------------------------------------------------

@@ -24,9 +24,12 @@ def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
 
     timeout: the longest wait of a collective, after which the waiting ranks die without a word; utils/watch.py speaks earlier.
-    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun each rank takes cuda:LOCAL_RANK.
-    Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine.
+    device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:N" or "mps". Under torchrun each rank takes cuda:LOCAL_RANK.
+    Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine; for several ranks on MPS.
     """
+    if device == "mps":
+        check_mps()
+        return torch.device("mps")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device={device} asks for a GPU, but PyTorch sees none here; set device=cpu or install a CUDA driver")
@@ -46,6 +49,15 @@ def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout,
                                 device_id=chosen if chosen.type == "cuda" else None, **meeting_place())
     return chosen
+
+
+def check_mps() -> None:
+    """Raises InputError if this process cannot have an Apple GPU for itself."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("device=mps: an Apple GPU is used by one process; set NPROC_PER_NODE=1 (and accumulate for larger steps), or device=cpu")
+    if not torch.backends.mps.is_available():
+        reason = "PyTorch finds no Apple GPU here" if torch.backends.mps.is_built() else f"this PyTorch ({torch.__version__}) was built without it"
+        raise InputError(f"device=mps asks for an Apple GPU, but {reason}; set device=cpu, or device=cuda for an NVIDIA GPU")
 
 
 def meeting_place() -> dict:
