@@ -57,7 +57,8 @@ class ClassCenters(nn.Module):
     dtype: float32 or bf16. on_host: they stay in the host's memory wherever the module is moved.
     """
 
-    learned = False
+    learned = False     # by gradients
+    moved = True        # by whatever it is
 
     def __init__(self, num_classes: int, embedding_size: int, dtype: torch.dtype = torch.float32, on_host: bool = False):
         super().__init__()
@@ -175,6 +176,8 @@ class LearnedCenters(ClassCenters):
 
 class FrozenCenters(ClassCenters):
     """The teacher's trained header, moved by nothing (AMLDistill)."""
+
+    moved = False
 
 
 class AdaptiveCenters(ClassCenters):
