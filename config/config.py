@@ -29,7 +29,9 @@ config = Config()
 config.dataset = "emoreIresNet"            # a name of DATASETS
 config.output = "output/AdaDistill"        # checkpoints, logs and TensorBoard files of this run
 config.seed = 42                           # weights, order of the images, mirrors
-config.device = "auto"                     # "auto" (a GPU if there is one), "cpu", "cuda"
+# "auto" (a CUDA GPU if there is one, else the CPU), "cpu", "cuda", "cuda:N", or "mps": an Apple GPU,
+# one process in float32 (its arguments and checks are tested, training on such a machine is not)
+config.device = "auto"
 config.global_step = 0                     # resume from the state of this step; 0: start (or --resume: the newest state)
 
 # --- student
@@ -64,14 +66,14 @@ config.teacher_embeddings = ""             # features of the teacher, from train
 config.color_space = "auto"                # what the teacher sees: "RGB", "BGR"; "auto": as its configuration says, BGR for AdaFace .ckpt files, else RGB
 
 # --- optimisation
-config.batch_size = 128                    # images per process and forward pass
+config.batch_size = 128                    # images per process and forward pass, at least 2
 config.accumulate = 1                      # forward passes per optimizer step
 config.lr = 0.1                            # at 512 images a step; scaled by batch_size x processes / 512
 config.momentum = 0.9
 config.weight_decay = 5e-4
 config.grad_clip = 5.0                     # largest gradient norm of the backbone; 0: unbounded
 config.precision = "auto"                  # "auto" (bf16 where the hardware has it, else fp32), "fp32", "bf16", "fp16" (with a loss scaler)
-config.channels_last = True
+config.channels_last = True                # the faster layout of images in memory; left out on MPS
 config.compile = False                     # torch.compile: a minute at the start, faster steps
 
 # --- data

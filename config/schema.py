@@ -56,6 +56,9 @@ KEYS = {
 MAY_BE_NONE = {"m"}
 # what a DATASETS entry may set, and nothing else: the block of config.py has all other keys and would win
 DATASET_KEYS = {"db_file_format", "rec", "data_path", "sample", "num_classes", "num_image", "num_epoch", "warmup_epoch", "milestones", "val_rec", "val_targets"}
+# What training with device=mps is limited to: float32, with everything in the memory that its GPU and CPU share;
+# torch.compile for it is a prototype.
+MPS_TAKES = {"precision": ("auto", "fp32"), "centers_precision": ("fp32",), "centers_device": ("auto",), "compile": (False,)}
 # a configuration file is a program of the user's: whatever goes wrong in it is told with its line
 CONFIG_ERRORS = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError, SyntaxError, TypeError, ValueError)
 
@@ -68,6 +71,12 @@ def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. loss=CosFace m=0.35")
     arguments = parser.parse_intermixed_args()
     cfg = load_config(arguments.config, arguments.overrides)
+    # of training only: evaluation, which leaves BatchNorm's statistics alone, takes one image at a time
+    if cfg.batch_size == 1:
+        raise InputError("batch_size=1: BatchNorm needs at least two images per process; set batch_size=2 or more, accumulate makes larger steps")
+    for key, allowed in (MPS_TAKES if cfg.device == "mps" else {}).items():
+        if cfg[key] not in allowed:
+            raise InputError(f"{key}={cfg[key]} cannot be used with device=mps: set {key}={allowed[-1]}, or another device")
     if cfg.use_geom_margin and method == "standalone":
         raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
     if cfg.teacher_embeddings and method == "standalone":
@@ -106,6 +115,8 @@ def load_config(path: str | Path, overrides=()) -> edict:
     if missing:
         raise InputError(f"the configuration has no {', '.join(missing)}: set it in config/config.py or in its DATASETS entry {values['dataset']!r}")
     check_combinations(values)
+    # BatchNorm's gradient on MPS cannot be computed in this layout before PyTorch 2.13
+    values["channels_last"] = values["channels_last"] and values["device"] != "mps"
     return edict(values)
 
 
@@ -239,8 +250,8 @@ def check_combinations(values: dict) -> None:
         raise InputError(f"teacher={teacher!r} is unknown{nearest(teacher, TEACHERS)}; known: {', '.join(TEACHERS)}, {ONNX}PATH")
     if values["teacher_embeddings"] and values["augment"]:
         raise InputError("teacher_embeddings hold the features of the images as they are and mirrored: set augment=False, or teacher_embeddings= for the live teacher")
-    if values["device"] not in ("auto", "cpu", "cuda") and not values["device"].removeprefix("cuda:").isdigit():
-        raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda or cuda:N")
+    if values["device"] not in ("auto", "cpu", "cuda", "mps") and not values["device"].removeprefix("cuda:").isdigit():
+        raise InputError(f"device={values['device']!r} is unknown: auto, cpu, cuda, cuda:N or mps")
     if values["use_geom_margin"] and values["loss"] == "MLLoss":
         raise InputError("use_geom_margin widens a margin and MLLoss has none: choose ArcFace, CosFace or AdaFace")
     if any(milestone < 1 for milestone in values["milestones"]):

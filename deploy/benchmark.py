@@ -34,6 +34,9 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     device = distributed.init(args.device)
     models = [load_model(path, "model") for path in args.models]
+    for model in models:
+        if device.type == "mps" and model.is_onnx:
+            raise InputError(f"{model.path}: onnxruntime does not compute on MPS: measure ONNX models with --device cpu")
     rows = {str(model.path): measure_model(model, args.batch, device) for model in models}
     threads = torch.get_num_threads()
     print(f"{device_name(device)}, {threads} thread{'s'[:threads > 1]}\n{format_table(tabulate(rows, args.batch))}")
@@ -59,7 +62,9 @@ def tabulate(rows: dict[str, dict], batch: int) -> Table:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return {"cpu": "CPU", "mps": "Apple GPU"}[device.type]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,11 +72,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="checkpoints (.pth, .ckpt, .safetensors) and ONNX models")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time of the throughput (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch and onnxruntime (default: PyTorch's)")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda or cuda:N")
+    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:N or mps")
     parser.add_argument("--results-json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
-        raise InputError(f"--device {args.device} is unknown: cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):
+        raise InputError(f"--device {args.device} is unknown: cpu, cuda, cuda:N or mps")
     if args.batch < 1 or (args.threads or 1) < 1:
         raise InputError("--batch and --threads must be at least 1")
     return args

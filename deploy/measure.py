@@ -123,3 +123,5 @@ def run_times(network: nn.Module, batch: int, device: torch.device, seconds: flo
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -16,7 +16,7 @@ from utils import distributed
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
 from utils.images import mirror, to_input
-from utils.loading import cores, end_workers, next_batch, start_worker
+from utils.loading import cores, end_workers, next_batch, start_worker, to_device
 from utils.precision import PRECISIONS, autocast
 
 ON_DEVICE = 8192        # images whose features wait on the device before they are copied to the host: 32 MB, and the device need not be waited for
@@ -138,7 +138,7 @@ def _embed_batch(backbone: nn.Module, batch, flip: bool, device: torch.device, p
     """Features of the batch and, side by side, of its mirror images: (B, 2 D) float32 on ``device``."""
     # The copy makes read-only and memory-mapped arrays acceptable to torch, and stacks lists.
     pixels = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))
-    x = to_input(pixels.to(device, non_blocking=True), channels_last=channels_last)
+    x = to_input(to_device(pixels, device), channels_last=channels_last)
     with torch.inference_mode(), autocast(device, precision):
         if not flip:
             return backbone(x).float()

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the flags that say how to evaluate, whatever the number of checkpoints."""
     parser.add_argument("--config", metavar="FILE", help="configuration (default: config/config.py, and the validation sets of the run's config.json); "
                         "the network always is that of the config.json beside the checkpoint, if there is one")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help="default fp32: the same figures on every machine")
     parser.add_argument("--features", type=Path, metavar="DIR", help="keep features there and use what is there, by checkpoint and set: "
                         "an interrupted evaluation goes on, a second one does not run the network")

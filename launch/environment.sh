@@ -59,17 +59,19 @@ several_machines() {
 launch() {
     find_python || fail "the packages are not installed: pip install -r requirements/requirement.txt (run_demo.sh does it)"
     local script=$1 processes=${NPROC_PER_NODE:-} rendezvous=(--standalone); shift
-    case " $* " in *" device=cpu "* | *" device=cuda:"*) processes=${processes:-1} ;; esac      # one device is named: one process
+    case " $* " in *" device=cpu "* | *" device=cuda:"* | *" device=mps "*) processes=${processes:-1} ;; esac      # one device is named: one process
     processes=${processes:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
     [ "${NNODES:-1}" = 1 ] || several_machines
     # all cores of the machine, shared out; signals that reach torchrun itself are passed on, and the processes get time to save
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes > 0 ? $(nproc) / processes : 1))}
+    local cores
+    cores=$(nproc 2>/dev/null || sysctl -n hw.ncpu)     # Linux, macOS
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
     export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
     "$PYTHON" "$root/launch/torchrun.py" "${rendezvous[@]}" --nproc_per_node "$processes" --max_restarts "${MAX_RESTARTS:-0}" "$root/$script" "$@" &
     torchrun=$!
     # the signal goes to the training processes themselves: they finish the step, save and exit with 0, and so does torchrun
-    trap 'kill -TERM $(cat /proc/$torchrun/task/*/children 2>/dev/null) 2>/dev/null' TERM USR1 INT
+    trap 'kill -TERM $(cat /proc/$torchrun/task/*/children 2>/dev/null || pgrep -P $torchrun 2>/dev/null) 2>/dev/null' TERM USR1 INT
     local status=0
     wait "$torchrun" || status=$?
     while [ "$status" -gt 128 ] && kill -0 "$torchrun" 2>/dev/null; do status=0; wait "$torchrun" || status=$?; done

@@ -423,7 +423,7 @@ def test_a_step_is_complete_with_all_its_files(tmp_path, weights):
     folder.save(20, weights, {"kernel": torch.ones(1)}, {"step": 20, "samples": 0}, keep_states=2)
     assert folder.complete_steps() == [20, 100]
     student = network()
-    header, state = folder.load(20, student)
+    header, state = folder.load(20, student), folder.load_state(20)
     assert_holds(student, weights)
     assert state["step"] == 20 and torch.equal(header["kernel"], torch.ones(1))
     folder.file(100, "header").unlink()

@@ -8,7 +8,7 @@ import sys
 import pytest
 from easydict import EasyDict
 
-from config.schema import KEYS, ROOT, load_config
+from config.schema import KEYS, ROOT, load_config, parse_arguments
 from utils.errors import InputError
 
 DEFAULTS = ROOT / "config" / "config.py"
@@ -169,7 +169,7 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     ("num_epoch=None", "num_epoch=None"), ("m=[]", "m="), ("m={[]: 1}", "m="), ("output=", "output is empty"),
     ("loss=Arcface", "loss='Arcface' is unknown, did you mean 'ArcFace'.*allowed: MLLoss, CosFace, ArcFace, AdaFace"), ("precision=fp8", "did you mean 'fp16'|did you mean"),
     ("dataset=emore", "unknown dataset 'emore'.*has: emoreIresNet, CASIA_WebFace"), ("dataset=syntetic", "did you mean 'synthetic'"),
-    ("color_space=rgb", "color_space='rgb' is unknown.*allowed: auto, RGB, BGR"), ("device=gpu", "device='gpu' is unknown: auto, cpu, cuda or cuda:N"),
+    ("color_space=rgb", "color_space='rgb' is unknown.*allowed: auto, RGB, BGR"), ("device=gpu", "device='gpu' is unknown: auto, cpu, cuda, cuda:N or mps"),
 ])
 def test_wrong_values(override, message):
     refused(message, DEFAULTS, override)
@@ -199,6 +199,32 @@ def test_wrong_types_in_a_file(tmp_path, values, message):
 def test_bad_combinations(overrides, message):
     refused(message, DEFAULTS, *overrides)
     assert load_config(DEFAULTS, ["val_rec=", "val_targets="]).val_targets == []
+
+
+@pytest.mark.parametrize("words, message", [
+    (["batch_size=1"], "batch_size=1: BatchNorm needs at least two images per process; .*accumulate makes larger steps"),
+    (["batch_size=1", "accumulate=8", "network=iresnet18"], "batch_size=1: BatchNorm"),
+    (["--resume", "batch_size=1"], "batch_size=1: BatchNorm"),
+    (["device=mps", "precision=bf16"], "precision=bf16 cannot be used with device=mps: set precision=fp32, or another device"),
+    (["device=mps", "precision=fp16"], "precision=fp16 .*set precision=fp32"),
+    (["device=mps", "centers_device=cpu"], "centers_device=cpu .*set centers_device=auto"),
+    (["device=mps", "centers_precision=bf16"], "centers_precision=bf16 .*set centers_precision=fp32"),
+    (["device=mps", "compile=True"], "compile=True .*set compile=False"),
+    (["device=mps:1"], "device='mps:1' is unknown: auto, cpu, cuda, cuda:N or mps"),
+])
+def test_what_training_cannot_do(words, message, monkeypatch):
+    """Other commands may: evaluation takes one image at a time, and the configuration of a run on another device."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(InputError, match=message):
+        parse_arguments("", "AdaDistill")
+    if "mps:1" not in words[0]:
+        assert load_config(DEFAULTS, ["val_batch_size=1", *(word for word in words if "=" in word)]).val_batch_size == 1
+
+
+def test_mps_takes_the_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "device=mps"])
+    cfg, _ = parse_arguments("", "AdaDistill")
+    assert (cfg.device, cfg.precision, cfg.channels_last) == ("mps", "auto", False) and load_config(DEFAULTS).channels_last
 
 
 @pytest.mark.parametrize("text, message", [

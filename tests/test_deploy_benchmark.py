@@ -91,6 +91,8 @@ def test_wrong_input_is_said(tmp_path, monkeypatch):
     refuses("x.onnx is no ONNX model", tmp_path / "x.onnx")
     refuses("--device gpu is unknown", tmp_path / "x.onnx", "--device", "gpu")
     refuses("--batch and --threads must be at least 1", tmp_path / "x.onnx", "--batch", 0)
+    if not torch.backends.mps.is_available():
+        refuses("asks for an Apple GPU", tmp_path / "x.onnx", "--device", "mps")
     if not torch.cuda.is_available():
         refuses("asks for a GPU", tmp_path / "x.onnx", "--device", "cuda")
     with pytest.raises(InputError, match="takes .* not"):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 from torch.utils.data import Dataset
 
+from backbones import build_backbone
 from eval import features
 from eval.embed import embed
 from eval.features import open_store
@@ -126,6 +127,16 @@ def test_damaged_features_are_named(tmp_path, small_parts, damage, message):
         embed(small_backbone(), Files(10), 3, store=store)
 
 
+def test_one_image_at_a_time():
+    """A network in training mode could not: BatchNorm needs two."""
+    backbone = build_backbone("mobilefacenet", 16).train()
+    images = np.random.default_rng(0).integers(256, size=(3, 112, 112, 3), dtype=np.uint8)
+    alone, _ = embed(backbone, images, 1, flip=False)
+    together, _ = embed(backbone, images, 3, flip=False)
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert backbone.training
+
+
 def _on_rank(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     features.PART = 2
@@ -142,7 +153,7 @@ def _on_rank(rank: int, world: int, folder: str) -> None:
     assert distributed.world_size() == world
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.shutdown()
 
 
 def fail_on_first():

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from utils import distributed
 from utils.losses import build_header
-from utils.losses.centers import store
+from utils.losses.centers import AdaptiveCenters, store
+from utils.precision import float64_device
 
 SIZE, CLASSES = 8, 41
 LR, MOMENTUM, DECAY = 0.3, 0.9, 5e-4
@@ -136,20 +137,53 @@ def test_a_step_never_waits_for_the_gpu(method, rate, monkeypatch):
     assert waits.found == []
 
 
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+@pytest.mark.parametrize("method", ["standalone", "AMLDistill", "AdaDistill"])
+def test_float64_is_computed_in_one_place_only(method, rate, monkeypatch):
+    """Which leaves the device for it on MPS, where there is no float64."""
+    assert float64_device(torch.device("mps")) == torch.device("cpu") and float64_device(torch.device("cuda", 1)) == torch.device("cuda", 1)
+
+    def in_float32(moved, same):
+        return same.float() @ moved / same.sum(1, keepdim=True).clamp_min(1)
+    monkeypatch.setattr(AdaptiveCenters, "mean_of_same", staticmethod(in_float32))
+    header = build_header(method, "AdaFace", SIZE, CLASSES, sample_rate=rate, use_geom_margin=method != "standalone")
+    header.centers.defer = True
+    features, labels = inputs(0)
+    with DoubleNumbers() as found:
+        header(features.requires_grad_(), labels, features.detach() + 1)[0].backward()
+        if header.centers.learned:
+            header.centers.step(LR, MOMENTUM, DECAY)
+    assert found.operations == []
+
+
+class DoubleNumbers(TorchDispatchMode):
+    """Remembers the operations that give float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in (result if isinstance(result, (tuple, list)) else [result])):
+            self.operations.append(function.overloadpacket.__name__)
+        return result
+
+
 # --- shares on disk ----------------------------------------------------------------------------------------------------------
 
-def pass_on(source: str, target: str) -> None:
+def pass_on(source: str, target: str, classes: int) -> None:
     """Read the header in ``source`` ("": draw one and move it) on this number of ranks, and write it to ``target``, as shares and whole."""
     from utils.sharded import load_header, save_header
     distributed.init("cpu")
     torch.manual_seed(0)
-    header = build_header("standalone", "AdaFace", SIZE, CLASSES)
+    header = build_header("standalone", "AdaFace", SIZE, classes)
     header.centers.defer = True
     if source:
         load_header(Path(source), header, moved=True)
     else:
         features, labels = inputs(distributed.rank())
-        header(features, labels)[0].backward()
+        header(features, labels % classes)[0].backward()
         header.centers.step(LR, MOMENTUM, DECAY)
     save_header(Path(target), header)
     whole = dict(header.state_dict(), momentum=header.centers.whole(header.centers.momentum))
@@ -166,7 +200,7 @@ def passed_on(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shares")
     before = ""
     for name, ranks in (("two", 2), ("one", 1), ("three", 3), ("again", 2)):
-        run(Path(__file__), before, folder / name, ranks=ranks)
+        run(Path(__file__), before, folder / name, CLASSES, ranks=ranks)
         before = folder / name
     return folder
 
@@ -176,6 +210,20 @@ def test_shares_survive_any_number_of_ranks(passed_on):
     assert first["momentum"].abs().sum() > 0 and len(list((passed_on / "three").glob("*.safetensors"))) == 6
     for name in ("one", "three", "again"):
         other = torch.load(passed_on / f"{name}.pt", weights_only=True)
+        assert first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
+
+
+def test_shares_of_ranks_without_classes(tmp_path):
+    """Four classes: 2, 2, 0 on three ranks, then all of them on one, then on three again."""
+    from tests.commands import run
+    before = ""
+    for name, ranks in (("three", 3), ("one", 1), ("again", 3)):
+        run(Path(__file__), before, tmp_path / name, 4, ranks=ranks)
+        before = tmp_path / name
+    first = torch.load(tmp_path / "three.pt", weights_only=True)
+    assert first["kernel"].shape == first["momentum"].shape == (SIZE, 4) and first["momentum"].abs().sum() > 0
+    for name in ("one", "again"):
+        other = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert first.keys() == other.keys() and all(torch.equal(first[key], other[key]) for key in first)
 
 
@@ -199,4 +247,4 @@ def test_export_writes_the_published_file(passed_on, tmp_path):
 
 
 if __name__ == "__main__":
-    pass_on(sys.argv[1], sys.argv[2])
+    pass_on(sys.argv[1], sys.argv[2], int(sys.argv[3]))

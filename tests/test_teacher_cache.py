@@ -303,7 +303,7 @@ if __name__ == "__main__":
 
     how, *commands = sys.argv[1:]
     teacher_cache.PART = 4
-    distributed.shutdown = lambda: None     # one process group for all commands
+    leave, distributed.shutdown = distributed.shutdown, lambda: None     # one process group for all commands
     if "linear" in how:                     # a student without batch normalisation: its losses do not depend on how the batch is shared out
         def build_linear(cfg):
             return torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 14 * 14, cfg.embedding_size, bias=False))
@@ -322,3 +322,4 @@ if __name__ == "__main__":
     for words in commands:
         sys.argv = json.loads(words)
         runpy.run_path(sys.argv[0], run_name="__main__")
+    leave()

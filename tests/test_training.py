@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import time
@@ -11,14 +12,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from easydict import EasyDict
 
 from backbones import build_backbone
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
 from tests.commands import ROOT, command, environment, run, run_until
 from train.engine import learning_rate
-from train.setup import Run, input_dtype, see_rgb
+from train.setup import Run, check_settled, input_dtype, see_rgb
 from utils.augment import augment
+from utils.checkpoint import RunFolder
 from utils.dataset import MXFaceDataset
+from utils.errors import InputError
 from utils.sampler import EpochBatches, mirrored
 
 STANDALONE, AMLDISTILL, ADADISTILL = (ROOT / "train" / f"train_{name}.py" for name in ("standalone", "AMLDistill", "AdaDistill"))
@@ -290,6 +294,68 @@ def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
     assert not list(tmp_path.rglob("*backbone.pth"))
 
 
+def test_resume_with_another_loss_or_other_centres_gives_one_line(faces, teacher, tmp_path):
+    run_ = teacher[0].parent
+    here = [*SMALL, f"rec={faces}", "val_targets=[]", "num_epoch=2", "--resume"]
+    before = {path: path.read_bytes() for path in run_.glob("*.pth")}
+    refused(STANDALONE, *here, f"output={run_}", "loss=AdaFace",
+            message=f"resume: {teacher[1]} is of a run with loss=ArcFace, this one has loss=AdaFace: start a new run (another output=) with "
+                    f"pretrained_backbone_path={teacher[0]} and pretrained_header_path={teacher[1]}")
+    output, other = tmp_path / "distilled", tmp_path / "other.pth"
+    run(AMLDISTILL, *[word for word in here if word != "--resume"], "num_epoch=1", f"output={output}", f"pretrained_teacher_header_path={teacher[1]}")
+    torch.save({"kernel": torch.load(teacher[1], weights_only=True)["kernel"].flip(1)}, other)
+    refused(AMLDISTILL, *here, f"output={output}", f"pretrained_teacher_header_path={other}",
+            message=f"resume: {output / '9header.pth'} holds other class centres than {other}, and nothing moves these")
+    assert {path: path.read_bytes() for path in run_.glob("*.pth")} == before
+
+
+@pytest.mark.parametrize("told_by", ["state", "config.json"])
+def test_what_a_run_cannot_change_when_it_goes_on(told_by, tmp_path):
+    settings = dict(network="mobilefacenet", SE=False, embedding_size=64, num_classes=9, loss="AdaFace")
+    state = dict(method="AdaDistill", settings=settings) if told_by == "state" else dict(method="AdaDistill")
+    if told_by == "config.json":
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    folder = RunFolder(tmp_path)
+
+    def told(method="AdaDistill", **changes):
+        with pytest.raises(InputError) as caught:
+            check_settled(EasyDict(settings | changes), method, folder, 9, state)
+        assert str(caught.value).startswith("resume: ") and "another output=" in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+    check_settled(EasyDict(settings), "AdaDistill", folder, 9, state)
+    assert "9backbone.pth is of a run with network=mobilefacenet, this one has network=mbf" in told(network="mbf")
+    assert "a run with network=mobilefacenet, SE=False, this one has network=iresnet18, SE=True" in told(network="iresnet18", SE=True)
+    assert "9backbone.pth is of a run with embedding_size=64, this one has embedding_size=128" in told(embedding_size=128)
+    assert "9header.pth is of a run with num_classes=9, this one has num_classes=10: go on with the training set of that run" in told(num_classes=10)
+    assert "9header.pth is of a run with loss=AdaFace, this one has loss=CosFace" in told(loss="CosFace")
+    assert "holds a run of AdaDistill, this script trains standalone" in told("standalone")
+    (tmp_path / "9header").mkdir()
+    assert "9header is of a run" in told(loss="CosFace") and "train/export_header.py" in told(loss="CosFace")
+    settings["loss"] = "MLLoss"
+    if told_by == "state":
+        check_settled(EasyDict(settings | dict(loss="ArcFace")), "AdaDistill", folder, 9, state)
+
+
+def test_resume_with_a_smaller_set_goes_on_with_the_next_epoch(faces, folder, tmp_path):
+    """More images of the epoch were seen than the set now has."""
+    arguments = options(faces, tmp_path / "run", "val_targets=[]", "num_epoch=1", "state_every=4", "db_file_format=folder", f"data_path={folder}")
+    run(INTERFERE, "kill:8state.pth", STANDALONE, *arguments, expect=-signal.SIGKILL)
+    text = run(STANDALONE, "--resume", *arguments, "num_epoch=2", "sample=2")
+    assert "the set has 18 images, it had 72 when step 4 was saved" in text and "Resumed at step 4, epoch 1, 0 of its images done" in text
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_more_ranks_than_shares_of_classes(folder, tmp_path):
+    """Four people on three ranks, which hold 2, 2 and 0 classes; then on two."""
+    few = tmp_path / "few"
+    for label in range(4):
+        shutil.copytree(folder / str(label), few / str(label))
+    arguments = options(few, tmp_path / "run", "db_file_format=folder", f"data_path={few}", "val_targets=[]", "header_format=shards", "loss=AdaFace")
+    run(STANDALONE, *arguments, "num_epoch=1", "batch_size=4", ranks=3)
+    run(STANDALONE, "--resume", *arguments, "num_epoch=2", "batch_size=4", "accumulate=2", ranks=2)
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4] and all(np.isfinite(loss) for loss in losses(tmp_path / "run").values())
+
+
 def test_run_script_prints_one_line_for_bad_input_and_passes_signals_on(faces, tmp_path):
     """The shell script, torchrun and the training process together: no traceback under the message, and SIGUSR1 saves and exits with 0."""
     script = [str(ROOT / "run_standalone.sh")]
@@ -352,7 +418,6 @@ def test_ranks_share_one_order_and_one_set_of_mirrors():
 
 def test_local_rank_chooses_the_gpu(monkeypatch):
     from utils import distributed
-    from utils.errors import InputError
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -363,6 +428,37 @@ def test_local_rank_chooses_the_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="2 GPUs"):
         distributed.init("cuda")
+
+
+def test_mps_is_one_process_in_float32(monkeypatch):
+    """As far as it can be tested without an Apple GPU."""
+    from utils import distributed
+    from utils.precision import choose_precision
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for built, reason in ((False, "built without it"), (True, "finds no Apple GPU here")):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+        monkeypatch.setattr(torch.backends.mps, "is_built", lambda built=built: built)
+        with pytest.raises(InputError, match=f"device=mps asks for an Apple GPU, but .*{reason}; set device=cpu"):
+            distributed.init("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = distributed.init("mps")
+    assert device == torch.device("mps") and choose_precision("auto", device) == choose_precision("fp32", device) == "fp32"
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(InputError, match=f"precision={precision}: device=mps computes in float32; set precision=fp32"):
+            choose_precision(precision, device)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process; set NPROC_PER_NODE=1"):
+        distributed.init("mps")
+
+
+def test_copies_to_mps_are_waited_for():
+    """The memory they are made from is soon used for other images."""
+    from utils.loading import to_device
+
+    class Tensor:
+        def to(self, device, non_blocking):
+            return device.type, non_blocking
+    assert [to_device(Tensor(), torch.device(name)) for name in ("cuda", "mps", "cpu")] == [("cuda", True), ("mps", False), ("cpu", False)]
 
 
 def test_augmentation_depends_on_its_seed_alone_and_stays_in_range():

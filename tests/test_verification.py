@@ -15,6 +15,7 @@ from torch import multiprocessing, nn
 from eval import verification
 from eval.embed import embed
 from eval.verification import evaluate, load_bin, load_targets
+from utils import distributed
 from utils.errors import InputError
 from utils.images import mirror, resize_and_crop, to_input
 
@@ -377,7 +378,7 @@ def _embed_on_rank(rank: int, world: int, folder: str) -> None:
     backbone = nn.parallel.DistributedDataParallel(small_backbone())
     torch.save([embed(backbone, faces(count), 2) for count in (1, 2, 8)], f"{folder}/{rank}.pt")
     dist.barrier()      # no rank closes its connections while another one is still using them
-    dist.destroy_process_group()
+    distributed.shutdown()
 
 
 def test_embed_on_three_ranks_equals_one(tmp_path):

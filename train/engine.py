@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from eval import verification
 from eval.benchmarks import run_benchmark
-from train.setup import StopRequest, input_dtype, write_config
+from train.setup import SETTLED, StopRequest, check_settled, input_dtype, write_config
 from utils import checkpoint, distributed
 from utils.blocks import ReadAhead, RecordBlocks
 from utils.errors import InputError
 from utils.images import to_input
-from utils.loading import end_workers, next_batch
+from utils.loading import end_workers, next_batch, to_device
 from utils.logging import RunLog
 from utils.precision import autocast
 from utils.sampler import EpochBatches, mirrored
@@ -45,6 +45,15 @@ def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.T
     """(B, 2, D) float16 features of images and mirror images -> (B, D) float32 of those that ``flip`` (B,) bool shows; None: none is mirrored."""
     plain, mirrored = features.unbind(1)
     return (plain if flip is None else torch.where(flip[:, None], mirrored, plain)).float()
+
+
+def get_device_rng(device: torch.device) -> torch.Tensor | None:
+    """The state of a GPU's random numbers; None for the CPU, whose state is the host's."""
+    return None if device.type == "cpu" else getattr(torch, device.type).get_rng_state()
+
+
+def set_device_rng(device: torch.device, state: torch.Tensor) -> None:
+    getattr(torch, device.type).set_rng_state(state)
 
 
 class Inputs(NamedTuple):
@@ -80,8 +89,9 @@ class Engine:
         self.learned = header.centers if header.centers.learned else None
         if self.learned:
             self.learned.defer = True       # the engine calls their step(), which needs no gradient as large as the centres
-        self.optimizer = torch.optim.SGD(self.weights, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay,
-                                         fused=run.precision != "fp16")     # whose scaler may skip the first step, and then a fused one would keep uninitialised momentum
+        # not fused with fp16, whose scaler may skip the first step: the momentum would stay uninitialised
+        fused = run.precision != "fp16" and run.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.SGD(self.weights, lr=cfg.lr, momentum=cfg.momentum, weight_decay=cfg.weight_decay, fused=fused)
         scaling = dict(device=run.device.type, enabled=run.precision == "fp16")
         if scaling["enabled"] and self.world > 1:
             from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler        # all ranks skip a step together; takes seconds to import
@@ -228,14 +238,17 @@ class Engine:
     def inputs_of(self, batch, samples: int) -> Inputs:
         """The batch of this rank in the global batch that starts after ``samples`` images of the epoch."""
         cfg, device = self.cfg, self.run.device
+        # some of torchvision's resizing, which augmenting is in part, does not exist on MPS
+        prepared_on = torch.device("cpu") if cfg.augment and device.type == "mps" else device
         flip = mirrored(cfg.seed, self.epoch, samples, self.batches.global_batch)[self.rank * cfg.batch_size:][:cfg.batch_size] if cfg.flip else None
-        flip = None if flip is None else flip.to(device, non_blocking=True)
-        images = to_input(batch.images.to(device, non_blocking=True), flip, cfg.channels_last, input_dtype(cfg, self.run))
-        features = None if batch.features is None else features_shown(batch.features.to(device, non_blocking=True), flip)
+        flip = None if flip is None else to_device(flip, prepared_on)
+        images = to_input(to_device(batch.images, prepared_on), flip, cfg.channels_last, input_dtype(cfg, self.run))
         if cfg.augment:
             from utils.augment import augment       # torchvision takes a second to import
             images = augment(images, [cfg.seed, self.epoch, samples, self.rank])
-        return Inputs(images, batch.labels.to(device, non_blocking=True), features)
+        flip = None if flip is None else to_device(flip, device)
+        features = None if batch.features is None else features_shown(to_device(batch.features, device), flip)
+        return Inputs(to_device(images, device), to_device(batch.labels, device), features)
 
     # --- what is watched
 
@@ -302,7 +315,7 @@ class Engine:
         self.open_window()
 
     def memory(self) -> float:
-        """The most GB that this rank's GPU has held since the last call; 0 without one."""
+        """The most GB that this rank's GPU has held since the last call; 0 without one, and on MPS, which keeps no such count."""
         if self.run.device.type != "cuda":
             return 0.0
         peak = torch.cuda.max_memory_allocated(self.run.device) / 1e9
@@ -359,8 +372,9 @@ class Engine:
             header = self.header.state_dict()
             if self.learned and self.learned.momentum is not None:
                 momentum = self.learned.whole(self.learned.momentum)
-        rng = (torch.get_rng_state(), torch.cuda.get_rng_state() if self.run.device.type == "cuda" else None)
-        state = dict(method=self.method, step=self.step, epoch=self.epoch, samples=self.samples, optimizer=self.optimizer.state_dict(), header_momentum=momentum,
+        rng = (torch.get_rng_state(), get_device_rng(self.run.device))
+        state = dict(method=self.method, settings={key: self.cfg[key] for key in SETTLED}, images=len(self.loader.dataset), device=self.run.device.type,
+                     step=self.step, epoch=self.epoch, samples=self.samples, optimizer=self.optimizer.state_dict(), header_momentum=momentum,
                      header_moved=self.learned is not None and self.learned.momentum is not None,
                      scaler=self.scaler.state_dict(), rng=distributed.all_gather_object(rng), highest=self.highest, best=self.best,
                      bad_records=list(self.bad_records.items()))
@@ -381,29 +395,48 @@ class Engine:
 
     def resume(self, step: int) -> None:
         """Take up everything that ``save`` wrote; on another number of ranks, go on from the same step and image."""
-        header, state = self.run.folder.load(step, self.backbone)
-        if state["method"] != self.method:
-            raise InputError(f"resume: {self.run.folder.path} holds a run of {state['method']}, this script trains {self.method}")
-        if header is None:
-            from utils import sharded
-            sharded.load_header(self.run.folder.shards(step), self.header, state["header_moved"])
-        else:
-            self.header.load_state_dict(header)
-            if state["header_momentum"] is not None:
-                self.learned.momentum = self.learned.shard(state["header_momentum"]).to(self.learned.weight)
+        state = self.run.folder.load_state(step)
+        check_settled(self.cfg, self.method, self.run.folder, step, state)
+        header = self.run.folder.load(step, self.backbone)
+        self.resume_header(step, header, state)
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:       # the configuration's values count, also where they have changed
-            group.update(momentum=self.cfg.momentum, weight_decay=self.cfg.weight_decay)
+            group.update(momentum=self.cfg.momentum, weight_decay=self.cfg.weight_decay, fused=self.optimizer.defaults["fused"])
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.bad_records = dict(state["bad_records"])
         if len(state["rng"]) == self.world:
-            cpu, cuda = state["rng"][self.rank]
-            torch.set_rng_state(cpu)
-            if cuda is not None and self.run.device.type == "cuda":
-                torch.cuda.set_rng_state(cuda)
+            on_host, on_device = state["rng"][self.rank]
+            torch.set_rng_state(on_host)
+            # states of before they named their device are of CUDA, or have none
+            if on_device is not None and self.run.device.type == state.get("device", "cuda"):
+                set_device_rng(self.run.device, on_device)
         self.step, self.epoch, self.samples = state["step"], state["epoch"], state["samples"]
-        if self.steps_left(self.samples) == 0:      # a larger global batch than before: what is left of the epoch fills no step
+        if distributed.is_main() and state.get("images", len(self.loader.dataset)) != len(self.loader.dataset):
+            logging.warning("the set has %d images, it had %d when step %d was saved: the order within an epoch is another one",
+                            len(self.loader.dataset), state["images"], step)
+        # a larger global batch or a smaller set than before: what is left of the epoch fills no step
+        if self.steps_left(self.samples) <= 0:
             self.epoch, self.samples = self.epoch + 1, 0
         self.highest, self.best, self.validated, self.saved = state["highest"], state["best"], self.step, self.step
         logging.info("Resumed at step %d, epoch %d, %d of its images done", self.step, self.epoch, self.samples)
+
+    def resume_header(self, step: int, header: dict | None, state: dict) -> None:
+        """Take up class centres, their momentum and the margin's statistics; ``header`` None: all ranks read their shares."""
+        centers, file = self.header.centers, self.run.folder.header(step)
+        configured = None if centers.moved else centers.weight.clone()
+        if header is None:
+            from utils import sharded
+            sharded.load_header(file, self.header, state["header_moved"])
+        else:
+            try:
+                self.header.load_state_dict(header)
+            except InputError as error:
+                raise InputError(f"resume: {file}: {error}") from error
+            if state["header_momentum"] is not None:
+                self.learned.momentum = self.learned.shard(state["header_momentum"]).to(self.learned.weight)
+        # as far as both may have been rounded to bf16
+        differ = configured is not None and not torch.allclose(centers.weight.float(), configured.float(), rtol=2 ** -7, atol=0)
+        if distributed.all_reduce(torch.tensor(float(differ))).item():
+            raise InputError(f"resume: {file} holds other class centres than {self.cfg.pretrained_teacher_header_path or self.cfg.pretrained_header_path}, "
+                             "and nothing moves these: set pretrained_teacher_header_path as it was, or another output= for a new run")

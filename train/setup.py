@@ -14,6 +14,7 @@ import cv2
 import torch
 
 from backbones import build_backbone
+from config.schema import read_json
 from eval.benchmarks import benchmarks_of
 from eval.verification import load_targets
 from utils import distributed
@@ -32,6 +33,8 @@ from utils.teacher import ONNX, load_teacher, repository_of
 from utils.teacher_cache import TeacherCache, open_cache, read_manifest
 
 
+# What weights are made for: a run cannot go on from its own with another value, but for most losses.
+SETTLED = ("network", "SE", "embedding_size", "num_classes", "loss")
 STALE_LOOKS, STALE_SECONDS = 12, 5      # how long ranks may see different files in the shared folder
 
 
@@ -137,12 +140,38 @@ def write_config(cfg, resume_step: int) -> None:
     """Write config.json; when resuming, say what has changed since the run was started."""
     path = Path(cfg.output) / "config.json"
     if resume_step and path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         for key, value in cfg.items():
             if before.get(key) != value and key != "global_step":
                 logging.warning("resumed with another %s: %r instead of %r", key, value, before.get(key))
     with replacing(path) as file:
         file.write((json.dumps(dict(cfg), indent=2) + "\n").encode())
+
+
+def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -> None:
+    """Raises InputError if this run cannot go on from ``step``, whose ``state`` was read: it is of another method, network or number of
+    classes, or exactly one of the two losses is AdaFace, whose statistics lie in the header."""
+    if state["method"] != method:
+        raise InputError(f"resume: {folder.path} holds a run of {state['method']}, this script trains {method}: take that script, or another output=")
+    config = folder.path / "config.json"
+    # states of earlier versions do not say it themselves
+    before = state.get("settings") or (read_json(config) if config.is_file() else {})
+    now = {key: cfg[key] for key in SETTLED if key in before and before[key] != cfg[key]}
+    if "AdaFace" not in (now.get("loss"), before.get("loss")):
+        now.pop("loss", None)
+    if not now:
+        return
+    backbone, header = folder.file(step, "backbone"), folder.header(step)
+    if now.keys() <= {"loss"}:
+        file, mend = header, f"start a new run (another output=) with pretrained_backbone_path={backbone}"
+        if method != "AMLDistill":      # whose centres are the teacher's again
+            mend += f" and pretrained_header_path={header}" + (", put into one file by train/export_header.py" if header.is_dir() else "")
+    elif now.keys() <= {"loss", "num_classes"}:
+        file, mend = header, f"go on with the training set of that run, or start a new one (another output=) with pretrained_backbone_path={backbone}"
+    else:
+        file, mend = backbone, "set what it had, or another output= for a new run"
+    then, this = (", ".join(f"{key}={values[key]}" for key in now) for values in (before, now))
+    raise InputError(f"resume: {file} is of a run with {then}, this one has {this}: {mend}")
 
 
 def build_dataset(cfg):

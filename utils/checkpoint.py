@@ -252,6 +252,10 @@ class RunFolder:
         """The folder of a header that is in no one file (utils/sharded.py)."""
         return self.path / f"{step}header"
 
+    def header(self, step: int) -> Path:
+        """Where the header of a step lies: its file, or its folder of shares."""
+        return self.shards(step) if self.shards(step).is_dir() else self.file(step, "header")
+
     def steps(self, part: str) -> list[int]:
         return sorted(int(found[1]) for file in self.path.glob(f"*{part}.pth") if (found := re.fullmatch(rf"(\d+){part}", file.stem)))
 
@@ -325,8 +329,11 @@ class RunFolder:
                 self.file(old, "header").unlink(missing_ok=True)
                 shutil.rmtree(self.shards(old), ignore_errors=True)
 
-    def load(self, step: int, network: torch.nn.Module) -> tuple[dict | None, dict]:
-        """Load the student's weights of a step; returns (header state, or None if it lies in ``shards(step)``; resume state)."""
+    def load(self, step: int, network: torch.nn.Module) -> dict | None:
+        """Load the student's weights of a step; returns the header's state, None if it lies in ``shards(step)``."""
         load_backbone(network, self.file(step, "backbone"), "resume")
-        header = None if self.shards(step).is_dir() else read_tensors(self.file(step, "header"), "resume")
-        return header, read_tensors(self.file(step, "state"), "resume")
+        return None if self.shards(step).is_dir() else read_tensors(self.file(step, "header"), "resume")
+
+    def load_state(self, step: int) -> dict:
+        """All else that a run needs to go on from a step."""
+        return read_tensors(self.file(step, "state"), "resume")

@@ -4,8 +4,10 @@ Under torchrun the environment names the rank (RANK, LOCAL_RANK, WORLD_SIZE). Wi
 every function here is the identity, so the code above never asks how many ranks there are.
 """
 
+import atexit
 import os
-from contextlib import contextmanager
+import sys
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -22,9 +24,12 @@ def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
 
     timeout: the longest wait of a collective, after which the waiting ranks die without a word; utils/watch.py speaks earlier.
-    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Under torchrun each rank takes cuda:LOCAL_RANK.
-    Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine.
+    device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:N" or "mps". Under torchrun each rank takes cuda:LOCAL_RANK.
+    Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine; for several ranks on MPS.
     """
+    if device == "mps":
+        check_mps()
+        return torch.device("mps")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device={device} asks for a GPU, but PyTorch sees none here; set device=cpu or install a CUDA driver")
@@ -46,6 +51,15 @@ def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     return chosen
 
 
+def check_mps() -> None:
+    """Raises InputError if this process cannot have an Apple GPU for itself."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("device=mps: an Apple GPU is used by one process; set NPROC_PER_NODE=1 (and accumulate for larger steps), or device=cpu")
+    if not torch.backends.mps.is_available():
+        reason = "PyTorch finds no Apple GPU here" if torch.backends.mps.is_built() else f"this PyTorch ({torch.__version__}) was built without it"
+        raise InputError(f"device=mps asks for an Apple GPU, but {reason}; set device=cpu, or device=cuda for an NVIDIA GPU")
+
+
 def meeting_place() -> dict:
     """Where the ranks meet after torchrun has restarted them: nothing (its usual store), or a fresh part of that store.
 
@@ -60,8 +74,23 @@ def meeting_place() -> dict:
 
 
 def shutdown() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the other ranks; with several of them, end this process with exit status 0.
+
+    The last call of a command that has done all its work. The interpreter would still take down
+    DistributedDataParallel and gloo's threads, and PyTorch aborts now and then while it does
+    ("terminate called without an active exception"): torchrun would report a finished run as failed,
+    or start it again. So what the interpreter does for others is done here: what is registered with
+    atexit (temporary folders, logs, child processes), and the streams are flushed.
+    """
+    if not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # whoever read it has gone: there is nobody left to tell
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(0)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import os
 import signal
 
 import cv2
+import torch
 
 from utils.errors import InputError
 
@@ -28,6 +29,14 @@ def next_batch(batches):
         return next(batches, None)
     except InputError as error:         # its last line is the message
         raise InputError(str(error).strip().splitlines()[-1].removeprefix("utils.errors.InputError: ")) from error
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on ``device``; a copy to a CUDA GPU is not waited for.
+
+    On MPS such a copy would still read memory that a reading process already fills again.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def end_workers(batches) -> None:

@@ -2,6 +2,8 @@
 
 import torch
 
+from utils.errors import InputError
+
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}      # autocast's dtype; None: no autocast
 
 
@@ -12,7 +14,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """"auto" -> bf16 where the hardware multiplies it natively, else fp32."""
+    """"auto" -> bf16 where the hardware multiplies it natively, else fp32.
+
+    Raises InputError if the precision is not one that is used on this device.
+    """
+    if device.type == "mps":
+        if precision not in ("auto", "fp32"):
+            raise InputError(f"precision={precision}: device=mps computes in float32; set precision=fp32")
+        return "fp32"
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -20,3 +29,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
             native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return "bf16" if native else "fp32"
     return precision
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Where float64 is computed for ``device``: there, but for MPS, which has none, on the host."""
+    return torch.device("cpu") if device.type == "mps" else device

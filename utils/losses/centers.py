@@ -1,8 +1,11 @@
 """Where the class centres come from: learned by SGD, the teacher's frozen header, or a moving average of teacher features.
 
-Every rank holds a contiguous share of the classes as rows of ``weight`` (classes of this rank, D), in float32 or bf16, beside the network or in the
-host's memory. Nothing here copies all of them: they are read, and learned ones moved, block by block. Checkpoints speak of the whole
-published kernel (D, C), or of rows of the whole (C, D) that any number of ranks can share out anew (utils/sharded.py).
+Every rank holds a contiguous share of the classes as rows of ``weight`` (classes of this rank, D),
+in float32 or bf16, beside the network or in the host's memory: ceil(C / ranks) of them, the last
+ranks fewer or none where that does not come out even (four classes on three ranks: 2, 2, 0).
+Nothing here copies all of them: they are read, and learned ones moved, block by block. Checkpoints
+speak of the whole published kernel (D, C), or of rows of the whole (C, D) that any number of ranks
+can share out anew (utils/sharded.py).
 """
 
 from collections.abc import Iterator
@@ -13,12 +16,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import distributed
-from utils.errors import InputError
+from utils.precision import float64_device
 
 INIT_STD = 0.01
 INIT_CHUNK = 4096      # classes drawn from one seed, so that a rank draws its own share only and every world size draws the same
 SHORTEST = 1e-12       # as F.normalize
-BLOCK_ROWS = {"cpu": 512, "cuda": 32768}      # centres at a time: on a CPU what stays in its cache, on a GPU what keeps it busy
+# Centres at a time: on a CPU what stays in its cache, on a GPU what keeps it busy. MPS gets all at
+# once: PyTorch has written wrong products there into a part of a matrix (out=).
+BLOCK_ROWS = {"cpu": 512, "cuda": 32768, "mps": 1 << 20}
 
 
 class Pending(NamedTuple):
@@ -50,16 +55,14 @@ class ClassCenters(nn.Module):
     """(C, D) class centres of which this rank holds rows ``start`` to ``stop``, drawn from N(0, 0.01).
 
     dtype: float32 or bf16. on_host: they stay in the host's memory wherever the module is moved.
-    Errors: InputError if there are so few classes that a rank would hold none.
     """
 
-    learned = False
+    learned = False     # by gradients
+    moved = True        # by whatever it is
 
     def __init__(self, num_classes: int, embedding_size: int, dtype: torch.dtype = torch.float32, on_host: bool = False):
         super().__init__()
-        world, share = distributed.world_size(), -(-num_classes // distributed.world_size())
-        if (world - 1) * share >= num_classes:
-            raise InputError(f"{num_classes} classes cannot be shared out over {world} ranks")
+        share = -(-num_classes // distributed.world_size())
         self.num_classes, self.on_host = num_classes, on_host
         self.start, self.stop = (min(share * number, num_classes) for number in (distributed.rank(), distributed.rank() + 1))
         weight = draw_rows(self.start, self.stop, embedding_size, dtype)
@@ -78,21 +81,24 @@ class ClassCenters(nn.Module):
         All B, whoever owns them: to pick out its own, a rank would have to wait for its GPU and count them.
         """
         mine = (labels >= self.start) & (labels < self.stop)
-        return mine, (labels - self.start).clamp(0, self.stop - self.start - 1)
+        return mine, (labels - self.start).clamp(0, max(self.stop - self.start - 1, 0))
 
     def take(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of ``weight`` (n, D), float32, on the device of ``rows``; no gradient."""
+        """Rows of ``weight`` (n, D), float32, on the device of ``rows``; no gradient. Zeros on a rank without classes."""
+        if not len(self.weight):
+            return torch.zeros(len(rows), self.weight.shape[1], device=rows.device)
         return self.weight.detach()[rows.to(self.weight.device)].to(rows.device, torch.float32)
 
     def blocks(self, chosen: torch.Tensor | None, device: torch.device, size: int = 0) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield (their places in the order of ``chosen``, those centres (n, D) float32 on ``device``), ``size`` at a time.
 
         chosen: row numbers, None: all. size 0: all at once if they already lie there like that, else BLOCK_ROWS.
+        A rank without classes gets one block of no rows, so that its sums have a shape.
         """
         in_place = chosen is None and self.weight.device == device and self.weight.dtype == torch.float32
         count = len(self.weight) if chosen is None else len(chosen)
-        size = size or (count if in_place else BLOCK_ROWS[device.type])
-        for first in range(0, count, size):
+        size = size or (max(count, 1) if in_place else BLOCK_ROWS[device.type])
+        for first in range(0, max(count, 1), size):
             part = slice(first, min(first + size, count))
             yield part, self.weight.detach()[part if chosen is None else chosen[part]].to(device, torch.float32)
 
@@ -171,6 +177,8 @@ class LearnedCenters(ClassCenters):
 class FrozenCenters(ClassCenters):
     """The teacher's trained header, moved by nothing (AMLDistill)."""
 
+    moved = False
+
 
 class AdaptiveCenters(ClassCenters):
     """w_y <- alpha w_y + (1 - alpha) t/|t|: the teacher's features, faster the less the student follows (AdaDistill, ECCV 2024)."""
@@ -182,10 +190,12 @@ class AdaptiveCenters(ClassCenters):
         teacher (B, D) normalised and alpha (B,) of the global batch; mine and columns as ``locate`` gives them. Several images of one class
         start from the same old centre and their results are averaged, in float64, so that their order cannot be seen.
         """
+        if not len(self.weight):
+            return
         old = self.take(columns)
-        moved = (alpha[:, None] * old + (1 - alpha[:, None]) * teacher).double()
+        moved = alpha[:, None] * old + (1 - alpha[:, None]) * teacher
         same = (columns[:, None] == columns) & mine & mine[:, None]
-        mean = (same.double() @ moved / same.sum(1, keepdim=True).clamp_min(1)).float()
+        mean = self.mean_of_same(moved, same)
         # every write to a row must say the same: images of one class repeat its first, those of other ranks the first of this rank
         first = mine.int().argmax(0, keepdim=True)
         source = torch.where(mine, same.int().argmax(1), first)
@@ -195,6 +205,15 @@ class AdaptiveCenters(ClassCenters):
         self.weight[rows] = moved
         per_length[rows] = one_over_length(moved.float())
         self.measured = state_of(self.weight), per_length
+
+    @staticmethod
+    def mean_of_same(moved: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+        """moved (B, D), same (B, B) bool -> (B, D): for each row the mean of those that are the same as it."""
+        # copied first and converted then: an MPS tensor cannot become float64 on its way
+        device = float64_device(moved.device)
+        same, exact = same.to(device), moved.to(device).double()
+        mean = same.double() @ exact / same.sum(1, keepdim=True).clamp_min(1)
+        return mean.float().to(moved.device)
 
 
 def picked(grad: torch.Tensor, columns: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,10 @@ class MarginSoftmaxLoss(torch.autograd.Function):
     def forward(ctx, features, weight, centers, chosen, mine, columns, margin, scale, clip):
         rows = torch.arange(len(features), device=features.device)
         cosine, per_length = cosines(features, centers, chosen)
-        own = distributed.all_reduce(torch.where(mine, cosine[rows, columns], 0.0))
+        # a rank without classes takes part in every sum, with a matrix of no columns
+        any_classes = cosine.shape[1] > 0
+        picked = cosine[rows, columns] if any_classes else cosine.new_zeros(len(rows))
+        own = distributed.all_reduce(torch.where(mine, picked, 0.0))
         with torch.enable_grad():
             own.requires_grad_(True)
             target = margin(own)
@@ -40,9 +43,11 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         if clip is not None:
             outside = (cosine > clip).logical_or_(cosine < -clip)
             cosine.clamp_(-clip, clip)
-        cosine[rows, columns] = torch.where(mine, target, cosine[rows, columns])
+        if any_classes:
+            cosine[rows, columns] = torch.where(mine, target, cosine[rows, columns])
         logits = cosine.mul_(scale)
-        largest = distributed.all_reduce(logits.amax(1), "max")
+        largest = logits.amax(1) if any_classes else torch.full_like(own, -torch.inf)
+        distributed.all_reduce(largest, "max")
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = distributed.all_reduce(exponentials.sum(1))
         target_logit = scale * target - largest
@@ -66,7 +71,8 @@ class MarginSoftmaxLoss(torch.autograd.Function):
         grad.mul_((factor / total)[:, None])        # of the cosines: probabilities, but for the targets
         if ctx.outside is not None:
             grad.masked_fill_(ctx.outside, 0)
-        grad[rows, columns] = torch.where(mine, factor * ctx.own_grad, grad[rows, columns])
+        if grad.shape[1]:
+            grad[rows, columns] = torch.where(mine, factor * ctx.own_grad, grad[rows, columns])
         grad.mul_(per_length)                       # of the products with centres of any length
         grad_features = features_gradient(grad, centers, ctx.chosen) if ctx.needs_input_grad[0] else None
         grad_weight, pending = None, Pending(grad, features.detach(), ctx.chosen)
