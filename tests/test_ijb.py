@@ -229,10 +229,25 @@ def test_identification_equals_loops(ids, seed):
 
 def test_a_hit_lies_strictly_above_threshold_and_non_mates():
     """By hand: the second mate is at the first threshold, the third has a non-mate beside it, the fourth one before it."""
-    search = ijb.Identification(np.array([1, 1, 2, 2]), np.array([0.9, 0.5, 0.4, 0.8]), np.array([0.1, 0.1, 0.4, 0.85]), np.array([0.2, 0.5, 0.1, 0.3]))
-    result = ijb.identification_figures(search, (1e-4, 0.25, 0.5, 0.99, 1.0))
+    result = ijb.identification_figures(ijb.Identification(np.array([1, 1, 2, 2]), np.array([0.9, 0.5, 0.4, 0.8]), np.array([0.2, 0.5, 0.1, 0.3])), (1e-4, 0.25, 0.5, 0.99, 1.0))
     assert result["thresholds"].tolist() == [0.5, 0.5, 0.3, 0.2, 0.1] and result["tpir"].tolist() == [0.25, 0.25, 0.5, 0.5, 0.5]
     assert (result["top1"], result["top5"], result["mated"], result["non_mated"]) == (0.5, 1, 4, 4)
+
+
+def test_a_mate_as_high_as_the_threshold_but_for_rounding_is_no_hit():
+    for mate in (0.5, np.nextafter(0.5, 1), float(np.nextafter(np.float32(0.5), np.float32(1)))):
+        assert ijb.tpir_at(ijb.Identification(np.array([1]), np.array([mate]), np.array([0.5])), np.array([0.5])) == [0]
+    assert ijb.tpir_at(ijb.Identification(np.array([1]), np.array([0.500001]), np.array([0.5])), np.array([0.5])) == [1]
+
+
+@pytest.mark.parametrize("direction", [np.ones(24), np.random.default_rng(9).normal(size=24)], ids=["ones", "random"])
+def test_a_network_that_sees_no_difference_identifies_nobody(direction):
+    """Also where features differ in length, and so in their rounding: templates of one image and of many have one direction."""
+    data = random_set(images=150, templates=60)
+    lengths = np.random.default_rng(0).uniform(0.1, 9, (150, 1))
+    result = ijb.evaluate_1n(*take(data | {"embeddings": (lengths * direction).astype(np.float32)}, IMAGES, LISTS))
+    assert result["top1"] == 0 and not result["tpir"].any()
+    assert result["thresholds"] == pytest.approx(np.ones(5), abs=1e-6)
 
 
 def test_rows_of_lists_may_repeat_and_come_in_any_order():
