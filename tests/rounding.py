@@ -34,6 +34,14 @@ def feature_gradient(features: torch.Tensor, scale: float = 64.0) -> float:
     return 2 * logit(features.shape[1], scale) * float((scale / len(features) / lengths).norm())
 
 
+def network(layers: int, terms: int = 512) -> float:
+    """Of an output of ``layers`` convolutions, relative to the largest one: each is a sum of up to ``terms``, and the next one passes its error on.
+
+    In which order they are added depends on the processor, the memory format and the size of the batch.
+    """
+    return math.sqrt(layers * terms) * U
+
+
 def printed(text: str, label: str) -> float:
     """The number that follows ``label`` in a text; with d digits it is off by up to 10^-d / 2."""
     found = re.search(re.escape(label) + r"\s*(-?\d+(?:\.\d+)?)", text)

@@ -8,6 +8,7 @@ from sklearn import metrics
 
 from conftest import ROOT
 from eval.roc import FPRS, TIE, check_norms, cmc, resolves, roc_curve, search, separate, to_whole, tpr_at
+from tests.rounding import cosine
 from utils.errors import InputError
 
 
@@ -132,8 +133,8 @@ def test_search_equals_a_loop(probes, gallery, people):
         others = [entry for entry in falling if of_gallery[entry] != of_probe[index]]
         assert found.mates[index] == (mates[0] if mates else -1) and found.others[index] == (others[0] if others else -1)
         assert found.ranks[index] == (1 + sum(falling.index(entry) < falling.index(mates[0]) for entry in others) if mates else gallery + 1)
-        assert found.mate_scores[index] == (pytest.approx(p[index] @ g[mates[0]], abs=1e-6) if mates else -np.inf)
-        assert found.other_scores[index] == (pytest.approx(p[index] @ g[others[0]], abs=1e-6) if others else -np.inf)
+        assert found.mate_scores[index] == (pytest.approx(p[index] @ g[mates[0]], abs=cosine(16)) if mates else -np.inf)
+        assert found.other_scores[index] == (pytest.approx(p[index] @ g[others[0]], abs=cosine(16)) if others else -np.inf)
 
 
 def test_a_network_that_sees_no_difference_finds_nobody():
@@ -180,7 +181,7 @@ def test_whole_numbers_of_any_type():
 
 def test_norms_name_the_image_that_has_none():
     features = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
-    np.testing.assert_allclose(check_norms(features), np.linalg.norm(features, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(check_norms(features), np.linalg.norm(features, axis=1), rtol=cosine(5))
     for value, message in ((0, "feature of image 4 is zero"), (np.nan, "feature of image 4 is not finite"),
                            (-np.inf, "not finite.*usable feature for 1 of 9 images")):
         broken = features.copy()

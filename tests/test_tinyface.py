@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eval import tinyface
+from tests.rounding import U
 from utils.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "evaluation.npz"
@@ -16,7 +17,8 @@ def test_golden_identification():
         data = {key.removeprefix("tinyface/"): archive[key] for key in archive.files if key.startswith("tinyface/")}
     meta = {role: data[role] for role in tinyface.ROLES}
     results = tinyface.evaluate(data["features"], data["image_paths"], meta)
-    assert results == pytest.approx({f"rank-{rank}": float(data[f"result/rank-{rank}"]) for rank in (1, 5, 20)}, rel=1e-6)
+    # the golden shares are float32
+    assert results == pytest.approx({f"rank-{rank}": float(data[f"result/rank-{rank}"]) for rank in (1, 5, 20)}, rel=4 * U)
     assert tinyface.figures(tinyface.rank_probes(data["features"], data["image_paths"], meta).ranks) == results
 
 
