@@ -5,8 +5,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch/environment.sh"
 set_up test.txt "pytest, pytest_timeout, xdist, datasets, huggingface_hub, yaml, sklearn, skimage, onnx, onnxruntime"
-# small networks: one thread each is as fast, and the same on all machines
-export OMP_NUM_THREADS=1
+# small networks: one thread each is as fast
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cd "$root"
 # two tests at a time, mostly of different files, for what is prepared once a file is prepared by each process
 exec "$PYTHON" -m pytest tests -n 2 --dist worksteal "$@"

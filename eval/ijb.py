@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from eval.roc import FPRS, Roc, check_labels, check_norms, cmc, roc_curve, search, to_whole, tpr_at
+from eval.roc import FPRS, TIE, Roc, check_labels, check_norms, cmc, roc_curve, search, to_whole, tpr_at
 from utils.errors import InputError
 
 # What the feature of an image is multiplied by: Norm:True leaves its norm, which then acts as a weight; Det:True weights by the detector's score.
@@ -32,7 +32,6 @@ class Identification(NamedTuple):
 
     ranks: np.ndarray               # (mated,) int, of the best mate; 1 = first
     mate_scores: np.ndarray         # (mated,) of the best mate
-    best_others: np.ndarray         # (mated,) the highest score of a non-mate
     non_mated_maxima: np.ndarray    # (non_mated,) the highest score of any gallery template
 
 
@@ -113,7 +112,7 @@ def identify(embeddings: np.ndarray, faceness_scores: np.ndarray, templates: np.
     found = search(probes, gallery, probe_subjects, gallery_subjects)
     mated = found.mates >= 0
     check_mated(mated)
-    return Identification(found.ranks[mated], found.mate_scores[mated], found.other_scores[mated], found.other_scores[~mated])
+    return Identification(found.ranks[mated], found.mate_scores[mated], found.other_scores[~mated])
 
 
 def identification_figures(identification: Identification, fars: Sequence[float] = FARS) -> dict:
@@ -126,9 +125,12 @@ def identification_figures(identification: Identification, fars: Sequence[float]
 
 
 def tpir_at(identification: Identification, thresholds: np.ndarray) -> np.ndarray:
-    """True positive identification rate at each threshold: the fraction of mated probes whose mate scores above it and above every non-mate."""
-    hits = np.sort(identification.mate_scores[identification.mate_scores > identification.best_others])
-    return (len(hits) - np.searchsorted(hits, thresholds, side="right")) / len(identification.ranks)
+    """True positive identification rate at each threshold: the fraction of mated probes whose mate scores above it and above every non-mate.
+
+    Above is by more than TIE: a mate that scores as high as a non-mate, or as the threshold, is no hit.
+    """
+    hits = np.sort(identification.mate_scores[identification.ranks == 1])
+    return (len(hits) - np.searchsorted(hits, np.asarray(thresholds) + TIE, side="right")) / len(identification.ranks)
 
 
 def _threshold_at(non_mated_maxima: np.ndarray, far: float) -> float:

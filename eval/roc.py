@@ -1,5 +1,7 @@
 """Curves that several benchmarks share: ROC of pairs (1:1 verification), ranks and CMC of probes (1:N identification)."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +10,13 @@ from utils.errors import InputError
 
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PROBES_AT_A_TIME = 256      # against TinyFace's 157,871 gallery images: 160 MB of scores
+# What float32 features resolve of a cosine: two that differ by no more are equal.
+TIE = 2.0 ** -23
+# Scores whose standard deviation is less than so many times their rounding, as those of an
+# untrained network are, are all computed in float64: most would have to be computed again.
+CROWDED = 32
+# Gallery entries converted to float64 at a time: 32 MB.
+GALLERY_AT_A_TIME = 8192
 
 
 class Roc(NamedTuple):
@@ -141,15 +150,27 @@ def _smallest(values: np.ndarray, k: int) -> np.ndarray:
 # --- probes -----------------------------------------------------------------------------------------------------------------
 
 def search(probes: np.ndarray, gallery: np.ndarray, probe_subjects: np.ndarray, gallery_subjects: np.ndarray) -> Search:
-    """Compare every probe with every gallery entry by dot product.
+    """Compare every probe with every gallery entry by cosine.
 
     ``probes``: (P, D) and ``gallery``: (G, D) float32, of unit length; subjects: (P,) and (G,) int.
-    A non-mate that scores as high as the best mate ranks before it: a network that gives every image the same feature finds nobody.
+    A non-mate that scores as high as the best mate (within TIE) ranks before it: a network that
+    gives every image the same feature finds nobody. Scores come from a float32 matrix product,
+    whose rounding depends on the processor and on where in the matrix an entry lies; those that
+    this rounding could put in another order are compared in float64, so ranks do not depend on it.
     """
+    # A product of D terms of unit vectors is off by at most D u (u = eps / 2), the vectors' lengths
+    # by as much; and two scores are compared.
+    slack = 2 * probes.shape[1] * float(np.finfo(np.float32).eps)
     found = []
     for start in range(0, len(probes), PROBES_AT_A_TIME):
-        scores = probes[start:start + PROBES_AT_A_TIME] @ gallery.T
-        found += [_rank(row, gallery_subjects == subject) for row, subject in zip(scores, probe_subjects[start:])]
+        block = probes[start:start + PROBES_AT_A_TIME]
+        scores = block @ gallery.T
+        crowded = scores[0].std() < CROWDED * slack
+        if crowded:
+            scores = _cosines(block, gallery)
+        for probe, row, subject in zip(block, scores, probe_subjects[start:]):
+            exactly = row.take if crowded else partial(_cosines_with, probe, gallery)
+            found.append(_rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly))
     return Search(*map(np.array, zip(*found)))
 
 
@@ -158,18 +179,55 @@ def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:
     return np.bincount(np.minimum(ranks, up_to + 1), minlength=up_to + 1)[1:up_to + 1].cumsum() / len(ranks)
 
 
-def _rank(scores: np.ndarray, is_mate: np.ndarray) -> tuple[int, int, float, int, float]:
-    """The fields of Search for one probe: ``scores`` (G,), overwritten, ``is_mate`` (G,) bool."""
-    mate, mate_score = other, other_score = -1, -np.inf
+def _rank(scores: np.ndarray, is_mate: np.ndarray, slack: float, exactly: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int, float, int, float]:
+    """The fields of Search for one probe.
+
+    ``scores``: (G,), overwritten, two of which compare rightly if they differ by more than
+    ``slack``; ``is_mate``: (G,) bool; ``exactly``: gallery indices (n,) -> their scores in float64.
+    """
+    mate, mate_score, other, other_score = -1, -np.inf, -1, -np.inf
     mates = np.flatnonzero(is_mate)
     if len(mates):
-        mate = mates[scores[mates].argmax()]
-        mate_score = scores[mate]
+        mate, mate_score = _best(mates[_close(scores[mates], slack)], exactly)
     scores[mates] = -np.inf
     if len(mates) < len(scores):
-        other = scores.argmax()
-        other_score = scores[other]
-    return 1 + np.count_nonzero(scores >= mate_score), mate, mate_score, other, other_score
+        other, other_score = _best(_close(scores, slack), exactly)
+    before = np.count_nonzero(scores > mate_score + slack)
+    if len(mates):
+        in_doubt = np.flatnonzero((scores >= mate_score - slack) & (scores <= mate_score + slack))
+        before += np.count_nonzero(exactly(in_doubt) >= mate_score - TIE)
+    return 1 + before, mate, mate_score, other, other_score
+
+
+def _close(scores: np.ndarray, slack: float) -> np.ndarray:
+    """Indices of the scores that may be the highest."""
+    return np.flatnonzero(scores >= float(scores.max()) - slack)
+
+
+def _best(close: np.ndarray, exactly: Callable[[np.ndarray], np.ndarray]) -> tuple[int, float]:
+    """(the first of the gallery indices ``close`` with the highest score, that score in float64)."""
+    exact = exactly(close)
+    highest = float(exact.max())
+    return close[np.argmax(exact >= highest - TIE)], highest
+
+
+def _cosines(probes: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """(P, G) float64, whatever the lengths."""
+    probes = _unit(probes)
+    scores = np.empty((len(probes), len(gallery)))
+    for start in range(0, len(gallery), GALLERY_AT_A_TIME):
+        part = slice(start, start + GALLERY_AT_A_TIME)
+        scores[:, part] = probes @ _unit(gallery[part]).T
+    return scores
+
+
+def _cosines_with(probe: np.ndarray, gallery: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    return _cosines(probe[None], gallery[entries])[0]
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    features = features.astype(np.float64)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def check_norms(features: np.ndarray) -> np.ndarray:

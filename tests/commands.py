@@ -19,8 +19,8 @@ def command(script, *arguments, ranks=1, torchrun=None, restarts=0) -> list[str]
 
 
 def environment(ranks=1, **extra) -> dict:
-    """One thread per rank, so that all machines add numbers in the same order."""
-    return dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", **extra)
+    """One thread per rank, so that ranks do not compete for the cores, unless OMP_NUM_THREADS says otherwise."""
+    return dict({"OMP_NUM_THREADS": "1"} | os.environ, CUDA_VISIBLE_DEVICES="", **extra)
 
 
 def run(script, *arguments, ranks=1, expect=0, timeout=240, restarts=0, **extra) -> str:

@@ -1,5 +1,6 @@
 """Tests run from any directory: the repository root comes first on the path, as in the entry scripts."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ import torch
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """As the commands have in tests: threads that compete with other processes for the cores are many times slower."""
+    """Unless OMP_NUM_THREADS says otherwise: threads that compete with other processes for the cores are many times slower."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     yield
     torch.set_num_threads(before)

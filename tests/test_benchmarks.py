@@ -63,6 +63,7 @@ def evaluated(data, checkpoints, tmp_path_factory):
 
 
 def assert_close(found, wanted):
+    """Shares of pairs and probes are the same; thresholds are cosines of features of 50 layers, of batches of other images (3e-5) and the larger numbers have as much of their size."""
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         if isinstance(value, dict):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import rounding
 from tests.teachers import IMAGES, ROOT, network, repository, save
 from utils import hub
 from utils.checkpoint import sha256
@@ -72,7 +73,9 @@ print(json.dumps([found.path, load("ir18", "someone/faces_ir18", "").path, load(
     path, own, missing, half, name, early = child(code, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     assert early == [] and path == str(snapshot / "model.safetensors") and own.startswith(str(tmp_path / "home" / "hub"))
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "features.pth"), ir18(IMAGES))
+        wanted = ir18(IMAGES)
+    # of another process, which need not have as many threads
+    torch.testing.assert_close(torch.load(tmp_path / "features.pth"), wanted, rtol=0, atol=2 * rounding.network(20, 9 * 512) * float(wanted.abs().max()))
     assert missing == (f"teacher: minchul/cvlface_adaface_ir50_webface4m is not in {tmp_path}/cache and HF_HUB_OFFLINE is set: run once with a connection, "
                        "or download it elsewhere and set pretrained_teacher_path to the folder")
     assert half.startswith("teacher: someone/half has no model.safetensors and no pretrained_model/model.pt, or only a part of it is in")

@@ -10,12 +10,16 @@ from sklearn import metrics
 
 from eval import ijb
 from eval.roc import FPRS, roc_curve
+from tests import rounding
 from utils.errors import InputError
 
 GOLDEN = Path(__file__).parent / "golden" / "evaluation.npz"
 IMAGES = ("embeddings", "faceness_scores", "templates", "medias")
 PAIRS = ("label", "p1", "p2")
 LISTS = ("gallery_templates", "gallery_subjects", "probe_templates", "probe_subjects")
+# Of a score in float32: a product of two features of up to 32 numbers, each of which is the sum of
+# some ten images' features.
+ROUNDING = rounding.cosine(32) + 2 * 10 ** 0.5 * rounding.U
 
 
 def golden(prefix: str) -> dict[str, np.ndarray]:
@@ -70,8 +74,8 @@ def test_golden_verification():
     results = ijb.evaluate(*take(data, IMAGES, PAIRS))
     expected = {key.removeprefix("result/"): float(value) for key, value in data.items() if key.startswith("result/")}
     assert results.keys() == expected.keys()
-    for key, value in expected.items():
-        assert results[key] == pytest.approx(value, rel=1e-6, abs=0), key
+    for key, value in expected.items():     # golden scores are float32, too
+        assert results[key] == pytest.approx(value, rel=1e-12, abs=2 * ROUNDING if "thresh" in key else 0), key
 
 
 IDS = {"dense": {}, "negative": dict(lowest=-40), "sparse": dict(lowest=-2 ** 62, step=2 ** 56), "extreme": dict(lowest=-2 ** 63, step=2 ** 57 + 1)}
@@ -86,7 +90,7 @@ def test_scores_equal_loops(monkeypatch, ids, rows):
     for variant, scores in ijb.compare(*take(data, IMAGES, ("p1", "p2"))):
         variants.append(variant)
         assert scores.dtype == np.float32
-        np.testing.assert_allclose(scores, slow_scores(data, variant), atol=1e-6)
+        np.testing.assert_allclose(scores, slow_scores(data, variant), rtol=0, atol=ROUNDING)
     assert tuple(variants) == ijb.VARIANTS
 
 
@@ -108,7 +112,7 @@ def test_order_of_images_and_of_the_two_templates_does_not_matter():
     _, expected = next(ijb.compare(*take(data, IMAGES, ("p1", "p2"))))
     order = np.random.default_rng(0).permutation(len(data["templates"]))
     _, shuffled = next(ijb.compare(*(data[name][order] for name in IMAGES), data["p1"], data["p2"]))
-    np.testing.assert_allclose(shuffled, expected, atol=1e-6)
+    np.testing.assert_allclose(shuffled, expected, rtol=0, atol=2 * ROUNDING)
     _, both = next(ijb.compare(*take(data, IMAGES), np.append(data["p1"], data["p2"]), np.append(data["p2"], data["p1"])))
     np.testing.assert_array_equal(both[:len(expected)], both[len(expected):])
 
@@ -118,7 +122,7 @@ def test_few_gallery_templates_against_many_probes():
     data = random_set(3)
     data |= {"p1": data["p1"] % 5, "p2": 10 + data["p2"] % 40}
     _, scores = next(ijb.compare(*take(data, IMAGES, ("p1", "p2"))))
-    np.testing.assert_allclose(scores, slow_scores(data, ijb.VARIANTS[0]), atol=1e-6)
+    np.testing.assert_allclose(scores, slow_scores(data, ijb.VARIANTS[0]), rtol=0, atol=ROUNDING)
 
 
 def test_a_media_id_counts_within_its_template():
@@ -191,7 +195,7 @@ def test_golden_identification(gallery):
     assert tuple(lists["fars"]) == ijb.FARS
     for name in ("top1", "top5", "top10", "tpir", "mated"):
         np.testing.assert_allclose(result[name], lists[f"{gallery}/{name}"], rtol=1e-12)
-    np.testing.assert_allclose(result["thresholds"], lists[f"{gallery}/thresholds"], rtol=1e-6)
+    np.testing.assert_allclose(result["thresholds"], lists[f"{gallery}/thresholds"], rtol=0, atol=2 * ROUNDING)
     assert result["mated"] + result["non_mated"] == len(np.unique(lists["probe_templates"]))
 
 
@@ -224,15 +228,31 @@ def test_identification_equals_loops(ids, seed):
     result, expected = ijb.evaluate_1n(*take(data, IMAGES, LISTS), fars), slow_identification(data, fars)
     assert result.keys() == expected.keys() and 0 < expected["top1"] < 1
     for name, value in expected.items():
-        np.testing.assert_allclose(result[name], value, rtol=1e-5, err_msg=name)
+        # shares are the same, thresholds are scores
+        np.testing.assert_allclose(result[name], value, rtol=1e-12, atol=ROUNDING if name == "thresholds" else 0, err_msg=name)
 
 
 def test_a_hit_lies_strictly_above_threshold_and_non_mates():
     """By hand: the second mate is at the first threshold, the third has a non-mate beside it, the fourth one before it."""
-    search = ijb.Identification(np.array([1, 1, 2, 2]), np.array([0.9, 0.5, 0.4, 0.8]), np.array([0.1, 0.1, 0.4, 0.85]), np.array([0.2, 0.5, 0.1, 0.3]))
-    result = ijb.identification_figures(search, (1e-4, 0.25, 0.5, 0.99, 1.0))
+    result = ijb.identification_figures(ijb.Identification(np.array([1, 1, 2, 2]), np.array([0.9, 0.5, 0.4, 0.8]), np.array([0.2, 0.5, 0.1, 0.3])), (1e-4, 0.25, 0.5, 0.99, 1.0))
     assert result["thresholds"].tolist() == [0.5, 0.5, 0.3, 0.2, 0.1] and result["tpir"].tolist() == [0.25, 0.25, 0.5, 0.5, 0.5]
     assert (result["top1"], result["top5"], result["mated"], result["non_mated"]) == (0.5, 1, 4, 4)
+
+
+def test_a_mate_as_high_as_the_threshold_but_for_rounding_is_no_hit():
+    for mate in (0.5, np.nextafter(0.5, 1), float(np.nextafter(np.float32(0.5), np.float32(1)))):
+        assert ijb.tpir_at(ijb.Identification(np.array([1]), np.array([mate]), np.array([0.5])), np.array([0.5])) == [0]
+    assert ijb.tpir_at(ijb.Identification(np.array([1]), np.array([0.500001]), np.array([0.5])), np.array([0.5])) == [1]
+
+
+@pytest.mark.parametrize("direction", [np.ones(24), np.random.default_rng(9).normal(size=24)], ids=["ones", "random"])
+def test_a_network_that_sees_no_difference_identifies_nobody(direction):
+    """Also where features differ in length, and so in their rounding: templates of one image and of many have one direction."""
+    data = random_set(images=150, templates=60)
+    lengths = np.random.default_rng(0).uniform(0.1, 9, (150, 1))
+    result = ijb.evaluate_1n(*take(data | {"embeddings": (lengths * direction).astype(np.float32)}, IMAGES, LISTS))
+    assert result["top1"] == 0 and not result["tpir"].any()
+    assert result["thresholds"] == pytest.approx(np.ones(5), abs=1e-6)
 
 
 def test_rows_of_lists_may_repeat_and_come_in_any_order():

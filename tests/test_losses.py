@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.rounding import U, cosine, feature_gradient, logit
 from utils.errors import InputError
 from utils.losses import build_header, softmax
 
@@ -28,7 +29,13 @@ def header_of(case, method=None):
 
 
 def check_three_steps(header, case, autocast):
-    """Feed the three golden steps and compare everything the vectors hold."""
+    """Feed the three golden steps and compare everything the vectors hold, which is float64.
+
+    Bounds in units of a cosine's rounding: alpha is a product of two cosines, lam * c; the geometry
+    margin 3 (lam - c) lam of three; margin_scaler has it added; a centre alpha w + (1 - alpha) t
+    moves by alpha's error times (w - t), whose numbers are below 1, twice where the old one is off.
+    """
+    off = cosine(header.state_dict()["kernel"].shape[0])
     for step in range(3):
         value = {key.rsplit("/", 1)[1]: GOLDEN[key] for key in GOLDEN.files if key.rsplit("/", 1)[0] == f"{case}/{step}"}
         features = torch.from_numpy(value["embeddings"]).requires_grad_(True)
@@ -37,19 +44,19 @@ def check_three_steps(header, case, autocast):
             loss, stats = header(features, torch.from_numpy(value["label"]), teacher, float(value.get("epoch", 0)))
         loss.backward()
         assert loss.dtype == torch.float32
-        assert relative(loss.item(), value["loss"]) < 1e-5
-        assert relative(features.grad, value["grad_embeddings"]) < 1e-5
+        assert loss.item() == pytest.approx(float(value["loss"]), abs=2 * logit(features.shape[1]))
+        assert np.linalg.norm(features.grad.numpy() - value["grad_embeddings"]) < feature_gradient(features)
         state = header.state_dict()
-        for name in ("alpha", "lam", "cos_st", "margin_scaler"):
+        for name, cosines in (("cos_st", 1), ("lam", 1), ("alpha", 2), ("margin_scaler", 10)):
             if name in value:
-                assert stats[name].shape == () and stats[name].item() == pytest.approx(value[name].mean(), rel=1e-6, abs=1e-7)
+                assert stats[name].shape == () and stats[name].item() == pytest.approx(value[name].mean(), abs=cosines * off), name
         if "geom_weighted" in value:
-            assert stats["geom"].item() == pytest.approx(value["geom_weighted"].mean(), rel=1e-6, abs=1e-8)
-        for name in ("batch_mean", "batch_std"):
+            assert stats["geom"].item() == pytest.approx(value["geom_weighted"].mean(), abs=9 * off)
+        for name in ("batch_mean", "batch_std"):        # norms, their mean over the batch, a step towards it
             if name in value:
-                assert state[name].item() == pytest.approx(float(value[name]), rel=1e-6)
+                assert state[name].item() == pytest.approx(float(value[name]), rel=16 * U)
         if "kernel" in value:
-            assert np.abs(state["kernel"].numpy() - value["kernel"]).max() < 1e-6
+            assert np.abs(state["kernel"].numpy() - value["kernel"]).max() < 4 * off
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast-bf16"])
@@ -77,7 +84,8 @@ def test_a_product_in_shares_is_the_product(threads):
     """Against float64; of columns of a larger matrix, whose number the threads do not divide."""
     generator = torch.Generator().manual_seed(0)
     grad, block = torch.randn(5, 120, generator=generator)[:, 10:111], torch.randn(101, 7, generator=generator)
-    assert relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy()) < 1e-6
+    # sums of 101 terms, whose magnitudes add up to some ten times the sums themselves
+    assert relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy()) < 10 * 101 ** 0.5 * U
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("standalone")])
@@ -119,7 +127,7 @@ def test_two_images_of_one_class_are_averaged_whatever_their_order():
             lam = (torch.nn.functional.normalize(old[label], dim=0) @ t[i]).clamp(1e-6, 1)
             alpha = ((f[i] @ t[i]).clamp(-1, 1) * lam).clamp(1e-6, 1)
             moved.append(alpha * old[label] + (1 - alpha) * t[i])
-        assert torch.allclose(kernels[0].t()[label].double(), torch.stack(moved).mean(0), atol=1e-6)
+        assert torch.allclose(kernels[0].t()[label].double(), torch.stack(moved).mean(0), atol=4 * cosine(8))
     assert torch.equal(kernels[0].t()[[2, 4]].double(), old[[2, 4]])
 
 
@@ -133,7 +141,7 @@ def test_geometry_margin_widens_arcface_and_cosface():
         lam = torch.nn.functional.cosine_similarity(kernel.t(), teacher).clamp(1e-6, 1)
         g = 3 * (lam - torch.nn.functional.cosine_similarity(features, teacher)).clamp_min(0) * lam
         value, stats = geometric(features, labels, teacher)
-        assert stats["geom"].item() == pytest.approx(g.mean().item(), rel=1e-5)
+        assert stats["geom"].item() == pytest.approx(g.mean().item(), abs=9 * cosine(8))
         assert value > plain(features, labels)[0]
 
 

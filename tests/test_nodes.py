@@ -232,6 +232,19 @@ def test_what_the_batch_script_refuses(words, message, slurm, played):
     assert message in job.communicate(timeout=60)[0] and job.returncode == 1
 
 
+def test_the_test_script_keeps_a_set_number_of_threads(tmp_path):
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    shutil.copy(ROOT / "run_tests.sh", tmp_path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text("#!/bin/sh\n[ \"$1\" = -c ] || echo \"$OMP_NUM_THREADS threads: $*\"\n")
+    python.chmod(0o755)
+    clean = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    for variables, threads in ((dict(), 1), (dict(OMP_NUM_THREADS="8"), 8)):
+        said = subprocess.run([tmp_path / "run_tests.sh", "-k", "x"], env=clean | variables, capture_output=True, text=True).stdout
+        assert said.startswith(f"{threads} threads: -m pytest ") and said.endswith(" -k x\n")
+
+
 # --- what torchrun is told, and tells
 
 def test_machines_that_do_not_meet_are_told_in_one_line():

@@ -18,6 +18,11 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed (requirements/o
 WEIGHT = np.random.default_rng(7).normal(size=(3 * 16 * 16, SIZE)).astype(np.float32)
 
 
+# Features are sums of 768 products, of 100 at most, in float32: sqrt(768) U of a hundred. A graph's own
+# scaling rounds the pixels, too.
+NEAR = dict(rtol=1e-4, atol=1e-4)
+
+
 def reference(pixels: np.ndarray) -> np.ndarray:
     """The tiny face model in float64: every 7 x 7 block's mean of pixels in [-1, 1], a linear layer."""
     return pixels.astype(np.float64).reshape(-1, 3, 16, 7, 16, 7).mean((3, 5)).reshape(-1, 3 * 16 * 16) @ WEIGHT.astype(np.float64)
@@ -65,7 +70,7 @@ def test_conventions(tmp_path, caplog, before, words, constant_nodes):
         teacher = load_teacher(config(f"onnx:{path}"), SIZE)
     found = teacher(IMAGES)
     assert found.dtype == torch.float32 and found.shape == (2, SIZE) and not found.requires_grad
-    np.testing.assert_allclose(found.numpy(), reference(IMAGES.numpy()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.numpy(), reference(IMAGES.numpy()), **NEAR)
     assert (teacher.normalisation, teacher.embedding_size, teacher.color_space, teacher.path, teacher.sha256) == (words, SIZE, "RGB", str(path), sha256(path))
     assert caplog.messages[0].startswith(f"Teacher onnx:{path}: 12,")
     assert caplog.messages[0].endswith(f" parameters, 16-d features, 112x112 RGB input, {words}, {path}, SHA-256 {sha256(path)}")
@@ -80,14 +85,14 @@ def test_one_operator_tells_as_much(tmp_path, before, words):
 @pytest.mark.parametrize("options", [dict(batch=1), dict(flat=1), dict(batch=1, flat=1)], ids=["said", "fixed inside", "both"])
 def test_models_of_one_image_at_a_time(tmp_path, options):
     teacher = load_teacher(config(f"onnx:{onnx_model(tmp_path / 'face.onnx', **options)}"))
-    np.testing.assert_allclose(teacher(IMAGES).numpy(), reference(IMAGES.numpy()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(teacher(IMAGES).numpy(), reference(IMAGES.numpy()), **NEAR)
     assert teacher(IMAGES[:0]).shape == (0, SIZE)
 
 
 def test_colour_order_autocast_layout_and_compile(tmp_path):
     path = onnx_model(tmp_path / "face.onnx")
     bgr = load_teacher(config(f"onnx:{path}", color_space="BGR"))
-    np.testing.assert_allclose(bgr(IMAGES).numpy(), reference(IMAGES.flip(1).numpy()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(bgr(IMAGES).numpy(), reference(IMAGES.flip(1).numpy()), **NEAR)
     teacher = load_teacher(config(f"onnx:{path}")).to("cpu", memory_format=torch.channels_last)
     expected = teacher(IMAGES)
     with torch.autocast("cpu", torch.bfloat16):
@@ -99,7 +104,7 @@ def test_colour_order_autocast_layout_and_compile(tmp_path):
 def test_weights_in_a_second_file_count_too(tmp_path):
     path = onnx_model(tmp_path / "face.onnx", external=True)
     teacher = load_teacher(config(f"onnx:{path}"))
-    np.testing.assert_allclose(teacher(IMAGES).numpy(), reference(IMAGES.numpy()), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(teacher(IMAGES).numpy(), reference(IMAGES.numpy()), **NEAR)
     assert teacher.sha256 == sha256(path, tmp_path / "face.onnx.data") != sha256(path)
     (tmp_path / "face.onnx.data").unlink()
     refused("onnxruntime cannot run", config(f"onnx:{path}"))

@@ -7,7 +7,8 @@ import pytest
 from sklearn import metrics
 
 from conftest import ROOT
-from eval.roc import FPRS, check_norms, cmc, resolves, roc_curve, search, separate, to_whole, tpr_at
+from eval.roc import FPRS, TIE, check_norms, cmc, resolves, roc_curve, search, separate, to_whole, tpr_at
+from tests.rounding import cosine
 from utils.errors import InputError
 
 
@@ -132,13 +133,36 @@ def test_search_equals_a_loop(probes, gallery, people):
         others = [entry for entry in falling if of_gallery[entry] != of_probe[index]]
         assert found.mates[index] == (mates[0] if mates else -1) and found.others[index] == (others[0] if others else -1)
         assert found.ranks[index] == (1 + sum(falling.index(entry) < falling.index(mates[0]) for entry in others) if mates else gallery + 1)
-        assert found.mate_scores[index] == (pytest.approx(p[index] @ g[mates[0]], abs=1e-6) if mates else -np.inf)
-        assert found.other_scores[index] == (pytest.approx(p[index] @ g[others[0]], abs=1e-6) if others else -np.inf)
+        assert found.mate_scores[index] == (pytest.approx(p[index] @ g[mates[0]], abs=cosine(16)) if mates else -np.inf)
+        assert found.other_scores[index] == (pytest.approx(p[index] @ g[others[0]], abs=cosine(16)) if others else -np.inf)
 
 
 def test_a_network_that_sees_no_difference_finds_nobody():
     same = np.full((6, 4), 0.5, np.float32)
     assert search(same[:2], same, np.array([0, 1]), np.array([0, 0, 1, 2, 3, 4])).ranks.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 1])
+def test_ranks_do_not_depend_on_the_rounding_of_the_products(spread):
+    """Scores that are off by as much as float32 can be (a product of 512 terms by 512 eps / 2): ranks are those of float64, also of features that hardly differ."""
+    rng = np.random.default_rng(0)
+    p, g = (rng.normal(size=512) + spread * rng.normal(size=(count, 512)) for count in (20, 300))
+    p, g = (np.float32(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in (p, g))
+    of_probe, of_gallery = rng.integers(0, 30, 20), rng.integers(0, 30, 300)
+    exact = (p.astype(np.float64) @ g.T.astype(np.float64)) / np.linalg.norm(p.astype(np.float64), axis=1)[:, None] / np.linalg.norm(g.astype(np.float64), axis=1)
+
+    class Rounded(np.ndarray):
+        """A matrix whose float32 products come with noise."""
+
+        def __matmul__(self, other):
+            product = np.asarray(self) @ np.asarray(other)
+            return product + np.float32(rng.uniform(-1, 1, product.shape) * 256 * 2 ** -23) if product.dtype == np.float32 else product
+
+    found = search(p.view(Rounded), g, of_probe, of_gallery)
+    for row, subject, rank, mate_score, other_score in zip(exact, of_probe, found.ranks, found.mate_scores, found.other_scores):
+        mates, others = row[of_gallery == subject], row[of_gallery != subject]
+        best = mates.max(initial=-np.inf)
+        assert rank == 1 + np.count_nonzero(others >= best - TIE) and mate_score == pytest.approx(best, abs=1e-12) and other_score == pytest.approx(others.max(), abs=1e-12)
 
 
 def test_cmc_is_the_share_of_ranks_up_to():
@@ -157,7 +181,7 @@ def test_whole_numbers_of_any_type():
 
 def test_norms_name_the_image_that_has_none():
     features = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
-    np.testing.assert_allclose(check_norms(features), np.linalg.norm(features, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(check_norms(features), np.linalg.norm(features, axis=1), rtol=cosine(5))
     for value, message in ((0, "feature of image 4 is zero"), (np.nan, "feature of image 4 is not finite"),
                            (-np.inf, "not finite.*usable feature for 1 of 9 images")):
         broken = features.copy()

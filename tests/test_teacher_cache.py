@@ -16,7 +16,9 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from backbones import build_backbone
 from data.make_synthetic import open_studio, write_training_set
+from tests import rounding
 from tests.commands import ROOT, run, run_until
+from tests.rounding import U
 from train import cache_teacher, class_centers, setup
 from train.engine import features_shown
 from utils import teacher_cache
@@ -30,6 +32,7 @@ from utils.teacher_cache import CacheWriter, Origin, make_manifest, open_cache
 CACHE, CENTERS, ADADISTILL, AMLDISTILL = (str(ROOT / "train" / f"{name}.py") for name in ("cache_teacher", "class_centers", "train_AdaDistill", "train_AMLDistill"))
 IMAGES, CLASSES, SIZE = 24, 6, 32
 ROUNDING = 2.0**-11         # of float16: each number is off by at most this part of itself
+OTHER_BATCH = 2 * rounding.network(50)      # of the teacher's features, where other images are computed together
 COMMON = ["dataset=synthetic", f"embedding_size={SIZE}", "teacher=mobilefacenet", "precision=fp32", "val_batch_size=4", "val_targets=[]", "num_workers=1", "lr=0.5",
           "batch_size=8", "num_epoch=2", "log_every=1"]
 VARIANTS = {"ArcFace": (ADADISTILL, ["loss=ArcFace"]), "CosFace": (ADADISTILL, ["loss=CosFace", "adaptive_alpha=False"]),
@@ -105,7 +108,7 @@ def exact(faces, teacher):
 
 def test_the_cache_holds_the_teachers_features(runs, features, exact, teacher, faces):
     assert features.shape == (IMAGES, 2, SIZE) and features.dtype == np.float16
-    assert (np.abs(features - exact) <= ROUNDING * np.abs(exact) + 1e-5).all()
+    assert (np.abs(features - exact) <= ROUNDING * np.abs(exact) + OTHER_BATCH * np.abs(exact).max()).all()
     manifest = json.loads((runs / "cache" / "manifest.json").read_text())
     assert manifest["teacher"] == dict(name="mobilefacenet", precision="fp32", file="backbone.pth", sha256=sha256(teacher), color_space="RGB",
                                        normalisation="(x / 255 - 0.5) / 0.5", imported=None, repository="", color_space_set=False)
@@ -163,10 +166,11 @@ def test_losses_are_those_of_the_live_teacher_but_for_rounding(name, runs):
 
 @pytest.mark.parametrize("name", ["ArcFace", "AdaFace"])
 def test_two_ranks_train_as_one(name, runs, two_ranks):
+    """But for the order of additions: that of a logit in each of six steps, relative to a loss of some ten."""
     one, two = rows(runs / f"{name}-cached"), rows(two_ranks[0] / name)
     assert len(one) == len(two)
     for first, second in zip(one, two):
-        assert first == pytest.approx(second, rel=1e-4, abs=1e-6)
+        assert first == pytest.approx(second, rel=6 * rounding.logit(SIZE), abs=6 * rounding.cosine(SIZE))
 
 
 def test_an_interrupted_run_goes_on_with_the_same_bits(runs, faces, tmp_path):
@@ -257,11 +261,11 @@ def test_damaged_records_get_the_features_of_their_replacements_until_there_are_
     assert json.loads((cache / "manifest.json").read_text())["replaced"] == [[2, 3], [3, 4], [23, 24]]
     expected = np.arange(IMAGES)
     expected[[2, 3, 23]] = 4, 4, 0
-    np.testing.assert_allclose(np.load(cache / "features.npy"), features[expected], rtol=2 * ROUNDING, atol=1e-5)
+    np.testing.assert_allclose(np.load(cache / "features.npy"), features[expected], rtol=2 * ROUNDING, atol=OTHER_BATCH * np.abs(features).max())
     run_here(monkeypatch, class_centers, *options(broken.root_dir, f"teacher_embeddings={cache}", f"output={tmp_path}"))
     good = np.setdiff1d(np.arange(IMAGES), [2, 3, 23])
     kernel = read_kernel(tmp_path / "class_centers.pth", "centres", SIZE, CLASSES)
-    np.testing.assert_allclose(kernel, class_means(np.load(cache / "features.npy")[good], broken.labels(good)), atol=1e-6)
+    np.testing.assert_allclose(kernel, class_means(np.load(cache / "features.npy")[good], broken.labels(good)), atol=2 * U)
 
 
 # --- class centres
@@ -275,13 +279,15 @@ def class_means(features, labels):
 def test_class_centres_are_the_means_of_the_teachers_features(runs, two_ranks, exact, features, dataset):
     labels = dataset.labels(range(IMAGES))
     assert labels.tolist() == [dataset[index][1] for index in range(IMAGES)]
-    for path, used, tolerance in ((runs / "live.pth", exact, 1e-6), (runs / "centers" / "class_centers.pth", features, 1e-7), (two_ranks[0] / "centers.pth", features, 1e-7)):
+    # a mean of unit vectors in float64, written as float32; the live teacher's features are of other batches
+    for path, used, tolerance in ((runs / "live.pth", exact, OTHER_BATCH), (runs / "centers" / "class_centers.pth", features, 2 * U), (two_ranks[0] / "centers.pth", features, 2 * U)):
         np.testing.assert_allclose(read_kernel(path, "centres", SIZE, CLASSES), class_means(used, labels), atol=tolerance)
     unit = exact / np.linalg.norm(exact, axis=2, keepdims=True)
     means = class_means(exact, labels)
     own = np.einsum("nfd,dn->nf", unit, (means / np.linalg.norm(means, axis=0))[:, labels]).mean()
     log = (runs / "log").read_text()
-    assert "6 classes of 4 to 4 images (median 4), 24 in all" in log and f"mean cosine between a feature and its class centre: {own:.3f}" in log
+    assert "6 classes of 4 to 4 images (median 4), 24 in all" in log
+    assert rounding.printed(log, "mean cosine between a feature and its class centre:") == pytest.approx(own, abs=0.5e-3 + OTHER_BATCH)
     assert f"pretrained_teacher_header_path={runs}/live.pth embedding_size=32" in log
 
 

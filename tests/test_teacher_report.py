@@ -83,6 +83,11 @@ def data(tmp_path_factory):
     return folder
 
 
+def figures(line: str) -> list[float]:
+    """The three that stand at its end."""
+    return [float(word) for word in line.split()[-3:]]
+
+
 def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
     """A network that tells people apart by how red they are next to blue: what it sees decides the colour order."""
     torch.manual_seed(0)
@@ -93,9 +98,11 @@ def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
     assert "frontal" in output and "pose              skipped: no " in output and "40 training images of 8 classes" in output
     assert "RGB, as set" in output and "exchanged" in output
     bgr = run(REPORT, *arguments, "color_space=BGR", ranks=2)
-    own = {line[:16].strip(): line.split()[-3:] for text in (output, bgr) for line in text.splitlines() if line.startswith(("RGB, as set", "BGR, as set"))}
-    exchanged = [line.split()[-3:] for text in (output, bgr) for line in text.splitlines() if line.startswith("exchanged")]
-    assert own["RGB, as set"] == exchanged[1] and own["BGR, as set"] == exchanged[0]
+    own = {line[:16].strip(): figures(line) for text in (output, bgr) for line in text.splitlines() if line.startswith(("RGB, as set", "BGR, as set"))}
+    exchanged = [figures(line) for text in (output, bgr) for line in text.splitlines() if line.startswith("exchanged")]
+    # two cosines of three digits and a percentage of 40 images, of other batches on two ranks: the last digit may be another, or one image
+    for one, other in ((own["RGB, as set"], exchanged[1]), (own["BGR, as set"], exchanged[0])):
+        assert (np.abs(np.subtract(one, other)) <= [0.00101, 0.00101, 2.6]).all()
     assert "pose.bin not found" in run(REPORT, *arguments, "val_targets=frontal,pose", expect=1)
     output = run(REPORT, *arguments[:-3], "pretrained_teacher_path=/nowhere.pth", expect=1)
     assert "error: teacher: no file at /nowhere.pth" in output and "Traceback" not in output

@@ -16,6 +16,7 @@ from easydict import EasyDict
 
 from backbones import build_backbone
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
+from tests import rounding
 from tests.commands import ROOT, command, environment, run, run_until
 from train.engine import learning_rate
 from train.setup import Run, check_settled, input_dtype, see_rgb
@@ -197,7 +198,7 @@ def test_two_ranks_verify_as_one_and_only_rank_0_writes(faces, teacher, tmp_path
     run(INTERFERE, f"nowrite:{tmp_path}", AMLDISTILL, *options(faces, tmp_path / "two", *common, "batch_size=12"), ranks=2)
     first, second = (next(row["validation"] for row in rows(tmp_path / name) if "validation" in row) for name in ("one", "two"))
     for name in first:
-        assert first[name] == pytest.approx(second[name], rel=1e-5)
+        assert first[name] == pytest.approx(second[name], rel=2 * rounding.network(50))
     kernel = torch.load(teacher[1], weights_only=True)["kernel"]
     assert torch.equal(torch.load(tmp_path / "two" / "3header.pth", weights_only=True)["kernel"], kernel)
 
@@ -476,4 +477,5 @@ def test_a_student_started_from_adafaces_bgr_weights_sees_rgb():
     with torch.no_grad():
         expected = network(images.flip(1))
         see_rgb(network)
-        assert torch.allclose(network(images), expected, atol=1e-5)
+        # the first convolution adds its channels in another order
+        torch.testing.assert_close(network(images), expected, rtol=0, atol=2 * rounding.network(50) * float(expected.abs().max()))

@@ -302,6 +302,7 @@ def test_evaluate_refuses_what_it_cannot_measure():
 # --- features ---------------------------------------------------------------------------------------------------------------
 
 def small_backbone() -> nn.Module:
+    """Its features are sums of 64 numbers below 1, which are sums of 27: off by sqrt(64 + 27) U = 6e-7, of which torch.testing.assert_close allows ten times as much."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.PReLU(), nn.Dropout(0.5),
                          nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 6))
@@ -353,6 +354,7 @@ def test_embed_compiled_and_reduced_precision():
     assert backbone.training and compiled.training
     rounded = embed(backbone, images, 2, precision="bf16")
     assert rounded[0].dtype == torch.float32
+    # bf16 has 8 bits: two layers' inputs and weights are off by 0.004 each, and their outputs
     torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.02)
     assert not torch.equal(rounded[0], exact[0])
 
