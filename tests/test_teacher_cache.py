@@ -20,7 +20,8 @@ from tests.commands import ROOT, run, run_until
 from train import cache_teacher, class_centers, setup
 from train.engine import features_shown
 from utils import teacher_cache
-from utils.checkpoint import read_kernel, sha256
+from utils.weights.centers import read_kernel
+from utils.weights.read import sha256
 from utils.dataset import MXFaceDataset, keep_batch
 from utils.errors import InputError
 from utils.images import to_input

@@ -8,6 +8,7 @@ import numpy as np
 
 from utils.align import SIZE, similarity
 from utils.errors import InputError
+from utils.weights.kinds import bytes_look_like
 
 NAME = "face_detection_yunet_2023mar.onnx"
 PLACE = Path(__file__).resolve().parents[1] / "deploy" / NAME
@@ -54,7 +55,6 @@ class Detector:
             self.network = cv2.FaceDetectorYN.create(str(self.path), "", (320, 320), FLOOR, OVERLAP, MOST)
             self(np.zeros((64, 64, 3), np.uint8))
         except cv2.error as error:
-            from utils.looks import bytes_look_like     # needs torch, which the processes that only align need not load
             look = bytes_look_like(self.path, "onnx")
             mend = f"it looks like {look}" if look else f"fetch {NAME} from {SOURCE}"
             raise InputError(f"--detector: {self.path} is no YuNet face detector that OpenCV {cv2.__version__} can run; {mend}") from error
