@@ -1,4 +1,4 @@
-"""A face network to be deployed, from whatever file it is in: one of ours as .pth, .ckpt or .safetensors, or any ONNX face model."""
+"""A face network to be deployed, from any file: weights of one of ours, or any ONNX face model."""
 
 import argparse
 import re
@@ -19,8 +19,9 @@ from utils.weights.read import digest_of, sha256
 
 
 class Model(NamedTuple):
-    """A network, (B, 3, 112, 112) RGB in [-1, 1] -> (B, embedding_size) float32, and what is known of it.
+    """A network and what is known of it.
 
+    network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, embedding_size) float32.
     name: of the network ("?" where an ONNX file does not say it). step: of the run, "" if unknown.
     sha256: of the file; checkpoint_sha256: of the checkpoint that an ONNX file was made from, "" if
     it does not say; of a checkpoint the same as ``sha256``. color_space: the order that the file's

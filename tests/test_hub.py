@@ -14,6 +14,7 @@ import torch
 from tests.teachers import IMAGES, ROOT, network, repository, save
 from utils import hub
 from utils.errors import InputError
+from utils.weights.read import sha256
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -133,7 +134,6 @@ FETCH = """
 import json, sys
 from utils.errors import InputError
 from utils.hub import fetch
-from utils.weights.read import sha256
 def attempt(repo_id):
     try:
         return str(fetch(repo_id, sys.argv[1]))

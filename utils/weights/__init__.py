@@ -1,1 +1,1 @@
-"""Weights that people have on disk: read without running code, matched strictly, their colour order decided."""
+"""Weights that people have on disk: read without running code, matched strictly, in RGB order."""

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def own_order(found: Found, content: dict, size: int, stated: Stated | None) -> str:
-    """The order that weights say they were trained on: "RGB", "BGR", "" where they may be of either.
+    """The order that weights were trained on: "RGB", "BGR", "" where they may be of either.
 
     content: of the file. size: of the embedding. stated: what a configuration of CVLFace's says.
     """
@@ -46,7 +46,7 @@ def own_order(found: Found, content: dict, size: int, stated: Stated | None) -> 
 
 
 def has_adafaces_head(found: Found, size: int) -> bool:
-    """Whether the class centres lie beside the network as AdaFace keeps them: head.kernel (D, C)."""
+    """Whether class centres lie beside the network as AdaFace keeps them: head.kernel (D, C)."""
     kernels = [value for key, value in found.beside.items() if bare(key) == "head.kernel"]
     return any(
         isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == size
@@ -72,8 +72,8 @@ def choose_order(own: str, asked: str, subject: str, source: str, key: str) -> s
     if asked == "auto":
         if not own:
             raise InputError(
-                f"{subject} is an IR network under {ADAFACE_PREFIX}: AdaFace's take BGR images, others "
-                "RGB, and neither AdaFace's head (head.kernel) nor Lightning's own keys "
+                f"{subject} is an IR network under {ADAFACE_PREFIX}: AdaFace's take BGR images, "
+                "others RGB, and neither AdaFace's head (head.kernel) nor Lightning's own keys "
                 "(pytorch-lightning_version, ...) are beside it: set color_space=BGR or "
                 "color_space=RGB (--color-space of commands without a configuration)"
             )

@@ -1,4 +1,4 @@
-"""What kind of file it is that cannot be read, by its first bytes: for messages that say how to mend it."""
+"""What a file is that cannot be read, by its first bytes: for messages that say how to mend it."""
 
 import re
 import struct
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-# what torch.load raises for files that are cut off, no checkpoints at all, made by another program, or not readable
-# from the disk
+# what torch.load raises for files that are cut off, no checkpoints at all, made by another program,
+# or not readable from the disk
 UNREADABLE = (
     RuntimeError,
     EOFError,
@@ -43,29 +43,41 @@ FIRST_BYTES = (
     (
         re.compile(rb"PK\x03\x04"),
         "checkpoint",
-        "a PyTorch checkpoint: name it *.pth, and as a teacher set teacher to its network and pretrained_teacher_path to it",
+        "a PyTorch checkpoint: name it *.pth, and as a teacher set teacher to its network and "
+        "pretrained_teacher_path to it",
     ),
-    (re.compile(rb".{7}\x00\{", re.DOTALL), "safetensors", "a safetensors file: name it *.safetensors"),
+    (
+        re.compile(rb".{7}\x00\{", re.DOTALL),
+        "safetensors",
+        "a safetensors file: name it *.safetensors",
+    ),
     # protobuf field 1 (ir_version), a small number, then one of the other fields of a model
     (
         re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]"),
         "onnx",
-        "an ONNX model: named .onnx it can be evaluated; training takes one only as a teacher, by teacher=onnx:PATH",
+        "an ONNX model: named .onnx it can be evaluated; training takes one only as a teacher, by "
+        "teacher=onnx:PATH",
     ),
 )
 
 
 def bytes_look_like(path: str | Path, wanted: str) -> str:
-    """What an unreadable file is by its first bytes, in words; "" if nothing known, or the kind it should be: then it is damaged."""
+    """What an unreadable file is by its first bytes, in words.
+
+    "" if it is nothing known, or the kind it should be: then it is damaged.
+    """
     if program := program_in(path):
         return program
     with open(path, "rb") as file:
         start = file.read(64)
-    return next((words for pattern, kind, words in FIRST_BYTES if kind != wanted and pattern.match(start)), "")
+    for pattern, kind, words in FIRST_BYTES:
+        if kind != wanted and pattern.match(start):
+            return words
+    return ""
 
 
 def program_in(path: str | Path) -> str:
-    """What to do with an archive of torch.jit.save or torch.export.save, in words; "" for another file."""
+    """What to do with a file of torch.jit.save or torch.export.save, in words; "" for another."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition("/")[2] for name in archive.namelist()]
@@ -79,5 +91,6 @@ def program_in(path: str | Path) -> str:
         return ""
     return (
         f"a {kind}, which is code: export it to ONNX where it runs (python -c \"import torch; "
-        f'{line.format(path=str(path))}"{needs}) and name the .onnx file, as a teacher by teacher=onnx:PATH'
+        f'{line.format(path=str(path))}"{needs}) and name the .onnx file, as a teacher by '
+        "teacher=onnx:PATH"
     )

@@ -114,7 +114,10 @@ def load_into(
 
 
 def find(weights: Weights, shapes: dict, key: str) -> Found:
-    """Where the weights of a network of these {key: shape} are. Raises InputError as ``load_into``."""
+    """Where the weights of a network of these {key: shape} are.
+
+    Raises InputError as ``load_into``.
+    """
     places = complete(weights.content, shapes)
     found = choose(places, weights.average, weights.subject)
     if found is None:
@@ -123,8 +126,10 @@ def find(weights: Weights, shapes: dict, key: str) -> Found:
         raise InputError(f"{weights.subject} does not fit: {differences(nearest, shapes)}{look}")
     if names := strangers(found, places, shapes):
         # a larger network may hold all of a smaller one
-        larger = [other for other in networks_in(weights.content) if other.found.where() == found.where()]
-        is_larger = any(len(other.found.weights) > len(found.weights) for other in larger)
+        is_larger = any(
+            other.found.where() == found.where() and len(other.found.weights) > len(found.weights)
+            for other in networks_in(weights.content)
+        )
         look = advice(looks_like(weights.content, key)) if is_larger else ""
         where = f" beside the network {found.where()}" if found.where() else ""
         raise InputError(
@@ -163,8 +168,12 @@ def differences(place: Found, shapes: dict) -> str:
         for key, value in place.weights.items()
         if shape_of(value) != shapes[key]
     ]
-    kinds = (sorted(missing), "missing keys"), (sorted(unexpected), "unexpected keys"), (shaped, "other shapes")
-    return "; ".join(listed(names, kind) for names, kind in kinds if names)
+    kinds = {
+        "missing keys": sorted(missing),
+        "unexpected keys": sorted(unexpected),
+        "other shapes": shaped,
+    }
+    return "; ".join(listed(names, kind) for kind, names in kinds.items() if names)
 
 
 def listed(names: list[str], kind: str) -> str:
@@ -172,21 +181,27 @@ def listed(names: list[str], kind: str) -> str:
 
 
 def recognise(weights: Weights) -> Network:
-    """The network of ours that a file holds. Raises InputError if there is none, or if there are several."""
+    """The network of ours that a file holds. Raises InputError if there is none, or several."""
     networks = list(networks_in(weights.content))
     places = [network.found for network in networks]
     found = choose(places, weights.average, weights.subject)
     if found is None:
         look = advice(looks_like(weights.content))
-        raise InputError(f"{weights.subject} holds no network that can be built here ({', '.join(NAMES)}){look}")
+        raise InputError(
+            f"{weights.subject} holds no network that can be built here ({', '.join(NAMES)}){look}"
+        )
     return networks[next(number for number, place in enumerate(places) if place is found)]
 
 
 def embedding_size_in(content: dict, name: str, use_se: bool) -> int:
-    """The dimensions of a network's features in a file's content; 0 if its linear layer is not there."""
+    """The dimensions of a network's features in a file; 0 if its linear layer is not there."""
     key = linear_key(shapes_of(name, 1, use_se))
-    values = [state[prefix + key] for _, state in states_of(content) for prefix in prefixes_of(state, key)]
-    return next((len(value) for value in values if isinstance(value, torch.Tensor) and value.dim() == 2), 0)
+    for _, state in states_of(content):
+        for prefix in prefixes_of(state, key):
+            value = state[prefix + key]
+            if isinstance(value, torch.Tensor) and value.dim() == 2:
+                return len(value)
+    return 0
 
 
 def empty_backbone(name: str, size: int, use_se: bool) -> torch.nn.Module:
@@ -197,7 +212,7 @@ def empty_backbone(name: str, size: int, use_se: bool) -> torch.nn.Module:
 
 
 def run_beside(checkpoint: str | Path) -> Path | None:
-    """The config.json of the run that wrote a checkpoint; None if there is none, or another program's."""
+    """The config.json of the run that wrote a checkpoint; None if there is none of a run's."""
     path = split_mark(checkpoint)[0].parent / "config.json"
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Which of a file's tensors are a network's: in which entry, under which prefix, and what lies beside them."""
+"""Which of a file's tensors are a network's: entry, prefix, and what lies beside them."""
 
 import re
 from collections.abc import Iterator
@@ -18,8 +18,8 @@ WRAPPERS = ("module", "_orig_mod")
 AVERAGE = re.compile(r"(^|[._-])(ema|swa|avg|averaged?|polyak|shadow)($|[._-])", re.IGNORECASE)
 # words in the name of what holds class centres
 HEAD = re.compile(
-    r"head|classif|kernel|^weight$|^fc\d*$|_fc$|^arc|softmax|margin|(arc|cos|ada)_?face|metric|product|"
-    r"logit|loss|criterion|cent(er|re)s|prototype",
+    r"head|classif|kernel|^weight$|^fc\d*$|_fc$|^arc|softmax|margin|(arc|cos|ada)_?face|metric|"
+    r"product|logit|loss|criterion|cent(er|re)s|prototype",
     re.IGNORECASE,
 )
 # beside the weights in torch.optim.swa_utils.AveragedModel
@@ -29,8 +29,9 @@ HARMLESS = {"n_averaged"}
 class Found(NamedTuple):
     """A network's weights in a file.
 
-    entry: the keys of the dicts that they lie in, with dots between ("" at the top). prefix: of their keys, "" or
-    one that ends in a dot. weights: {key without the prefix: tensor}. beside: {key: value} of what else lies there.
+    entry: the keys of the dicts that they lie in, with dots between ("" at the top). prefix: of
+    their keys, "" or one that ends in a dot. weights: {key without the prefix: tensor}.
+    beside: {key: value} of what else lies there.
     """
 
     entry: str
@@ -58,7 +59,7 @@ def bare(name: str) -> str:
 
 
 def states_of(content, entry: str = "", depth: int = 0) -> Iterator[tuple[str, dict]]:
-    """(entry, {key: value}) of every dict in a file's content that holds tensors, the outermost first."""
+    """(entry, {key: value}) of every dict in a file that holds tensors, the outermost first."""
     if not isinstance(content, dict):
         return
     state = {str(key): value for key, value in content.items()}
@@ -88,11 +89,12 @@ def take(entry: str, state: dict, prefix: str, shapes: dict) -> Found:
     """What a state has of a network's keys under a prefix."""
     weights = {key: state[prefix + key] for key in shapes if prefix + key in state}
     taken = {prefix + key for key in weights}
-    return Found(entry, prefix, weights, {key: value for key, value in state.items() if key not in taken})
+    beside = {key: value for key, value in state.items() if key not in taken}
+    return Found(entry, prefix, weights, beside)
 
 
 def is_complete(state: dict, prefix: str, shapes: dict) -> bool:
-    """Whether all of a network's weights are there, in their shapes; counters may be missing, but not be of another shape."""
+    """Whether all of a network's weights are there in their shapes; counters may be missing."""
     return all(
         shape_of(state[prefix + key]) == shape if prefix + key in state else key.endswith(COUNTER)
         for key, shape in shapes.items()
@@ -111,8 +113,9 @@ def complete(content, shapes: dict) -> list[Found]:
 
 
 def choose(places: list[Found], average: bool, subject: str) -> Found | None:
-    """The place that is meant: plain weights before an average of them, unless ``average`` asks for it; None if there is none.
+    """The place that is meant; None if there is none.
 
+    Plain weights come before an average of them, unless ``average`` asks for that.
     subject: the message's first words.
     Raises InputError if there is no average, or if several places are left that differ.
     """
@@ -121,8 +124,8 @@ def choose(places: list[Found], average: bool, subject: str) -> Found | None:
     if average and places and not averages:
         found = ", ".join(place.where() or "its plain keys" for place in plain)
         raise InputError(
-            f"{subject} holds no exponential average of the weights (an entry or a prefix named ema), only {found}: "
-            "leave #ema out"
+            f"{subject} holds no exponential average of the weights (an entry or a prefix named "
+            f"ema), only {found}: leave #ema out"
         )
     left = averages if average else plain or averages
     if not left:
@@ -130,8 +133,8 @@ def choose(places: list[Found], average: bool, subject: str) -> Found | None:
     if not all(same(left[0].weights, other.weights) for other in left[1:]):
         names = ", ".join(place.where() or "its plain keys" for place in left)
         raise InputError(
-            f"{subject} holds {len(left)} networks of this kind with different weights ({names}): which is meant "
-            "cannot be told; save the one that is meant in a file of its own"
+            f"{subject} holds {len(left)} networks of this kind with different weights ({names}): "
+            "which is meant cannot be told; save the one that is meant in a file of its own"
         )
     return left[0]
 
@@ -144,25 +147,29 @@ def same(weights: dict, others: dict) -> bool:
 
 
 def strangers(found: Found, places: list[Found], shapes: dict) -> list[str]:
-    """The keys beside a network that are neither class centres, nor of another place of its kind, nor plain values."""
+    """The keys beside a network that keep its file from being taken.
+
+    Class centres, other places of the same network and plain values may be there.
+    """
     size = shapes[linear_key(shapes)][0]
-    of_others = {
-        place.prefix + key for place in places if place.entry == found.entry for key in place.weights
+    siblings = [place for place in places if place.entry == found.entry]
+    known = {place.prefix + key for place in siblings for key in place.weights} | HARMLESS
+    rest = {
+        key: value
+        for key, value in found.beside.items()
+        if isinstance(value, torch.Tensor) and key not in known
     }
-    rest = {key: value for key, value in found.beside.items() if key not in of_others}
-    heads = {}
-    for key in rest:
-        if group := head_of(key, found.prefix):
-            heads.setdefault(group, []).append(rest[key])
-    centres = {group for group, values in heads.items() if is_head(group, values, size)}
-    return sorted(
-        key for key, value in rest.items()
-        if isinstance(value, torch.Tensor) and key not in HARMLESS and head_of(key, found.prefix) not in centres
-    )
+    groups = {key: head_of(key, found.prefix) for key in rest}
+    centres = {
+        group
+        for group in set(groups.values())
+        if group and is_head(group, [rest[key] for key in rest if groups[key] == group], size)
+    }
+    return sorted(key for key in rest if groups[key] not in centres)
 
 
 def head_of(key: str, prefix: str) -> str:
-    """The part of a key that names what holds class centres: "head" of "head.kernel"; "" if it names nothing of the kind."""
+    """The part of a key that names class centres, "head" of "head.kernel"; "" if it names none."""
     parts = key.removeprefix(prefix).split(".")
     for number, part in enumerate(parts):
         if HEAD.search(part):
@@ -170,7 +177,7 @@ def head_of(key: str, prefix: str) -> str:
     return ""
 
 
-def is_head(group: str, values: list, size: int) -> bool:
-    """Whether these are a head's: AdaFace's and Lightning's ``head``, or anything with class centres of the network's dimensions."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return bare(group) == "head" or any(value.dim() >= 2 and size in value.shape for value in tensors)
+def is_head(group: str, tensors: list[torch.Tensor], size: int) -> bool:
+    """Whether these are a head's: named so, or with class centres of the network's dimensions."""
+    named = bare(group) == "head"
+    return named or any(value.dim() >= 2 and size in value.shape for value in tensors)

@@ -1,4 +1,4 @@
-"""Files of weights as plain tensors: .pth, .pt, .ckpt and .safetensors, of which nothing can run."""
+"""Files of weights as plain tensors: .pth, .pt, .ckpt, .safetensors, of which nothing can run."""
 
 import hashlib
 import pickle
@@ -15,7 +15,7 @@ from utils.weights.recognise import looks_like
 
 # of which published .ckpt files mention classes
 FRAMEWORK = re.compile(r"argparse\.Namespace$|(pytorch_)?lightning(_fabric)?\.")
-# ends a path of weights from which the exponential average is meant, not the plain weights beside it
+# ends a path of which the exponential average is meant, not the plain weights beside it
 AVERAGE_MARK = "#ema"
 
 
@@ -31,12 +31,13 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
     """A checkpoint file (.pth, .ckpt, .safetensors) as a dict on the CPU; nothing in it can run.
 
     what and hint go into the message: what the file was wanted for and how to get it.
-    Raises InputError if it is missing, no checkpoint, cut off, or holds anything but tensors and plain values.
+    Raises InputError if it is missing, no checkpoint, cut off, or holds anything but tensors and
+    plain values.
     """
     content = read_file(path, what, hint)
     if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{advice(looks_like(content))}")
+        kind, look = type(content).__name__, advice(looks_like(content))
+        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{look}")
     return content
 
 
@@ -52,17 +53,16 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         return load_file(path) if kind == "safetensors" else load_pickled(path)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = (
-            f"it asks to load {name[1]}, which is code and no tensor" if name
-            else "it holds more than tensors, or is no checkpoint"
-        )
-        raise InputError(f"{what}: {path} was refused: {reason}{advice(bytes_look_like(path, kind))}") from error
+        reason = "it holds more than tensors, or is no checkpoint"
+        if name:
+            reason = f"it asks to load {name[1]}, which is code and no tensor"
+        look = advice(bytes_look_like(path, kind))
+        raise InputError(f"{what}: {path} was refused: {reason}{look}") from error
     except UNREADABLE as error:
         if program := program_in(path):
             raise InputError(f"{what}: {path} is {program}") from error
-        raise InputError(
-            f"{what}: {path} is no readable checkpoint ({first_line(error, 120)}){advice(bytes_look_like(path, kind))}"
-        ) from error
+        reason, look = first_line(error, 120), advice(bytes_look_like(path, kind))
+        raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){look}") from error
 
 
 def advice(look: str) -> str:
@@ -70,20 +70,25 @@ def advice(look: str) -> str:
 
 
 def load_pickled(path: Path):
-    """What ``torch.save`` wrote; classes of the training framework, which PyTorch Lightning's .ckpt files mention, become empty stand-ins."""
+    """What ``torch.save`` wrote.
+
+    Classes of the training framework, which .ckpt files mention, become empty stand-ins.
+    """
     with open(path, "rb") as file:
         # else by torch before 1.6: plain weights only
         zipped = file.read(4) == b"PK\x03\x04"
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     stand_ins = [
-        (dict if name.endswith(".AttributeDict") else StandIn, name) for name in names if FRAMEWORK.match(name)
+        (dict if name.endswith(".AttributeDict") else StandIn, name)
+        for name in names
+        if FRAMEWORK.match(name)
     ]
     with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class StandIn:
-    """Takes whatever a pickle gives to an object of the training framework, keeps nothing and does nothing."""
+    """Takes whatever a pickle gives to an object of the framework, keeps and does nothing."""
 
     __slots__ = ()
 
@@ -105,6 +110,6 @@ def sha256(*paths: str | Path) -> str:
 
 
 def digest_of(path: str | Path) -> str:
-    """What tells weights apart from all others: their file's SHA-256, followed by #ema where the path ends so."""
+    """What tells weights apart: the SHA-256 of their file, and #ema where the path ends so."""
     file, average = split_mark(path)
     return sha256(file) + (AVERAGE_MARK if average else "")

@@ -1,4 +1,4 @@
-"""Which network of ours a file holds: to build it, and for messages that name the setting that fits."""
+"""Which network of ours a file holds: to build it, and for messages that say what to set."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,7 +12,8 @@ from utils.weights.match import Found, is_complete, linear_key, prefixes_of, sta
 # by the prefix of their keys
 PUBLISHERS = {"model.": "an AdaFace", "model.net.": "a CVLFace", "net.": "a CVLFace"}
 HEADER = (
-    "a header (class centres), not a network: it belongs to pretrained_teacher_header_path or pretrained_header_path"
+    "a header (class centres), not a network: it belongs to pretrained_teacher_header_path or "
+    "pretrained_header_path"
 )
 # keys of a run's <step>state.pth
 RUN_STATE = {"step", "epoch", "samples", "optimizer", "rng"}
@@ -69,8 +70,9 @@ def shapes_of(name: str, size: int, use_se: bool) -> dict:
 
 
 def looks_like(content, key: str = "network") -> str:
-    """What a file's content that does not fit is, and the setting that fits, in words; "" if it is nothing known.
+    """What a file's content that does not fit is, and the setting that fits, in words.
 
+    "" if it is nothing known.
     key: "network" or "teacher", which the setting is of.
     """
     if isinstance(content, torch.Tensor):
@@ -79,14 +81,14 @@ def looks_like(content, key: str = "network") -> str:
         return ""
     if content.keys() >= RUN_STATE:
         return (
-            "the state of a run (<step>state.pth): its weights are beside it, in <step>backbone.pth and <step>header.pth"
+            "the state of a run (<step>state.pth): its weights are beside it, in "
+            "<step>backbone.pth and <step>header.pth"
         )
-    centres = (content.get(name) for name in ("kernel", "weight"))
-    if any(isinstance(value, torch.Tensor) and value.dim() == 2 for value in centres):
-        return HEADER
     network = next(networks_in(content), None)
     if network is None:
-        return HEADER if "state_dict_softmax_fc" in content else ""
+        centres = [content[name] for name in ("kernel", "weight") if name in content]
+        alone = any(isinstance(value, torch.Tensor) and value.dim() == 2 for value in centres)
+        return HEADER if alone or "state_dict_softmax_fc" in content else ""
     name, size, use_se = network.name, network.embedding_size, network.use_se
     words = f"{name}{' with SE=True' if use_se else ''}, embedding_size={size}"
     publisher = PUBLISHERS.get(network.found.publishers_prefix)
