@@ -63,7 +63,10 @@ config.pretrained_teacher_header_path = "" # AMLDistill: the teacher's class cen
 config.teacher_repo_id = ""                # a CVLFace repository on the Hugging Face hub, instead of a path; cvlface_* know theirs
 config.teacher_cache = ""                  # where repositories are kept; "": the hub's own folder
 config.teacher_embeddings = ""             # features of the teacher, from train/cache_teacher.py: it is not run again
-config.color_space = "auto"                # what the teacher sees: "RGB", "BGR"; "auto": as its configuration says, BGR for AdaFace .ckpt files, else RGB
+# the colours that a file of weights was trained on: of the teacher, of pretrained_backbone_path, in
+# evaluation of the checkpoint: "RGB", "BGR"; "auto": as its configuration says, BGR for AdaFace's
+# .ckpt files, else RGB. Files that a run of this project wrote are RGB.
+config.color_space = "auto"
 
 # --- optimisation
 config.batch_size = 128                    # images per process and forward pass, at least 2

@@ -3,7 +3,7 @@
     python deploy/benchmark.py 600backbone.pth 600backbone.onnx 600backbone.int8.onnx --batch 32 --threads 1
     python deploy/benchmark.py 600backbone.pth 600backbone.onnx --device cuda --batch 256
 
-prints for each model its network, numbers it computes with, parameters, multiply-adds (of convolutions and linear layers, for one image), size on disk, latency
+prints for each model its network, the colour order it was trained on, numbers it computes with, parameters, multiply-adds (of convolutions and linear layers, for one image), size on disk, latency
 of one image (median) and images per second at the batch size. Checkpoints run in PyTorch, ONNX models in onnxruntime (requirements/onnx.txt). Images lie in memory,
 decoded and normalised; those that take uint8 are given it, which counts.
 """
@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from deploy.measure import Timing, measure, megabytes, multiply_adds
-from deploy.model import Model, load_model
+from deploy.model import Model, add_color_space, load_model
 from eval.report import prepare_file, write_json
 from eval.tables import Table, format_table
 from utils import distributed
@@ -33,7 +33,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = distributed.init(args.device)
-    models = [load_model(path, "model") for path in args.models]
+    models = [load_model(path, "model", args.color_space) for path in args.models]
     for model in models:
         if device.type == "mps" and model.is_onnx:
             raise InputError(f"{model.path}: onnxruntime does not compute on MPS: measure ONNX models with --device cpu")
@@ -49,15 +49,15 @@ def measure_model(model: Model, batch: int, device: torch.device) -> dict:
     timing: Timing = measure(model.network.to(device), batch, device)
     if device.type == "cuda" and model.is_onnx and CUDA not in model.network.session.get_providers():
         raise InputError(f"{model.path}: onnxruntime has no working CUDA provider here: pip install onnxruntime-gpu in place of onnxruntime, or --device cpu")
-    return dict(network=model.name, numbers=model.network.about.get("numbers", "?") if model.is_onnx else "float32", embedding_size=model.embedding_size,
+    return dict(network=model.name, color_space=model.color_space, numbers=model.network.about.get("numbers", "?") if model.is_onnx else "float32", embedding_size=model.embedding_size,
                 parameters=model.parameters, multiply_adds=multiply_adds(model), megabytes=megabytes(model.path),
                 latency_milliseconds=1000 * timing.latency, images_per_second=timing.throughput)
 
 
 def tabulate(rows: dict[str, dict], batch: int) -> Table:
-    columns = ["network", "numbers", "params (M)", "multiply-adds (M)", "size (MB)", "latency (ms)", f"images/s at {batch}"]
+    columns = ["network", "colours", "numbers", "params (M)", "multiply-adds (M)", "size (MB)", "latency (ms)", f"images/s at {batch}"]
     return Table("", "model", columns, {name: [
-        row["network"], row["numbers"], f"{row['parameters'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e6:.1f}", f"{row['megabytes']:.2f}",
+        row["network"], row["color_space"], row["numbers"], f"{row['parameters'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e6:.1f}", f"{row['megabytes']:.2f}",
         f"{row['latency_milliseconds']:.2f}", f"{row['images_per_second']:.1f}"] for name, row in rows.items()})
 
 
@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time of the throughput (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch and onnxruntime (default: PyTorch's)")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:N or mps")
+    add_color_space(parser)
     parser.add_argument("--results-json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", args.device):

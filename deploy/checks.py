@@ -17,6 +17,7 @@ from eval.roc import check_norms
 from eval.tables import Table, format_table
 from utils.dataset import sampled
 from utils.errors import InputError
+from utils.weights.load import run_beside
 
 IMAGES, BATCH = 33, 16                                      # two full batches and one of a single image
 LEAST_COSINE = {"float32": 0.9999, "float16": 0.999}        # int8 is measured, not judged
@@ -33,13 +34,15 @@ class Evidence(NamedTuple):
 
 def gather(args: argparse.Namespace) -> Evidence:
     """What the command line names, else what the config.json beside the checkpoint does and is there. Errors: InputError if something is missing or damaged."""
-    beside = args.checkpoint.parent / "config.json"
-    cfg = load_config(beside) if beside.is_file() else None
+    beside = run_beside(args.checkpoint)
+    cfg = load_config(beside) if beside else None
     own, calibration = training_set(cfg), None
     if args.int8:
         where = args.calibration_rec or own
         if where is None:
-            why = f"the set that {beside} names is not there" if cfg else f"there is no {beside} that names a set"
+            why = f"the set that {beside} names is not there"
+            if cfg is None:
+                why = f"there is no {args.checkpoint.parent / 'config.json'} that names a set"
             raise InputError(f"--int8: nothing to calibrate on, {why}; name a training set with --calibration-rec")
         images, calibration = divide(read_images(where, args.calibration_images + IMAGES, "--calibration-rec"), words_of(where))
         source = f"images of {words_of(where)}"

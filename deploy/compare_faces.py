@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 
 from deploy.gallery import Reader, read_gallery
-from deploy.model import embed_faces, load_model
+from deploy.model import add_color_space, embed_faces, load_model
 from eval.tables import Table, format_table
 from eval.thresholds import read_threshold
 from utils.detection import DETECTOR_HELP, LONGEST, MIN_SCORE, Detector
@@ -32,7 +32,7 @@ FAR = 1e-3
 
 def main() -> None:
     args = parse_arguments()
-    model = load_model(args.model, "--model")
+    model = load_model(args.model, "--model", args.color_space)
     threshold, meaning = find_threshold(args, model)
     read = Reader(None if args.aligned else Detector(args.detector, args.detector_size), args.face, args.min_score)
     faces = [read(path) for path in args.photographs]
@@ -47,7 +47,7 @@ def main() -> None:
     else:
         cosine = float(features[0] @ features[1])
         print(f"cosine {cosine:.4f}" + ("" if threshold is None else f": {decide(cosine, threshold)}"))
-    print(meaning)
+    print(f"{meaning}\n{model.describe()}")
 
 
 def find_threshold(args: argparse.Namespace, model) -> tuple[float | None, str]:
@@ -56,7 +56,10 @@ def find_threshold(args: argparse.Namespace, model) -> tuple[float | None, str]:
         return args.threshold, f"threshold {args.threshold:.4f}, as given"
     if args.report is None:
         return None, "no decision: a threshold is named with --threshold, or with --report and --far"
-    found = read_threshold(args.report, FAR if args.far is None else args.far, args.set, [model.sha256, model.checkpoint_sha256])
+    digests = {model.sha256: model.color_space}
+    if model.is_onnx:
+        digests[model.checkpoint_sha256] = model.network.about.get("checkpoint_color_space", "")
+    found = read_threshold(args.report, FAR if args.far is None else args.far, args.set, digests)
     return found.cosine, (f"threshold {found.cosine:.4f}: on {found.set} it accepts at most {100 * found.far:g}% of different people (FAR {found.far:g}) "
                           f"and {100 * found.tar:.2f}% of pairs of the same person")
 
@@ -78,6 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("photographs", type=Path, nargs="+", metavar="PHOTO", help="two to compare, or with --gallery any number to search for")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="an ONNX model, or a checkpoint as deploy/export_onnx.py takes")
+    add_color_space(parser)
     parser.add_argument("--gallery", type=Path, metavar="DIR", help="people to search among")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="how many of them to show (%(default)s)")
     parser.add_argument("--aligned", action="store_true", help="the images are aligned crops of 112x112")

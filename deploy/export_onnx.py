@@ -5,7 +5,8 @@
 
 The network is recognised by its weights (any of backbones/, as this repository, AdaDistill, InsightFace, AdaFace or CVLFace save it). The model takes (N, 3, 112, 112)
 float32 RGB in [-1, 1], or with --uint8 (N, 112, 112, 3) uint8 RGB as decoded, and gives (N, D) features that are not normalised; N is open. BatchNorm is folded into the
-layers beside it. Metadata: network, embedding_size, parameters, color_space, normalisation, numbers, step, checkpoint, checkpoint_sha256.
+layers beside it. Metadata: network, embedding_size, parameters, color_space, normalisation, numbers, step, checkpoint, checkpoint_sha256,
+checkpoint_color_space. A checkpoint that was trained on BGR images becomes a model that takes RGB; --color-space says which, where its file does not.
 
 onnxruntime and PyTorch must agree on real images (--images, else the training set of the run's config.json, else drawn faces): a cosine of at least 0.9999 for every image
 (--fp16: 0.999), or nothing is written. --int8 is onnxruntime's static quantisation, calibrated on images of a training set
@@ -22,13 +23,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from deploy import checks
-from deploy.graph import OPSET, describe, to_fp16, to_onnx
-from deploy.model import Model, load_model
-from deploy.quantise import to_int8
+from deploy.graph import OLDEST_OPSET, OPSET, describe, to_fp16, to_onnx
+from deploy.model import Model, add_color_space, load_model
+from deploy.quantise import LEAST_OPSET, to_int8
 from eval.report import prepare_file, write_json
 from utils.errors import InputError, run
 from utils.files import scratch
 from utils.onnx_network import NORMALISED, PIXELS, require_onnx
+from utils.weights.read import split_mark
 
 
 def main() -> None:
@@ -36,7 +38,7 @@ def main() -> None:
     require_onnx("deploy")
     if args.threads:
         torch.set_num_threads(args.threads)
-    original = load_model(args.checkpoint, "--checkpoint")
+    original = load_model(args.checkpoint, "--checkpoint", args.color_space)
     if original.is_onnx:
         raise InputError(f"--checkpoint: {args.checkpoint} is an ONNX model already; name the .pth, .ckpt or .safetensors file it was made from")
     paths = plan(args)
@@ -48,6 +50,7 @@ def main() -> None:
         for numbers, path in paths.items():
             os.replace(drafts[numbers], path)
     print(checks.show(original, evidence, rows))
+    print(original.describe())
     if args.results_json:
         write_json(args.results_json, rows)
     print("written: " + ", ".join(map(str, paths.values())))
@@ -55,7 +58,8 @@ def main() -> None:
 
 def plan(args: argparse.Namespace) -> dict[str, Path]:
     """{"float32", "float16", "int8": the file}, as far as they are wanted. Errors: InputError if nothing can be written there."""
-    output = args.output or args.checkpoint.with_suffix(".onnx")
+    file, average = split_mark(args.checkpoint)
+    output = args.output or file.with_suffix(".ema.onnx" if average else ".onnx")
     if output.suffix != ".onnx":
         raise InputError(f"--output: {output} must end in .onnx")
     endings = {"float32": ".onnx"} | ({"float16": ".fp16.onnx"} if args.fp16 else {}) | ({"int8": ".int8.onnx"} if args.int8 else {})
@@ -73,7 +77,7 @@ def write_models(original: Model, args: argparse.Namespace, evidence: checks.Evi
     for numbers, path in paths.items():
         model = {"float32": lambda: exported, "float16": lambda: to_fp16(exported), "int8": lambda: to_int8(exported, evidence.calibration, args.uint8)}[numbers]()
         describe(model, network=original.name, embedding_size=original.embedding_size, parameters=original.parameters, color_space="RGB", numbers=numbers,
-                 normalisation=(PIXELS if args.uint8 else NORMALISED).words, step=original.step, checkpoint=args.checkpoint.name, checkpoint_sha256=original.sha256,
+                 normalisation=(PIXELS if args.uint8 else NORMALISED).words, step=original.step, checkpoint=args.checkpoint.name, checkpoint_sha256=original.sha256, checkpoint_color_space=original.color_space,
                  features="not normalised: add those of the mirror image, then divide by the L2 norm")
         path.write_bytes(model.SerializeToString())
 
@@ -85,7 +89,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--uint8", action="store_true", help="take (N, 112, 112, 3) uint8, with the normalisation inside")
     parser.add_argument("--int8", action="store_true", help="also write a statically quantised model")
     parser.add_argument("--fp16", action="store_true", help="also write a model that computes in float16; its input and output stay as they are")
-    parser.add_argument("--opset", type=int, default=OPSET, choices=range(13, OPSET + 1), metavar="N", help=f"13 ... {OPSET} (%(default)s), for older runtimes")
+    parser.add_argument(
+        "--opset",
+        type=int,
+        default=OPSET,
+        choices=range(OLDEST_OPSET, OPSET + 1),
+        metavar="N",
+        help=f"{OLDEST_OPSET} ... {OPSET} (%(default)s), for older runtimes; --int8 from {LEAST_OPSET} on",
+    )
+    add_color_space(parser)
     parser.add_argument("--images", type=Path, metavar="PATH", help="what to check on: a folder with train.rec, a folder of aligned faces or of identities, a pair set .bin")
     parser.add_argument("--calibration-rec", type=Path, metavar="DIR", help="of --int8: a folder with train.rec, or of identities")
     parser.add_argument("--calibration-images", type=int, default=256, metavar="N", help="how many of them, spread evenly (%(default)s)")
@@ -96,6 +108,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.calibration_images < 1 or (args.threads or 1) < 1:
         raise InputError("--calibration-images and --threads must be at least 1")
+    if args.int8 and args.opset < LEAST_OPSET:
+        raise InputError(
+            f"--int8 needs --opset {LEAST_OPSET} or newer, not {args.opset}: the operators that "
+            "quantise each channel by itself came with it; leave --int8 out, or choose a newer one"
+        )
     unused = [flag for flag in ("calibration_rec", "val_data", "val_targets") if getattr(args, flag) and not args.int8]
     if unused:
         raise InputError(f"--{unused[0].replace('_', '-')} is of --int8; add --int8, or leave it out")

@@ -16,6 +16,7 @@ from utils.files import printable
 from utils.onnx_network import require_onnx
 
 OPSET = 20                  # the newest that PyTorch's tracer writes; onnxruntime has read it since 1.17
+OLDEST_OPSET = 11           # what phones' and boards' runtimes of 2019 and after read
 INPUT, OUTPUT = "input", "embedding"
 FLOAT, FLOAT16 = 1, 10      # onnx.TensorProto's numbers
 

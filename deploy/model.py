@@ -1,28 +1,32 @@
-"""A face network to be deployed, from whatever file it is in: one of ours as .pth, .ckpt or .safetensors, or any ONNX face model."""
+"""A face network to be deployed, from any file: weights of one of ours, or any ONNX face model."""
 
+import argparse
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import nn
 
-from backbones import NAMES, build_backbone
 from eval.embed import embed
 from eval.roc import check_norms
 from eval.verification import add_flips
-from utils.checkpoint import ADAFACE_PREFIX, advice, network_weights, read_tensors, sha256
 from utils.errors import InputError
-from utils.looks import feature_size, looks_like, which_network
 from utils.onnx_network import OnnxNetwork
+from utils.weights.colours import ORDERS
+from utils.weights.load import empty_backbone, load_into, read_weights, recognise
+from utils.weights.read import digest_of, sha256
 
 
 class Model(NamedTuple):
-    """A network, (B, 3, 112, 112) RGB in [-1, 1] -> (B, embedding_size) float32, and what is known of it.
+    """A network and what is known of it.
 
-    name: of the network ("?" where an ONNX file does not say it). step: of the run, "" if unknown. sha256: of the file;
-    checkpoint_sha256: of the checkpoint that an ONNX file was made from, "" if it does not say; of a checkpoint the same as ``sha256``.
+    network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, embedding_size) float32.
+    name: of the network ("?" where an ONNX file does not say it). step: of the run, "" if unknown.
+    sha256: of the file; checkpoint_sha256: of the checkpoint that an ONNX file was made from, "" if
+    it does not say; of a checkpoint the same as ``sha256``. color_space: the order that the file's
+    weights, or its graph, take. place: where in the file the features or the weights are, in words,
+    "" if it holds nothing else.
     """
 
     path: Path
@@ -33,51 +37,80 @@ class Model(NamedTuple):
     step: str
     sha256: str
     checkpoint_sha256: str
+    color_space: str
+    place: str
 
     @property
     def is_onnx(self) -> bool:
         return isinstance(self.network, OnnxNetwork)
 
+    def describe(self) -> str:
+        place = f", {self.place}" if self.place else ""
+        return f"{self.path}: {self.name}, {self.color_space} images{place}"
 
-def load_model(path: str | Path, what: str) -> Model:
-    """Read a model; the network is recognised by its weights, so nothing need be said of it. AdaFace's releases, trained on BGR, take RGB as all others.
 
-    what: what the file is wanted for, the first word of messages.
-    Errors: InputError if the file is missing, unreadable, or holds no face network.
+def add_color_space(parser: argparse.ArgumentParser) -> None:
+    """The flag of commands that have no configuration to set color_space in."""
+    parser.add_argument(
+        "--color-space",
+        choices=ORDERS,
+        default="auto",
+        help="order of the colours that the model was trained on (%(default)s: as its file says; "
+        "BGR for AdaFace's .ckpt files)",
+    )
+
+
+def load_model(path: str | Path, what: str, color_space: str = "auto") -> Model:
+    """Read a model; the network is recognised by its weights, so nothing need be said of it.
+
+    It takes RGB images, whatever it was trained on.
+    what: what the file is wanted for, the first word of messages. color_space: of the images that
+    it was trained on, "auto": as the file says.
+    Raises InputError if the file is missing, unreadable, or holds no face network, or if its colour
+    order is not known.
     """
     path = Path(path)
-    return load_onnx(path, what) if path.suffix == ".onnx" else load_checkpoint(path, what)
+    load = load_onnx if path.suffix == ".onnx" else load_checkpoint
+    return load(path, what, color_space)
 
 
-def load_onnx(path: Path, what: str) -> Model:
-    network = OnnxNetwork(path, what)
+def load_onnx(path: Path, what: str, color_space: str) -> Model:
+    network = OnnxNetwork(path, what, color_space)
     about = network.about
     count = about.get("parameters", "")
-    return Model(path, network, about.get("network", "?"), network.embedding_size, int(count) if count.isdecimal() else network.parameter_count,
-                 about.get("step", ""), sha256(*network.files), about.get("checkpoint_sha256", ""))
+    return Model(
+        path,
+        network,
+        about.get("network", "?"),
+        network.embedding_size,
+        int(count) if count.isdecimal() else network.parameter_count,
+        about.get("step", ""),
+        sha256(*network.files),
+        about.get("checkpoint_sha256", ""),
+        network.color_space,
+        network.choice,
+    )
 
 
-def load_checkpoint(path: Path, what: str) -> Model:
-    weights, prefix = network_weights(read_tensors(path, what))
-    size = feature_size(weights)
-    name, use_se = which_network(weights, size)
-    if not name:
-        raise InputError(f"{what}: {path} holds no network that can be built here ({', '.join(NAMES)}){advice(looks_like(weights, prefix))}")
-    network = build_backbone(name, size, use_se=use_se)
-    network.load_state_dict(weights)
-    if prefix == ADAFACE_PREFIX:
-        exchange_colours(network)
+def load_checkpoint(path: Path, what: str, color_space: str) -> Model:
+    weights = read_weights(path, what)
+    known = recognise(weights)
+    network = empty_backbone(known.name, known.embedding_size, known.use_se)
+    loaded = load_into(network, weights, color_space)
     step = re.match(r"(\d+)backbone\b", path.name)
-    digest = sha256(path)
-    return Model(path, network.eval().requires_grad_(False), f"{name}{'_se' if use_se else ''}", size, sum(value.numel() for value in network.parameters()),
-                 step[1] if step else "", digest, digest)
-
-
-def exchange_colours(network: nn.Module) -> None:
-    """Turn a network that takes BGR into one that takes RGB: its first convolution reads the channels in the other order."""
-    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
-    with torch.no_grad():
-        first.weight.copy_(first.weight.flip(1))
+    digest = digest_of(path)
+    return Model(
+        weights.path,
+        network.eval().requires_grad_(False),
+        known.full_name,
+        known.embedding_size,
+        sum(value.numel() for value in network.parameters()),
+        step[1] if step else "",
+        digest,
+        digest,
+        loaded.color_space,
+        f"weights of {loaded.place}" if loaded.place else "",
+    )
 
 
 def embed_faces(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:

@@ -12,6 +12,8 @@ from utils.images import to_input
 from utils.onnx_network import require_onnx
 
 CALIBRATION_BATCH = 16      # images
+# the first operator set whose QuantizeLinear has a scale for each channel
+LEAST_OPSET = 13
 
 
 def to_int8(model, images: np.ndarray, uint8: bool = False):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from eval.roc import to_whole
 from eval.set_folder import check_aligned, fingerprint, scan
-from utils.checkpoint import UNREADABLE
+from utils.weights.kinds import UNREADABLE
 from utils.errors import InputError
 from utils.files import utf8_path
 from utils.images import decode

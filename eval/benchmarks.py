@@ -156,17 +156,18 @@ def share_of(images) -> Subset:
 
 
 def run_benchmark(benchmark, backbone: torch.nn.Module, *, device, precision: str, channels_last: bool, features: Path | None = None,
-                  checkpoint: str = "", exhibits: list | None = None) -> dict:
+                  checkpoint: str = "", color_space: str = "RGB", exhibits: list | None = None) -> dict:
     """Embed a benchmark's images on all ranks and measure on the first; all receive the figures.
 
-    features: a folder that keeps the features of the checkpoint with this SHA-256; None: they are not kept.
+    features: a folder that keeps the features of the checkpoint with this SHA-256, taken to be trained on images of this
+    colour order; None: they are not kept.
     Errors: InputError, on all ranks, naming the benchmark.
     """
     try:
         store = None
         if features:
             store = open_store(features, checkpoint, f"{benchmark.kind}-{benchmark.name}", benchmark.fingerprint, len(benchmark.images), precision,
-                               benchmark.options["flip"])
+                               benchmark.options["flip"], color_space)
         plain, mirrored = embed(backbone, benchmark.images, **benchmark.options, device=device, precision=precision, channels_last=channels_last,
                                 store=store, name=benchmark.name)
         return distributed.main_computes(lambda: benchmark.measure(plain, mirrored, exhibits))

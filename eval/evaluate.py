@@ -7,19 +7,20 @@ from typing import NamedTuple
 import torch
 from easydict import EasyDict
 
-from backbones import build_backbone
 from config.schema import ROOT, load_config, read_json
 from eval.benchmarks import KINDS, make, run_benchmark
 from eval.report import prepare_folder
 from utils import distributed
-from utils.checkpoint import ADAFACE_PREFIX, load_backbone, sha256
 from utils.errors import InputError
 from utils.onnx_network import OnnxNetwork, weight_files
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher import Teacher
+from utils.weights.colours import ORDERS
+from utils.weights.load import empty_backbone, load_backbone, run_beside
+from utils.weights.read import digest_of, sha256, split_mark
 
 # each flag is another name of a configuration key
-FLAGS = ("device", "val_rec", "val_targets", "val_batch_size", "ijb_root", "ijb_targets", "ijb_batch_size", "ijb_num_workers", "ijb_flip",
+FLAGS = ("device", "color_space", "val_rec", "val_targets", "val_batch_size", "ijb_root", "ijb_targets", "ijb_batch_size", "ijb_num_workers", "ijb_flip",
          "tinyface_root", "tinyface_targets", "tinyface_batch_size", "tinyface_num_workers", "tinyface_flip")
 
 
@@ -28,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="configuration (default: config/config.py, and the validation sets of the run's config.json); "
                         "the network always is that of the config.json beside the checkpoint, if there is one")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--color-space",
+        choices=ORDERS,
+        help="order of the colours that the checkpoint was trained on (auto: as its file says; BGR for "
+        "AdaFace's .ckpt files). A run's config.json does not count, it speaks of the run's teacher",
+    )
     parser.add_argument("--precision", default="fp32", choices=("auto", *PRECISIONS), help="default fp32: the same figures on every machine")
     parser.add_argument("--features", type=Path, metavar="DIR", help="keep features there and use what is there, by checkpoint and set: "
                         "an interrupted evaluation goes on, a second one does not run the network")
@@ -56,7 +63,9 @@ class Job(NamedTuple):
 
     def sha256(self) -> str:
         """Of the checkpoint; of an ONNX model with the files that hold its weights."""
-        return sha256(*(weight_files(self.checkpoint, "checkpoint") if self.is_onnx else [self.checkpoint]))
+        if self.is_onnx:
+            return sha256(*weight_files(self.checkpoint, "checkpoint"))
+        return digest_of(self.checkpoint)
 
 
 class Evaluator:
@@ -68,6 +77,7 @@ class Evaluator:
     def __init__(self, arguments: argparse.Namespace):
         self.overrides = overrides_of(arguments)
         self.config_named = arguments.config is not None
+        self.config_is_a_runs = Path(arguments.config or "").suffix == ".json"
         self.named = {override.partition("=")[0] for override in self.overrides}
         self.cfg = load_config(arguments.config or ROOT / "config" / "config.py", self.overrides)
         self.device = distributed.init(self.cfg.device)
@@ -76,11 +86,22 @@ class Evaluator:
         if self.features:
             prepare_folder(self.features, "--features")
         self.loaded, self.skipped = {}, {}
+        # {checkpoint: (its colour order, where in the file its weights or features are, in words)}
+        self.sources = {}
 
     def network_of(self, checkpoint: Path) -> EasyDict:
         """The configuration of the checkpoint's run, if it is beside it. Errors: InputError if it is wrong."""
-        beside = checkpoint.parent / "config.json"
-        return load_config(beside, self.overrides) if beside.is_file() else self.cfg
+        beside = run_beside(checkpoint)
+        return load_config(beside, self.overrides) if beside else self.cfg
+
+    def color_space_of(self, job: "Job") -> str:
+        """The colour order that was set for a checkpoint, "auto": its file says.
+
+        A run's config.json speaks of the run's teacher, not of the student that it trained.
+        """
+        named = "color_space" in self.named
+        students = run_beside(job.checkpoint) is not None or self.config_is_a_runs
+        return self.cfg.color_space if named or not students else "auto"
 
     def plan(self, checkpoint: Path) -> Job:
         """Find what the evaluation of a checkpoint needs, before any network runs.
@@ -131,38 +152,51 @@ class Evaluator:
         """
         backbone = self.load(job)
         options = dict(device=self.device, precision=self.precision, channels_last=self.cfg.channels_last, features=self.features,
-                       checkpoint=job.sha256() if self.features else "", exhibits=exhibits)
+                       checkpoint=job.sha256() if self.features else "", color_space=self.order(job), exhibits=exhibits)
         results = {"verification": {}, "ijb": {}, "tinyface": {}}
         for benchmark in job.benchmarks:
             results[benchmark.kind][benchmark.name] = run_benchmark(benchmark, backbone, **options)
         return results
 
     def load(self, job: Job) -> torch.nn.Module:
-        """The network on this rank's device, RGB images to features; AdaFace's releases get the BGR they were trained on, ONNX models RGB."""
+        """The network on this rank's device, RGB images to features, whatever it was trained on."""
+        asked = self.color_space_of(job)
         if job.is_onnx:
-            return Teacher(OnnxNetwork(job.checkpoint, "checkpoint"), bgr=False).to(self.device)
-        network = build_backbone(job.network.network, job.network.embedding_size, use_se=job.network.SE)
-        prefix = load_backbone(network, job.checkpoint, "checkpoint")
+            network = OnnxNetwork(job.checkpoint, "checkpoint", asked)
+            self.sources[job.checkpoint] = (network.color_space, network.choice)
+            return Teacher(network).to(self.device)
+        cfg = job.network
+        network = empty_backbone(cfg.network, cfg.embedding_size, cfg.SE)
+        loaded = load_backbone(network, job.checkpoint, "checkpoint", color_space=asked)
+        place = f"weights of {loaded.place}" if loaded.place else ""
+        self.sources[job.checkpoint] = (loaded.color_space, place)
         layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
-        return Teacher(network, bgr=prefix == ADAFACE_PREFIX).to(self.device, memory_format=layout)
+        return Teacher(network).to(self.device, memory_format=layout)
+
+    def order(self, job: Job) -> str:
+        """The colour order of the images that a checkpoint was trained on, once it is loaded."""
+        return self.sources[job.checkpoint][0]
 
     def describe(self, job: Job) -> str:
-        """The network and how it was run, in words."""
+        """The network and how it was run, in words, once it is loaded."""
+        order, place = self.sources[job.checkpoint]
+        source = f"{order} images" + (f", {place}" if place else "")
+        ranks = f"{distributed.world_size()} x {self.device.type}"
         if job.is_onnx:
-            return f"ONNX model, onnxruntime on {distributed.world_size()} x {self.device.type}"
+            return f"ONNX model, onnxruntime on {ranks}, {source}"
         network = f"{job.network.network}{' with SE' if job.network.SE else ''}, embedding_size {job.network.embedding_size}"
-        return f"{network}, {self.precision} on {distributed.world_size()} x {self.device.type}"
+        return f"{network}, {self.precision} on {ranks}, {source}"
 
     def run_configuration(self, checkpoint: Path) -> dict:
         """The configuration that the checkpoint's run wrote beside it, as it is."""
-        beside = checkpoint.parent / "config.json"
-        return read_json(beside) if beside.is_file() else {"config.json": f"none in {checkpoint.absolute().parent}: how this network was trained is not known"}
+        beside = run_beside(checkpoint)
+        return read_json(beside) if beside else {"config.json": f"none in {checkpoint.absolute().parent}: how this network was trained is not known"}
 
     def settings(self, job: Job) -> dict:
         """What decides the figures besides the checkpoint: a report made with the same need not be made again."""
         network = dict(network="onnx") if job.is_onnx else dict(network=job.network.network, embedding_size=job.network.embedding_size, SE=job.network.SE,
                                                                precision=self.precision)
-        return dict(**network,
+        return dict(**network, color_space=self.color_space_of(job),
                     sets={f"{benchmark.kind}.{benchmark.name}": dict(identity=benchmark.identity, flip=benchmark.options["flip"]) for benchmark in job.benchmarks})
 
 

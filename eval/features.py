@@ -16,7 +16,7 @@ from utils.errors import InputError
 from utils.recordio import replacing
 
 PART = 128      # images a file: half a megabyte with both flips of 512 dimensions, a second of work on a CPU
-VERSION = 1     # to be raised when the same images would give other features: alignment, decoding, normalisation
+VERSION = 2     # to be raised when the same images would give other features: alignment, decoding, normalisation
 
 
 class StoredFeatures(NamedTuple):
@@ -60,15 +60,19 @@ class StoredFeatures(NamedTuple):
         return values
 
 
-def open_store(folder: Path, checkpoint: str, name: str, fingerprint: str, images: int, precision: str, flip: bool) -> StoredFeatures:
+def open_store(folder: Path, checkpoint: str, name: str, fingerprint: str, images: int, precision: str, flip: bool, color_space: str = "RGB") -> StoredFeatures:
     """The features of one checkpoint on one set, as far as they are in ``folder``.
 
-    checkpoint: SHA-256 of its file. name, fingerprint: of the set.
+    checkpoint: SHA-256 of its file (and #ema behind it). name, fingerprint: of the set.
+    color_space: the order of the images that the checkpoint was taken to be trained on.
     """
-    path = Path(folder) / checkpoint[:16] / f"{name}-{fingerprint[:12]}-{precision}{'' if flip else '-noflip'}-v{VERSION}"
+    details = f"{precision}{'' if flip else '-noflip'}{'-BGR' if color_space == 'BGR' else ''}"
+    digest, mark, choice = checkpoint.partition("#")
+    of = f"{digest[:16]}{mark}{choice}"
+    path = Path(folder) / of / f"{name}-{fingerprint[:12]}-{details}-v{VERSION}"
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "features.json").exists():
         with replacing(path / "features.json") as file:
-            about = dict(checkpoint_sha256=checkpoint, set=name, fingerprint=fingerprint, images=images, precision=precision, flip=flip)
+            about = dict(checkpoint_sha256=checkpoint, set=name, fingerprint=fingerprint, images=images, precision=precision, flip=flip, color_space=color_space)
             file.write((json.dumps(about, indent=2) + "\n").encode())
     return StoredFeatures(path, images)

@@ -21,6 +21,7 @@ from eval.page import write_page
 from eval.thresholds import write_thresholds
 from utils import distributed
 from utils.errors import InputError, run
+from utils.weights.read import split_mark
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
         report.prepare_file(arguments.results_json, "--results-json")
     if arguments.report_dir:
         report.prepare_folder(arguments.report_dir, "--report-dir")
-    if not arguments.checkpoint.is_file():
+    if not split_mark(arguments.checkpoint)[0].is_file():
         raise InputError(f"--checkpoint: no file at {arguments.checkpoint.absolute()}")
     evaluator = evaluate.Evaluator(arguments)
     job = evaluator.plan(arguments.checkpoint)
@@ -41,11 +42,11 @@ def main() -> None:
         if arguments.results_json:
             report.write_json(arguments.results_json, results)
         if arguments.report_dir:
-            settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": job.sha256(), **evaluator.settings(job)}
+            settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": job.sha256(), **evaluator.settings(job), "color_space": evaluator.order(job)}
             settings = {"Evaluation": settings, "Run": evaluator.run_configuration(arguments.checkpoint)}
             title = f"{arguments.checkpoint.name}\n{arguments.checkpoint.absolute().parent}\n{evaluator.describe(job)}"
             write_page(arguments.report_dir / "report.html", title, results, exhibits, settings, skipped.splitlines())
-            write_thresholds(arguments.report_dir / "thresholds.json", arguments.checkpoint, job.sha256(), exhibits)
+            write_thresholds(arguments.report_dir / "thresholds.json", arguments.checkpoint, job.sha256(), evaluator.order(job), exhibits)
     distributed.shutdown()
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,14 +26,15 @@ class Threshold(NamedTuple):
     tar: float
 
 
-def write_thresholds(path: Path, checkpoint: Path, sha256: str, exhibits: Sequence) -> None:
+def write_thresholds(path: Path, checkpoint: Path, sha256: str, color_space: str, exhibits: Sequence) -> None:
     """Write the thresholds of all pair sets and of IJB's 1:1 (its first variant) that were measured, by write-then-rename.
 
+    color_space: of the images that the network was trained on, as it was measured.
     A false accept rate stands there if the set has enough impostor pairs to show it.
     """
     shown = [exhibit for exhibit in exhibits if isinstance(exhibit, PairExhibit) and exhibit.rocs]
     sets = {exhibit.set_name: list_thresholds(next(iter(exhibit.rocs.values()))) for exhibit in shown}
-    write_json(path, dict(score="cosine", checkpoint=checkpoint.name, sha256=sha256, sets=sets))
+    write_json(path, dict(score="cosine", checkpoint=checkpoint.name, sha256=sha256, color_space=color_space, sets=sets))
 
 
 def list_thresholds(roc: Roc) -> dict:
@@ -48,19 +49,26 @@ def threshold_at(roc: Roc, far: float) -> tuple[float, float]:
     return float(roc.thresholds[last]), float(roc.tpr[last])
 
 
-def read_threshold(path: Path, far: float, name: str | None, digests: Sequence[str]) -> Threshold:
+def read_threshold(path: Path, far: float, name: str | None, digests: Mapping[str, str]) -> Threshold:
     """The threshold of one set at one false accept rate.
 
-    path: the file, or the folder of the report. name: of the set, None if there is only one. digests: the SHA-256 of the model and of the checkpoint that it was made from.
+    path: the file, or the folder of the report. name: of the set, None if there is only one. 
+    digests: {SHA-256: colour order, "" if unknown} of the model and of the checkpoint that it was made from.
     Errors: InputError if the file is missing or damaged, of another network, or has no such set or rate.
     """
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise InputError(f"--report: no {path.absolute()}; eval/run_full_eval.py --report-dir writes it, or name the cosine with --threshold")
-    sets, of = read(path)
+    sets, of, color_space = read(path)
     if of not in digests:
         raise InputError(f"--report: {path} was measured with another network (SHA-256 {of[:12]}...): evaluate this one with eval/run_full_eval.py --report-dir, "
                          "or name the cosine with --threshold")
+    if color_space and digests[of] and digests[of] != color_space:
+        raise InputError(
+            f"--report: {path} was measured as a network trained on {color_space} images, this one is "
+            f"taken for one of {digests[of]} images: evaluate it again with --color-space {digests[of]}, "
+            f"or compare with --color-space {color_space}"
+        )
     if name is None and len(sets) != 1:
         raise InputError(f"--report: {path} has {len(sets)} sets ({', '.join(sets)}): choose one with --set")
     name = name or next(iter(sets))
@@ -74,12 +82,12 @@ def read_threshold(path: Path, far: float, name: str | None, digests: Sequence[s
     return Threshold(name, chosen, rates[chosen]["cosine"], rates[chosen]["tar"])
 
 
-def read(path: Path) -> tuple[dict[str, dict], str]:
-    """({set: {rate: figures}}, SHA-256 of the checkpoint) of the file. Errors: InputError if it is not what ``write_thresholds`` writes."""
+def read(path: Path) -> tuple[dict[str, dict], str, str]:
+    """({set: {rate: figures}}, SHA-256 of the checkpoint, its colour order) of the file. Errors: InputError if it is not what ``write_thresholds`` writes."""
     try:
         content = json.loads(path.read_bytes())
         sets = {name: {rate: dict(cosine=float(point["cosine"]), tar=float(point["tar"])) for rate, point in figures["at_far"].items() if float(rate) > 0}
                 for name, figures in content["sets"].items()}
-        return sets, str(content["sha256"])
+        return sets, str(content["sha256"]), str(content.get("color_space", ""))
     except (ValueError, TypeError, KeyError, AttributeError) as error:      # no JSON, or of another form
         raise InputError(f"--report: {path} holds no thresholds ({type(error).__name__}); eval/run_full_eval.py --report-dir writes them into {FILE}") from error

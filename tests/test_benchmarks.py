@@ -18,7 +18,7 @@ from eval.ijb_set import load_ijb
 from eval.tinyface_set import load_tinyface
 from tests.commands import ROOT, run
 from tests.test_training import everything, rows
-from utils.checkpoint import load_backbone
+from utils.weights.load import load_backbone
 
 FULL, BATCH, STANDALONE = ROOT / "eval" / "run_full_eval.py", ROOT / "eval" / "run_batch_eval.py", ROOT / "train" / "train_standalone.py"
 HOW = ["--device", "cpu", "network=mobilefacenet", "embedding_size=32"]

@@ -17,8 +17,11 @@ from safetensors.torch import save_file
 
 from backbones import build_backbone
 from utils import checkpoint
-from utils.checkpoint import RunFolder, load_backbone, network_weights, read_kernel, read_tensors
+from utils.checkpoint import RunFolder
 from utils.errors import InputError
+from utils.weights.centers import read_kernel
+from utils.weights.load import load_backbone
+from utils.weights.read import read_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 ROOT = Path(checkpoint.__file__).resolve().parents[1]
@@ -58,27 +61,21 @@ HEAD = {"head.kernel": torch.zeros(SIZE, 3), "head.t": torch.zeros(1), "head.bat
 FORMATS = {
     "AdaDistill, InsightFace": ("600backbone.pth", lambda w: w, ""),
     "arcface_torch's state": ("checkpoint_gpu_0.pt", lambda w: {"epoch": 3, "state_dict_backbone": w, "state_dict_softmax_fc": {"weight": torch.zeros(5, SIZE)},
-                                                                "state_optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, ""),
-    "DistributedDataParallel": ("backbone.pth", lambda w: prefixed(w, "module."), ""),
-    "torch.compile": ("backbone.pth", lambda w: prefixed(w, "_orig_mod.module."), ""),
-    "AdaFace": ("adaface.ckpt", lambda w: {"epoch": 25, "state_dict": prefixed(w, "model.", **HEAD)}, "model."),
-    "CVLFace": ("model.safetensors", lambda w: prefixed(w, "model.net."), "model.net."),
-    "CVLFace as .pth": ("model.pth", lambda w: prefixed(w, "model.net."), "model.net."),
-    "CVLFace's model.pt": ("model.pt", lambda w: prefixed(w, "net."), "net."),
+                                                                "state_optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}}, "state_dict_backbone"),
+    "DistributedDataParallel": ("backbone.pth", lambda w: prefixed(w, "module."), "under module."),
+    "torch.compile": ("backbone.pth", lambda w: prefixed(w, "_orig_mod.module."), "under _orig_mod.module."),
+    "AdaFace": ("adaface.ckpt", lambda w: {"epoch": 25, "state_dict": prefixed(w, "model.", **HEAD)}, "state_dict under model."),
+    "CVLFace": ("model.safetensors", lambda w: prefixed(w, "model.net."), "under model.net."),
+    "CVLFace as .pth": ("model.pth", lambda w: prefixed(w, "model.net."), "under model.net."),
+    "CVLFace's model.pt": ("model.pt", lambda w: prefixed(w, "net."), "under net."),
 }
 
 
-@pytest.mark.parametrize("file, wrap, prefix", FORMATS.values(), ids=FORMATS)
-def test_published_formats(weights, tmp_path, file, wrap, prefix):
+@pytest.mark.parametrize("file, wrap, place", FORMATS.values(), ids=FORMATS)
+def test_published_formats(weights, tmp_path, file, wrap, place):
     path, student = save(wrap(weights), tmp_path / file), network()
-    assert load_backbone(student, path, "test") == prefix
+    assert load_backbone(student, path, "test").place == place
     assert_holds(student, weights)
-
-
-def test_only_adafaces_class_centres_may_stand_beside_the_network():
-    assert network_weights({"state_dict": {"model.a": 1, "head.kernel": 2, "other.b": 3}}) == ({"a": 1, "other.b": 3}, "model.")
-    assert network_weights({"a": 1, "head.b": 2}) == ({"a": 1, "head.b": 2}, "")
-    assert network_weights({}) == ({}, "") and network_weights({"state_dict": 3}) == ({}, "")
 
 
 @pytest.fixture
@@ -108,7 +105,7 @@ def test_lightning_checkpoint_without_lightning(weights, tmp_path, lightning):
     patch.undo()
     safe = set(torch.serialization.get_safe_globals())
     assert "pytorch_lightning" not in sys.modules
-    assert load_backbone(network(), path, "test") == "model."
+    assert load_backbone(network(), path, "test").place == "state_dict under model."
     found = read_tensors(path, "test")
     assert found["hyper_parameters"] == {"arch": "ir_50", "m": 0.4} and not hasattr(found["hparams"], "lr"), "plain values stay, objects are empty"
     with pytest.raises(InputError, match="it asks to load print"):

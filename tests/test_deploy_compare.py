@@ -23,11 +23,11 @@ from tests.saved_sets import encode, smooth
 from tests.test_backbones import fill
 from tests.yunet import advised, photograph, write_detector
 from utils.align import align
-from utils.checkpoint import sha256
 from utils import detection
 from utils.detection import Detector, Face, choose
 from utils.errors import InputError
 from utils.images import to_input
+from utils.weights.read import sha256
 
 pytest.importorskip("onnx", reason="onnx is not installed (requirements/onnx.txt)")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,12 +188,15 @@ def test_thresholds_of_a_report(tmp_path, folder, monkeypatch, capsys):
         allowed = np.sort(scores[~same])[-int(round(far * 1000)) - 1]          # one impostor more than the rate allows
         assert tar == np.mean(scores[same] > allowed)
     exhibit = PairExhibit("lfw", {"cosine": roc}, None, None, None, "cosine", None)
-    write_thresholds(tmp_path / "thresholds.json", folder / "7backbone.pth", sha256(folder / "7backbone.pth"), [exhibit])
-    found = read_threshold(tmp_path, 1e-2, None, [sha256(folder / "7backbone.pth")])
+    write_thresholds(tmp_path / "thresholds.json", folder / "7backbone.pth", sha256(folder / "7backbone.pth"), "RGB", [exhibit])
+    found = read_threshold(tmp_path, 1e-2, None, {sha256(folder / "7backbone.pth"): "RGB"})
     assert found[:2] == ("lfw", 0.01) and found[2:] == pytest.approx(threshold_at(roc, 1e-2))
     output = compare(monkeypatch, capsys, folder, folder / "0.png", folder / "0.png", "--aligned", "--report", tmp_path, "--far", "0.01")
     assert printed(output, "cosine") == pytest.approx(1, abs=PRINTED) and ": the same person\n" in output
     assert f"threshold {found.cosine:.4f}: on lfw it accepts at most 1% of different people (FAR 0.01) and {100 * found.tar:.2f}% of pairs of the same person" in output
+    assert output.endswith(f"{folder / '7backbone.pth'}: mobilefacenet, RGB images\n")
+    with pytest.raises(InputError, match="was measured as a network trained on RGB images, this one is taken for one of BGR images"):
+        compare(monkeypatch, capsys, folder, folder / "0.png", folder / "0.png", "--aligned", "--report", tmp_path, "--far", "0.01", "--color-space", "BGR")
 
 
 def test_features_that_are_zero_have_no_cosine(folder, tmp_path):
@@ -206,7 +209,7 @@ def test_features_that_are_zero_have_no_cosine(folder, tmp_path):
 def test_reports_that_do_not_fit(tmp_path):
     roc = roc_curve(np.array([0.1, 0.9, 0.5, 0.3]), np.array([0, 1, 1, 0]))
     for names in (["a"], ["a", "b"]):
-        write_thresholds(tmp_path / f"{len(names)}.json", tmp_path / "x.pth", "abc", [PairExhibit(name, {"cosine": roc}, None, None, None, "", None) for name in names])
+        write_thresholds(tmp_path / f"{len(names)}.json", tmp_path / "x.pth", "abc", "RGB", [PairExhibit(name, {"cosine": roc}, None, None, None, "", None) for name in names])
     (tmp_path / "results.json").write_text('{"verification": {}}')
     for path, far, name, digests, message in (
             (tmp_path / "none", 0.5, None, ["abc"], "--report: no .*none; eval/run_full_eval.py --report-dir writes it"),
@@ -216,8 +219,8 @@ def test_reports_that_do_not_fit(tmp_path):
             (tmp_path / "2.json", 0.5, "c", ["abc"], "has no set c, only a, b"),
             (tmp_path / "results.json", 0.5, None, ["abc"], "holds no thresholds")):
         with pytest.raises(InputError, match=message):
-            read_threshold(path, far, name, digests)
-    assert read_threshold(tmp_path / "2.json", 0.5, "b", ["x", "abc"]).cosine == 0.5
+            read_threshold(path, far, name, dict.fromkeys(digests, ""))
+    assert read_threshold(tmp_path / "2.json", 0.5, "b", {"x": "", "abc": "RGB"}).cosine == 0.5
     assert json.loads((tmp_path / "1.json").read_text())["sets"]["a"]["impostor_pairs"] == 2
 
 

@@ -24,10 +24,9 @@ from tests import rounding
 from tests.commands import ROOT, environment, run
 from tests.saved_sets import encode, smooth
 from tests.test_backbones import fill
-from utils.checkpoint import sha256
 from utils.errors import InputError
 from utils.onnx_network import OnnxNetwork
-from utils.teacher import Teacher
+from utils.weights.read import sha256
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (requirements/onnx.txt)")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements/onnx.txt)")
@@ -41,7 +40,7 @@ def checkpoint(path, name="mobilefacenet", size=16, prefix="", **state):
     network = build_backbone(name, size)
     fill.fill_state_dict(network)
     weights = {prefix + key: value for key, value in network.state_dict().items()}
-    torch.save({"state_dict": weights} if prefix else weights | state, path)
+    torch.save({"state_dict": weights, **state} if prefix else weights | state, path)
     return path
 
 
@@ -135,13 +134,55 @@ def test_full_and_batch_evaluation_take_models(run_folder, exported, tmp_path):
 
 def test_adafaces_bgr_release_becomes_an_rgb_model(tmp_path):
     """Its first layer's channels change places: the model on RGB gives what the release gives on BGR."""
-    model = to_onnx(load_model(checkpoint(tmp_path / "adaface.ckpt", "ir18", 8, prefix="model."), "model").network)
-    onnx.save(model, tmp_path / "x.onnx")
+    path = checkpoint(tmp_path / "adaface.ckpt", "ir18", 8, prefix="model.", **{"pytorch-lightning_version": "1.4.0"})
     network = build_backbone("ir18", 8)
     fill.fill_state_dict(network)
-    wanted = features(Teacher(network, bgr=True))
-    np.testing.assert_allclose(features(OnnxNetwork(tmp_path / "x.onnx")), wanted, rtol=0, atol=2 * rounding.network(20, 9 * 512) * np.abs(wanted).max())
+    wanted = features(network, PIXELS[..., ::-1].copy())
     assert np.abs(features(network) - wanted).max() > 0.01 * np.abs(wanted).max()
+    model = load_model(path, "model")
+    assert model.describe() == f"{path}: ir18, BGR images, weights of state_dict under model."
+    onnx.save(to_onnx(model.network), tmp_path / "x.onnx")
+    np.testing.assert_allclose(features(OnnxNetwork(tmp_path / "x.onnx")), wanted, rtol=0, atol=2 * rounding.network(20, 9 * 512) * np.abs(wanted).max())
+
+
+def test_the_colour_order_may_be_said(tmp_path, monkeypatch, capsys):
+    """Of weights under model. that do not tell; and the file says what was taken."""
+    path = checkpoint(tmp_path / "whose.pth", "ir18", 8, prefix="model.")
+    network = build_backbone("ir18", 8)
+    fill.fill_state_dict(network)
+
+    def export(*arguments):
+        monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--checkpoint", str(path), *arguments])
+        export_onnx.main()
+        return capsys.readouterr().out
+
+    with pytest.raises(InputError, match=r"whose.pth is an IR network under model\.: .*--color-space"):
+        export()
+    assert os.listdir(tmp_path) == ["whose.pth"]
+    for order, pixels in (("RGB", PIXELS), ("BGR", PIXELS[..., ::-1].copy())):
+        assert f"{path}: ir18, {order} images, weights of state_dict under model.\n" in export("--color-space", order)
+        found, wanted = OnnxNetwork(tmp_path / "whose.onnx"), features(network, pixels)
+        assert (found.about["color_space"], found.about["checkpoint_color_space"]) == ("RGB", order)
+        np.testing.assert_allclose(features(found), wanted, rtol=0, atol=2 * rounding.network(20, 9 * 512) * np.abs(wanted).max())
+        assert load_model(path, "model", order).color_space == order
+
+
+def test_old_operator_sets_an_average_and_a_foreign_config(tmp_path, monkeypatch, capsys):
+    """--opset 11 of the exponential average in a file that lies beside a config.json of the Hugging Face hub."""
+    plain = build_backbone("mobilefacenet", 8)
+    weights = plain.state_dict()
+    fill.fill_state_dict(plain)
+    torch.save({"state_dict": weights, "state_dict_ema": plain.state_dict(), "optimizer": {}}, tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text('{"architectures": ["Model"], "conf": {}}')
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--checkpoint", f"{tmp_path / 'x.pth'}#ema", "--opset", "11"])
+    export_onnx.main()
+    assert "x.pth: mobilefacenet, RGB images, weights of state_dict_ema\n" in capsys.readouterr().out
+    assert onnx.load(tmp_path / "x.ema.onnx").opset_import[0].version == 11
+    wanted = features(plain)
+    np.testing.assert_allclose(features(OnnxNetwork(tmp_path / "x.ema.onnx")), wanted, rtol=0, atol=2 * rounding.network(50) * np.abs(wanted).max())
+    monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--checkpoint", str(tmp_path / "x.pth"), "--opset", "12", "--int8"])
+    with pytest.raises(InputError, match="--int8 needs --opset 13 or newer, not 12"):
+        export_onnx.main()
 
 
 def test_a_model_that_disagrees_is_not_written(tmp_path):

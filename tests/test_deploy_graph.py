@@ -11,6 +11,7 @@ from tests import rounding
 from tests.test_backbones import STATES, assert_near, build, fill, images, outputs  # noqa: F401  fixtures
 from utils.images import to_input
 
+onnx = pytest.importorskip("onnx", reason="onnx is not installed (requirements/onnx.txt)")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements/onnx.txt)")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,7 +79,25 @@ def test_uint8_and_float16_give_the_same_features():
         (name,) = session(half).get_inputs()
         assert (name.type, name.shape) == (("tensor(uint8)", ["N", 112, 112, 3]) if uint8 else ("tensor(float)", ["N", 3, 112, 112]))
         assert infer(half, given).dtype == np.float32
-    assert to_onnx(network, opset=13).opset_import[0].version == 13
+
+
+@pytest.mark.parametrize("opset", [11, 12, 13])
+@pytest.mark.parametrize("name, use_se", [("mobilefacenet", False), ("mbf", False), ("iresnet18", True), ("ir18", False)])
+def test_older_operator_sets(name, use_se, opset):
+    """Each network family, float and uint8 input, and float16, against PyTorch."""
+    network = build_backbone(name, 16, use_se=use_se).eval()
+    fill.fill_state_dict(network)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 112, 112, 3), np.uint8)
+    x = to_input(torch.from_numpy(pixels)).numpy()
+    with torch.inference_mode():
+        wanted = network(torch.from_numpy(x)).numpy()
+    for uint8, given in ((False, x), (True, pixels)):
+        model = to_onnx(network, uint8=uint8, opset=opset)
+        assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
+        assert not operators(model)["BatchNormalization"]
+        onnx.checker.check_model(model, full_check=True)
+        assert agreement(infer(model, given), wanted).difference < 1e-4 * np.abs(wanted).max()
+        assert agreement(infer(to_fp16(model), given), wanted).least_cosine > 0.999
 
 
 def test_a_weight_that_float16_cannot_hold_is_seen():

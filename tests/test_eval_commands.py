@@ -13,8 +13,8 @@ from tests.commands import ROOT, run
 from data import make_synthetic
 from eval import evaluate, verification
 from eval.run_batch_eval import find_checkpoints, name_of
-from utils.checkpoint import load_backbone
 from utils.errors import InputError
+from utils.weights.load import load_backbone
 
 FULL, BATCH = ROOT / "eval" / "run_full_eval.py", ROOT / "eval" / "run_batch_eval.py"
 NETWORK = dict(network="mobilefacenet", embedding_size=32)
@@ -171,12 +171,57 @@ def test_wrong_network_says_which_it_is(sets, tmp_path):
 
 
 def test_adaface_releases_see_bgr(sets, tmp_path):
-    plain = save_network(tmp_path / "plain.pth")
-    torch.save({"state_dict": {f"model.{key}": value for key, value in torch.load(plain).items()}}, tmp_path / "adaface.ckpt")
-    tool = evaluator("--val-data", sets, "--val-targets", "frontal", "network=mobilefacenet", "embedding_size=32")
+    plain = save_network(tmp_path / "plain.pth", network="ir18")
+    weights = {f"model.{key}": value for key, value in torch.load(plain).items()}
+    torch.save({"state_dict": weights, "pytorch-lightning_version": "1.4.0"}, tmp_path / "adaface.ckpt")
+    torch.save({"state_dict": weights}, tmp_path / "whose.pth")
+    network = ["network=ir18", "embedding_size=32"]
     images = torch.rand(2, 3, 112, 112)
-    rgb, bgr = (tool.load(tool.plan(path)) for path in (plain, tmp_path / "adaface.ckpt"))
-    torch.testing.assert_close(bgr(images), rgb(images.flip(1)))
+
+    def load(path, *arguments):
+        tool = evaluator("--val-data", sets, "--val-targets", "frontal", *network, *arguments)
+        job = tool.plan(path)
+        found = tool.load(job)(images)
+        return found, tool.describe(job)
+
+    def assert_same(found, wanted):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+    rgb, words = load(plain)
+    assert words.endswith("on 1 x cpu, RGB images")
+    exchanged, _ = load(plain, "--color-space", "BGR")
+    released, words = load(tmp_path / "adaface.ckpt")
+    assert words.endswith("BGR images, weights of state_dict under model.")
+    assert_same(released, exchanged)
+    assert (rgb - exchanged).abs().max() > 0.01 * rgb.abs().max()
+    assert_same(load(tmp_path / "adaface.ckpt", "color_space=RGB")[0], rgb)
+    with pytest.raises(InputError, match=r"checkpoint: .*whose.pth is an IR network under model\.: .*set color_space=BGR or"):
+        load(tmp_path / "whose.pth")
+    assert_same(load(tmp_path / "whose.pth", "color_space=BGR")[0], exchanged)
+
+
+def test_color_space_of_a_run_is_its_teachers(sets, tmp_path):
+    """Its config.json, and a configuration that is one, do not speak of the student."""
+    (tmp_path / "run").mkdir()
+    own = save_network(tmp_path / "run" / "5backbone.pth")
+    elsewhere = save_network(tmp_path / "5backbone.pth")
+    write_run_config(tmp_path / "run", color_space="BGR")
+    (tmp_path / "my.py").write_text(f"from easydict import EasyDict\nconfig = EasyDict({NETWORK | {'color_space': 'BGR'}})\n")
+    for checkpoint, config, order in (
+        (own, tmp_path / "my.py", "RGB"),
+        (own, tmp_path / "run" / "config.json", "RGB"),
+        (elsewhere, tmp_path / "run" / "config.json", "RGB"),
+        (elsewhere, tmp_path / "my.py", "BGR"),
+    ):
+        tool = evaluator("--config", config, "--val-data", sets, "--val-targets", "frontal")
+        job = tool.plan(checkpoint)
+        tool.load(job)
+        assert tool.order(job) == order, (checkpoint, config)
+    tool = evaluator("--val-data", sets, "--val-targets", "frontal", "--color-space", "BGR")
+    job = tool.plan(own)
+    tool.load(job)
+    assert tool.order(job) == "BGR"
+    assert evaluator("--val-data", sets, "--val-targets", "frontal").settings(job) != tool.settings(job)
 
 
 # --- run_batch_eval ---------------------------------------------------------------------------------------------------------------

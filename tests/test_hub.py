@@ -14,8 +14,8 @@ import torch
 from tests import rounding
 from tests.teachers import IMAGES, ROOT, network, repository, save
 from utils import hub
-from utils.checkpoint import sha256
 from utils.errors import InputError
+from utils.weights.read import sha256
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 

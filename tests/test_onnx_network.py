@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.teachers import IMAGES, SIZE, config, refused, save
-from utils.checkpoint import sha256
 from utils.teacher import load_teacher
+from utils.weights.read import sha256
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements/onnx.txt)")
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (requirements/onnx.txt)")
@@ -28,8 +28,12 @@ def reference(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float64).reshape(-1, 3, 16, 7, 16, 7).mean((3, 5)).reshape(-1, 3 * 16 * 16) @ WEIGHT.astype(np.float64)
 
 
-def onnx_model(path: Path, before=(), batch="N", sizes=(3, 112, 112), flat=-1, inputs=1, outputs=1, dtype=1, constant_nodes=False, external=False) -> Path:
-    """The tiny face model, after operators (name, constant) on the pixels; flat: the rows its reshape gives, as converters leave them fixed."""
+def onnx_model(path: Path, before=(), batch="N", sizes=(3, 112, 112), flat=-1, inputs=1, outputs=("features",), dtype=1, constant_nodes=False, external=False,
+               last=False, **about) -> Path:
+    """The tiny face model, after operators (name, constant) on the pixels; flat: the rows its reshape gives, as converters leave them fixed.
+
+    outputs: "features", "norm" (their length, (N, 1)), "unit" (of length 1), "pooled" (N, 3, 16, 16). last: channels last, by a Transpose.
+    """
     helper, to_tensor = onnx.helper, onnx.numpy_helper.from_array
     nodes, weights, value = [], [to_tensor(WEIGHT, "weight"), to_tensor(np.array([flat, WEIGHT.shape[0]]), "flat")], "data"
     for number, (operator, constant) in enumerate(before):
@@ -41,12 +45,17 @@ def onnx_model(path: Path, before=(), batch="N", sizes=(3, 112, 112), flat=-1, i
             weights += [] if constant_nodes else [tensor]
         nodes.append(helper.make_node(operator, names, [f"v{number}"]))
         value = f"v{number}"
+    if last:
+        nodes.append(helper.make_node("Transpose", [value], ["first"], perm=[0, 3, 1, 2]))
+        value = "first"
     nodes += [helper.make_node("AveragePool", [value], ["pooled"], kernel_shape=[7, 7], strides=[7, 7]), helper.make_node("Reshape", ["pooled", "flat"], ["rows"]),
               helper.make_node("MatMul", ["rows", "weight"], ["features"])]
-    shapes = [("features", [batch, SIZE]), ("pooled", [batch, 3, 16, 16])]
+    nodes += [helper.make_node("ReduceL2", ["features"], ["norm"], axes=[1]), helper.make_node("Div", ["features", "norm"], ["unit"])]
+    shapes = {"features": [batch, SIZE], "pooled": [batch, 3, 16, 16], "norm": [batch, 1], "unit": [batch, SIZE]}
     graph = helper.make_graph(nodes, "face", [helper.make_tensor_value_info(name, dtype, [batch, *sizes]) for name in ("data", "second")[:inputs]],
-                              [helper.make_tensor_value_info(name, 1, shape) for name, shape in shapes[:outputs]], weights)
+                              [helper.make_tensor_value_info(name, 1, shapes[name]) for name in outputs], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    helper.set_model_props(model, about)
     onnx.save(model, path, save_as_external_data=external, location=path.name + ".data", size_threshold=1024)
     return path
 
@@ -101,6 +110,41 @@ def test_colour_order_autocast_layout_and_compile(tmp_path):
     assert not list(teacher.parameters()) and not teacher.state_dict()
 
 
+@pytest.mark.parametrize("outputs, feature", [(("unit", "norm"), "unit"), (("norm", "unit"), "unit"), (("features", "pooled"), "features"),
+                                              (("norm", "pooled", "features"), "features")])
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_a_second_output_is_not_taken_for_the_features(tmp_path, caplog, outputs, feature, batch):
+    """AdaFace's models give features of unit length and, beside them, their norm."""
+    path = onnx_model(tmp_path / "face.onnx", outputs=outputs, batch=batch)
+    with caplog.at_level(logging.INFO):
+        teacher = load_teacher(config(f"onnx:{path}"), SIZE)
+    assert f"{path}: the features are its output {feature} of {', '.join(outputs)}" in caplog.text
+    expected = reference(IMAGES.numpy())
+    if feature == "unit":
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(teacher(IMAGES).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("before, words", [CONVENTIONS["normalised outside"], CONVENTIONS["Sub and Mul (MXNet)"], CONVENTIONS["0 to 1"]],
+                         ids=["normalised outside", "Sub and Mul", "0 to 1"])
+@pytest.mark.parametrize("sizes", [(112, 112, 3), ("H", "W", 3), ("H", "W", "C")], ids=["fixed", "open", "all open"])
+def test_channels_last(tmp_path, before, words, sizes):
+    """(N, 112, 112, 3) float32, as tf2onnx writes it."""
+    teacher = load_teacher(config(f"onnx:{onnx_model(tmp_path / 'face.onnx', before, sizes=sizes, last=True)}"), SIZE)
+    assert teacher.normalisation == words
+    np.testing.assert_allclose(teacher(IMAGES).numpy(), reference(IMAGES.numpy()), rtol=1e-4, atol=1e-4)
+    assert teacher(IMAGES[:0]).shape == (0, SIZE)
+
+
+def test_a_model_may_say_its_colour_order(tmp_path):
+    path = onnx_model(tmp_path / "face.onnx", color_space="BGR")
+    for asked, order in (("auto", "BGR"), ("RGB", "RGB"), ("BGR", "BGR")):
+        teacher = load_teacher(config(f"onnx:{path}", color_space=asked))
+        assert (teacher.color_space, teacher.own_color_space) == (order, "BGR")
+        images = IMAGES.flip(1) if order == "BGR" else IMAGES
+        np.testing.assert_allclose(teacher(IMAGES).numpy(), reference(images.numpy()), rtol=1e-4, atol=1e-4)
+
+
 def test_weights_in_a_second_file_count_too(tmp_path):
     path = onnx_model(tmp_path / "face.onnx", external=True)
     teacher = load_teacher(config(f"onnx:{path}"))
@@ -115,12 +159,14 @@ def test_models_that_are_refused(tmp_path):
         refused(message, config(f"onnx:{onnx_model(tmp_path / 'face.onnx', **options)}"), size)
 
     wrong(r"has 16-d features, but embedding_size=512: .*set embedding_size=16", 512)
-    wrong(r"takes \(N, 3, 224, 224\) of float, not \(N, 3, 112, 112\) of float32", sizes=(3, 224, 224))
-    wrong(r"takes \(N, 112, 112, 3\) of float, not", sizes=(112, 112, 3))
+    wrong(r"takes \(N, 3, 224, 224\) of float, not \(N, 3, 112, 112\) or \(N, 112, 112, 3\) of float32", sizes=(3, 224, 224))
+    wrong(r"takes \(N, 224, 224, 3\) of float, not", sizes=(224, 224, 3))
     wrong(r"takes \(N, 3, 112, 112\) of uint8, not", dtype=2)
+    wrong(r"gives features \(1, 16\), unit \(1, 16\) for one image: several outputs that may be the features; export it with the embedding alone",
+          outputs=("features", "unit"))
+    wrong(r"gives \(N, 3, 16, 16\) of float, not \(N, D\) features", outputs=("pooled",))
     wrong("takes batches of 8 only", batch=8)
     wrong(r"has 2 inputs \(data, second\): a face network has one", inputs=2)
-    wrong(r"has 2 outputs \(features, pooled\): a face network has one", outputs=2)
     wrong("onnxruntime cannot run", before=(("NoSuchOperator", None),))
     wrong("onnxruntime cannot run", flat=5)
     path = tmp_path / "x.onnx"

@@ -8,9 +8,9 @@ import torch
 from backbones import build_backbone
 from tests.teachers import IMAGES, SIZE, STATED, config, network, prefixed, refused, repository, save
 from utils import hub
-from utils.checkpoint import network_weights, sha256
-from utils.looks import looks_like
-from utils.teacher import TEACHERS, Teacher, load_teacher
+from utils.teacher import TEACHERS, load_teacher
+from utils.weights.read import sha256
+from utils.weights.recognise import looks_like
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +27,37 @@ def features(ir18):
 
 # --- what people have ---------------------------------------------------------------------------------------------------------------
 
-KINDS = {       # teacher, the file and how its keys are wrapped, is it BGR
-    "this project's, AdaDistill's": ("mobilefacenet", "600backbone.pth", lambda w: w, False),
-    "InsightFace": ("iresnet18", "backbone.pth", lambda w: w, False),
-    "InsightFace, DistributedDataParallel": ("mbf", "backbone.pth", lambda w: prefixed(w, "module."), False),
-    "with SE": ("iresnet18_se", "600backbone.pth", lambda w: w, False),
-    "AdaFace": ("ir18", "adaface_ir18_casia.ckpt", lambda w: {"state_dict": prefixed(w, "model.", **{"head.kernel": torch.zeros(SIZE, 3)})}, True),
-    "CVLFace's file": ("ir18", "model.safetensors", lambda w: prefixed(w, "model.net."), False),
+KINDS = {       # teacher, the file and how its keys are wrapped, is it BGR, where the weights are in the file
+    "this project's, AdaDistill's": ("mobilefacenet", "600backbone.pth", lambda w: w, False, ""),
+    "InsightFace": ("iresnet18", "backbone.pth", lambda w: w, False, ""),
+    "InsightFace, DistributedDataParallel": ("mbf", "backbone.pth", lambda w: prefixed(w, "module."), False, " (under module.)"),
+    "with SE": ("iresnet18_se", "600backbone.pth", lambda w: w, False, ""),
+    "AdaFace": ("ir18", "adaface_ir18_casia.ckpt", lambda w: {"state_dict": prefixed(w, "model.", **{"head.kernel": torch.zeros(SIZE, 3)})}, True,
+                " (state_dict under model.)"),
+    "CVLFace's file": ("ir18", "model.safetensors", lambda w: prefixed(w, "model.net."), False, " (under model.net.)"),
 }
 
 
-@pytest.mark.parametrize("name, file, wrap, bgr", KINDS.values(), ids=KINDS)
-def test_published_files(tmp_path, caplog, name, file, wrap, bgr):
+def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal up to the order in which the first convolution adds the three colours: some roundings of float32."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name, file, wrap, bgr, place", KINDS.values(), ids=KINDS)
+def test_published_files(tmp_path, caplog, name, file, wrap, bgr, place):
     entry = TEACHERS[name]
     plain = network(entry.network, use_se=entry.use_se)
     path = save(wrap(plain.state_dict()), tmp_path / file)
     with caplog.at_level(logging.INFO):
         teacher = load_teacher(config(name, path), SIZE)
     with torch.no_grad():
-        assert torch.equal(teacher(IMAGES), plain(IMAGES.flip(1) if bgr else IMAGES))
+        assert_same(teacher(IMAGES), plain(IMAGES.flip(1) if bgr else IMAGES))
     order = "BGR" if bgr else "RGB"
     assert (teacher.name, teacher.path, teacher.sha256, teacher.color_space, teacher.embedding_size) == (name, str(path), sha256(path), order, SIZE)
     assert teacher.normalisation == "(x / 255 - 0.5) / 0.5"
     count = f"{sum(parameter.numel() for parameter in plain.parameters()):,}"
     full = f"{name} (iresnet18 with SE)" if entry.use_se else name
-    assert caplog.messages == [f"Teacher {full}: {count} parameters, 16-d features, 112x112 {order} input, (x / 255 - 0.5) / 0.5, {path}, SHA-256 {sha256(path)}"]
+    assert caplog.messages == [f"Teacher {full}: {count} parameters, 16-d features, 112x112 {order} input, (x / 255 - 0.5) / 0.5, {path}{place}, SHA-256 {sha256(path)}"]
 
 
 LAYOUTS = {"published": {}, "config.json": dict(yaml=None), "model.yaml": dict(conf=None), "model.pt": dict(file="pretrained_model/model.pt"),
@@ -82,7 +88,8 @@ def test_a_folder_that_states_bgr(tmp_path, ir18, features, file):
     folder = repository(tmp_path, ir18.state_dict(), file, yaml=stated, conf=stated)
     for path in (folder, folder / file):
         teacher = load_teacher(config(path=path))
-        assert torch.equal(teacher(IMAGES), features["BGR"]) and teacher.color_space == "BGR"
+        assert_same(teacher(IMAGES), features["BGR"])
+        assert teacher.color_space == "BGR"
 
 
 def test_a_folder_of_insightfaces_network(tmp_path):
@@ -101,13 +108,14 @@ def test_the_yaml_counts_as_for_cvlface(tmp_path, caplog, ir18):
 
 def test_color_space_can_be_said(tmp_path, caplog, ir18, features):
     plain, folder = save(ir18.state_dict(), tmp_path / "plain.pth"), repository(tmp_path / "folder", ir18.state_dict())
-    adaface = save({"state_dict": prefixed(ir18.state_dict(), "model.")}, tmp_path / "x.ckpt")
+    adaface = save({"state_dict": prefixed(ir18.state_dict(), "model."), "pytorch-lightning_version": "1.4.0"}, tmp_path / "x.ckpt")
     teacher = load_teacher(config(path=plain, color_space="BGR"))
-    assert torch.equal(teacher(IMAGES), features["BGR"]) and teacher.bgr
-    assert load_teacher(config(path=adaface, color_space="BGR")).bgr and load_teacher(config(path=folder, color_space="RGB")).color_space == "RGB"
+    assert_same(teacher(IMAGES), features["BGR"])
+    assert teacher.color_space == "BGR"
+    assert load_teacher(config(path=adaface, color_space="BGR")).color_space == "BGR" and load_teacher(config(path=folder, color_space="RGB")).color_space == "RGB"
     assert not caplog.messages
-    assert not load_teacher(config(path=adaface, color_space="RGB")).bgr
-    assert load_teacher(config(path=folder, color_space="BGR")).bgr
+    assert load_teacher(config(path=adaface, color_space="RGB")).color_space == "RGB"
+    assert load_teacher(config(path=folder, color_space="BGR")).color_space == "BGR"
     assert caplog.messages == ["color_space=RGB goes against AdaFace's files, which are BGR: the teacher gets RGB",
                                f"color_space=BGR goes against {folder}/pretrained_model/model.yaml, which states RGB: the teacher gets BGR"]
 
@@ -144,9 +152,8 @@ def test_the_weights_of_every_teacher_are_recognised(name):
     prefix, words = PUBLISHED_AS.get(name.rstrip("0123456789").partition("_")[0], ("", name.removesuffix("_se")))
     with torch.device("meta"):
         published = prefixed(build_backbone(entry.network, 512, use_se=entry.use_se).state_dict(), prefix)
-    weights, found = network_weights({"state_dict": published})
-    look = looks_like(weights, found, "teacher")
-    assert found == prefix and words in look and "embedding_size=512" in look, look
+    look = looks_like({"state_dict": published}, "teacher")
+    assert words in look and "embedding_size=512" in look, look
     assert look.endswith(f": set teacher={entry.network}{'_se' if entry.use_se else ''}")
 
 
@@ -224,8 +231,3 @@ def test_another_embedding_size(tmp_path, ir18):
     assert load_teacher(config(path=path)).embedding_size == 16
 
 
-def test_the_evaluation_commands_teacher():
-    plain = network("mbf")
-    teacher = Teacher(plain, bgr=True)
-    with torch.no_grad():
-        assert torch.equal(teacher(IMAGES), plain(IMAGES.flip(1)))

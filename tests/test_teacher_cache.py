@@ -22,7 +22,8 @@ from tests.rounding import U
 from train import cache_teacher, class_centers, setup
 from train.engine import features_shown
 from utils import teacher_cache
-from utils.checkpoint import read_kernel, sha256
+from utils.weights.centers import read_kernel
+from utils.weights.read import sha256
 from utils.dataset import MXFaceDataset, keep_batch
 from utils.errors import InputError
 from utils.images import to_input

@@ -18,7 +18,8 @@ from tests.commands import ROOT, command, environment
 from tests.test_teacher_cache import CACHE, CLASSES, IMAGES, SIZE, dataset, faces, numbered, options, run_here, teacher, write_cache      # noqa: F401 (fixtures)
 from train import cache_teacher, setup
 from utils import teacher_cache
-from utils.checkpoint import RunFolder, sha256
+from utils.checkpoint import RunFolder
+from utils.weights.read import sha256
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.recordio import IndexedRecordIO, IRHeader, pack, unpack

@@ -15,11 +15,13 @@ import torch
 from easydict import EasyDict
 
 from backbones import build_backbone
+from config.schema import load_config
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
 from tests import rounding
 from tests.commands import ROOT, command, environment, run, run_until
+from train import setup
 from train.engine import learning_rate
-from train.setup import Run, check_settled, input_dtype, see_rgb
+from train.setup import Run, check_settled, input_dtype
 from utils.augment import augment
 from utils.checkpoint import RunFolder
 from utils.dataset import MXFaceDataset
@@ -471,11 +473,31 @@ def test_augmentation_depends_on_its_seed_alone_and_stays_in_range():
     assert 0.35 < changed < 0.65                # 1 - 0.8^3 = 0.488
 
 
-def test_a_student_started_from_adafaces_bgr_weights_sees_rgb():
-    network = build_backbone("mobilefacenet", 32).eval()
+def test_a_student_may_start_from_weights_of_either_colour_order(tmp_path, caplog):
+    """AdaFace's file, one that does not say, and one of a run of ours, for which color_space, the teacher's, does not count."""
+    torch.manual_seed(0)
+    plain = build_backbone("ir18", 16).eval()
     images = torch.rand(2, 3, 112, 112)
     with torch.no_grad():
-        expected = network(images.flip(1))
-        see_rgb(network)
-        # the first convolution adds its channels in another order
-        torch.testing.assert_close(network(images), expected, rtol=0, atol=2 * rounding.network(50) * float(expected.abs().max()))
+        features = {"RGB": plain(images), "BGR": plain(images.flip(1))}
+    weights = {f"model.{key}": value for key, value in plain.state_dict().items()}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"network": "ir18", "embedding_size": 16}')
+    for name, content in (("adaface.ckpt", {"state_dict": weights, "pytorch-lightning_version": "1.4.0"}), ("whose.pth", weights),
+                          ("plain.pth", plain.state_dict()), ("run/5backbone.pth", plain.state_dict())):
+        torch.save(content, tmp_path / name)
+
+    def start(name, color_space="auto"):
+        cfg = load_config(ROOT / "config" / "config.py", ["network=ir18", "embedding_size=16", f"pretrained_backbone_path={tmp_path / name}", f"color_space={color_space}"])
+        with torch.no_grad():
+            return setup.build_student(cfg).eval()(images)
+
+    caplog.set_level("INFO")
+    for name, color_space, order in (("adaface.ckpt", "auto", "BGR"), ("adaface.ckpt", "RGB", "RGB"), ("whose.pth", "RGB", "RGB"), ("whose.pth", "BGR", "BGR"),
+                                     ("plain.pth", "auto", "RGB"), ("plain.pth", "BGR", "BGR"), ("run/5backbone.pth", "BGR", "RGB")):
+        caplog.clear()
+        found, wanted = start(name, color_space), features[order]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2 * rounding.network(20, 9 * 512) * float(wanted.abs().max()), msg=f"{name} {color_space}")
+        assert f"trained on {order} images" in caplog.text
+    with pytest.raises(InputError, match=r"pretrained_backbone_path: .*whose.pth is an IR network under model\.: .* set color_space=BGR or color_space=RGB"):
+        start("whose.pth")

@@ -29,10 +29,10 @@ from config.schema import ROOT, load_config
 from train import setup
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
-from utils.checkpoint import sha256
 from utils.errors import InputError, run
 from utils.teacher import ONNX, repository_of
 from utils.teacher_cache import CacheWriter, Origin, TeacherCache, make_manifest, read_manifest
+from utils.weights.read import sha256
 
 DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError)     # what zipfile and NumPy's headers raise
 

@@ -18,7 +18,7 @@ from config.schema import read_json
 from eval.benchmarks import benchmarks_of
 from eval.verification import load_targets
 from utils import distributed
-from utils.checkpoint import ADAFACE_PREFIX, RunFolder, load_backbone, read_kernel, sha256
+from utils.checkpoint import RunFolder
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
 from utils.hub import find_weights
@@ -31,6 +31,9 @@ from utils.recordio import replacing
 from utils.staging import stage
 from utils.teacher import ONNX, load_teacher, repository_of
 from utils.teacher_cache import TeacherCache, open_cache, read_manifest
+from utils.weights.centers import read_kernel
+from utils.weights.load import load_backbone, run_beside
+from utils.weights.read import digest_of, sha256, split_mark
 
 
 # What weights are made for: a run cannot go on from its own with another value, but for most losses.
@@ -207,18 +210,27 @@ def stage_records(rec: str | list[str], to: str) -> list[str]:
 def build_student(cfg) -> torch.nn.Module:
     """The network to train, from ``cfg.pretrained_backbone_path`` if that is set."""
     student = build_backbone(cfg.network, cfg.embedding_size, use_se=cfg.SE)
-    if cfg.pretrained_backbone_path and load_backbone(student, cfg.pretrained_backbone_path, "pretrained_backbone_path") == ADAFACE_PREFIX:
-        see_rgb(student)
-        logging.info("%s was trained on BGR images: its first layer now takes RGB", cfg.pretrained_backbone_path)
+    if cfg.pretrained_backbone_path:
+        load_pretrained_backbone(student, cfg)
     logging.info("Student %s: %s parameters", cfg.network, f"{sum(p.numel() for p in student.parameters()):,}")
     return student
 
 
-@torch.no_grad()
-def see_rgb(network: torch.nn.Module) -> None:
-    """Turn a network trained on BGR images into the same network for RGB: the first convolution's input channels change places."""
-    first = next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d))
-    first.weight.copy_(first.weight.flip(1))
+def load_pretrained_backbone(student: torch.nn.Module, cfg) -> None:
+    """Start the student from a file; one that was trained on BGR images takes RGB afterwards.
+
+    color_space is the teacher's, too, so it does not count for a file that a run of this project
+    wrote: all its networks take RGB.
+    """
+    path, color_space = cfg.pretrained_backbone_path, cfg.color_space
+    if color_space != "auto" and run_beside(path):
+        if color_space == "BGR":
+            logging.warning("color_space=BGR does not count for %s: a run of this project wrote it", path)
+        color_space = "auto"
+    loaded = load_backbone(student, path, "pretrained_backbone_path", color_space=color_space)
+    logging.info("Student from %s, trained on %s", path, loaded.describe())
+    if loaded.color_space == "BGR":
+        logging.info("Its first layer takes RGB now")
 
 
 def header_options(cfg) -> dict:
@@ -299,12 +311,12 @@ def open_teacher_cache(cfg, dataset) -> TeacherCache:
     weights = Path(cfg.pretrained_teacher_path) if cfg.pretrained_teacher_path else None
     if weights and weights.is_dir():
         weights = find_weights(weights)
-    if weights and not weights.is_file():
+    if weights and not split_mark(weights)[0].is_file():
         raise InputError(f"teacher: no file at {weights}, whose features teacher_embeddings should be; without pretrained_teacher_path they are taken as they are")
     if cfg.teacher.startswith(ONNX):
         digest = sha256(*weight_files(Path(cfg.teacher.removeprefix(ONNX))))
     else:
-        digest = sha256(weights) if weights else None
+        digest = digest_of(weights) if weights else None
     path = Path(cfg.teacher_embeddings)
     if cfg.stage_to:
         read_manifest(path)         # if it is not complete, say so

@@ -8,6 +8,7 @@ import numpy as np
 
 from utils.align import SIZE, similarity
 from utils.errors import InputError
+from utils.weights.kinds import bytes_look_like
 
 # The same weights twice: the file of 2026 takes images of any size; the one of 2023 states 640x640,
 # which OpenCV's own engine ignores and ONNX Runtime, one of OpenCV 5's engines, does not. OpenCV
@@ -66,7 +67,6 @@ class Detector:
             )
             self(np.zeros((64, 64, 3), np.uint8))
         except cv2.error as error:
-            from utils.looks import bytes_look_like     # needs torch, which the processes that only align need not load
             look = bytes_look_like(self.path, "onnx")
             it = f"it looks like {look}; " if look else ""
             raise InputError(

@@ -80,57 +80,59 @@ def find_weights(folder: Path) -> Path:
     return found
 
 
-def read_configuration(folder: Path) -> Stated | None:
+def read_configuration(folder: Path, what: str = "teacher") -> Stated | None:
     """What the configuration in a folder of CVLFace's layout states; None if there is none.
+
+    what: the weights are wanted for, the first word of messages.
 
     Errors: InputError if it is unreadable, incomplete, or of a network that cannot be built here.
     """
-    found = [stated for name in CONFIGURATIONS if (folder / name).is_file() and (stated := read_stated(folder / name))]
+    found = [stated for name in CONFIGURATIONS if (folder / name).is_file() and (stated := read_stated(folder / name, what))]
     if len(found) == 2 and found[0][:3] != found[1][:3]:
         log.warning("%s states %s, %s %s: the former counts, as for CVLFace itself", found[0].path, found[0][:3], found[1].path.name, found[1][:3])
     return found[0] if found else None
 
 
-def read_stated(path: Path) -> Stated | None:
+def read_stated(path: Path, what: str) -> Stated | None:
     """One configuration file; None for a config.json that is not CVLFace's."""
     try:
-        content = parse(path.read_text(encoding="utf-8-sig"), path)
+        content = parse(path.read_text(encoding="utf-8-sig"), path, what)
     except (ValueError, OSError) as error:       # ValueError: of the syntax or of the encoding
-        raise InputError(f"teacher: {path} is unreadable ({first_line(error)})") from error
+        raise InputError(f"{what}: {path} is unreadable ({first_line(error)})") from error
     conf = content.get("conf") if path.suffix == ".json" and isinstance(content, dict) else content
     if conf is None and path.suffix == ".json":
         return None
     if not isinstance(conf, dict) or any(key not in conf for key in KEYS):
-        raise InputError(f"teacher: {path} does not state {', '.join(KEYS)}: it is not a configuration of CVLFace's")
+        raise InputError(f"{what}: {path} does not state {', '.join(KEYS)}: it is not a configuration of CVLFace's")
     if conf["input_size"] != [3, 112, 112]:
-        raise InputError(f"teacher: {path} states input_size {conf['input_size']}, but images here are [3, 112, 112]")
+        raise InputError(f"{what}: {path} states input_size {conf['input_size']}, but images here are [3, 112, 112]")
     if conf["color_space"] not in ("RGB", "BGR"):
-        raise InputError(f"teacher: {path} states color_space {conf['color_space']!r}, which is neither RGB nor BGR")
+        raise InputError(f"{what}: {path} states color_space {conf['color_space']!r}, which is neither RGB nor BGR")
     if type(conf["output_dim"]) is not int:
-        raise InputError(f"teacher: {path} states output_dim {conf['output_dim']!r}, which is no number of dimensions")
-    return Stated(network_of(conf, path), conf["output_dim"], conf["color_space"], path)
+        raise InputError(f"{what}: {path} states output_dim {conf['output_dim']!r}, which is no number of dimensions")
+    return Stated(network_of(conf, path, what), conf["output_dim"], conf["color_space"], path)
 
 
-def parse(text: str, path: Path):
+def parse(text: str, path: Path, what: str):
     """The content of a .json or .yaml file. Errors: ValueError for another syntax."""
     if path.suffix == ".json":
         return json.loads(text)
     try:
         import yaml         # only those who have such a teacher need it
     except ImportError as error:
-        raise InputError(f"teacher: {path} needs PyYAML: pip install -r requirements/requirement.txt") from error
+        raise InputError(f"{what}: {path} needs PyYAML: pip install -r requirements/requirement.txt") from error
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(first_line(error)) from error
 
 
-def network_of(conf: dict, path: Path) -> str:
+def network_of(conf: dict, path: Path, what: str) -> str:
     """Our name of the network: ``yaml_path`` (models/iresnet/configs/v1_ir50.yaml) tells its family, ``name`` its depth."""
     parts = Path(str(conf.get("yaml_path") or "")).parts
     family = parts[-3] if len(parts) > 2 else "iresnet"
     name = NETWORKS.get(family, {}).get(str(conf["name"]))
     if name is None:
-        raise InputError(f"teacher: {path} states the network {family} {conf['name']}, which cannot be built here (only {', '.join(NETWORKS['iresnet'])}): "
+        raise InputError(f"{what}: {path} states the network {family} {conf['name']}, which cannot be built here (only {', '.join(NETWORKS['iresnet'])}): "
                          "export it to ONNX and set teacher=onnx:PATH")
     return name

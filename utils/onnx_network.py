@@ -10,10 +10,13 @@ from torch import nn
 
 from utils.errors import InputError, first_line
 from utils.files import utf8_path
-from utils.looks import bytes_look_like
+from utils.weights.kinds import bytes_look_like
 
 CUDA = "CUDAExecutionProvider"
 PASSING = ("Identity", "Cast", "Transpose", "Dropout")     # nodes that leave the pixels' values alone
+FLOAT, UINT8 = 1, 2     # onnx.TensorProto's numbers
+IMAGE = (3, 112, 112)
+IMAGE_LAST = (112, 112, 3)      # with the channels last
 
 log = logging.getLogger(__name__)
 
@@ -33,31 +36,59 @@ BYTES = Scale(127.5, 127.5, "x as it is (0 to 255), the graph does the rest")
 
 PIXELS = Scale(127.5, 127.5, "x as it is (0 to 255, uint8), the graph does the rest")       # deploy/export_onnx.py --uint8
 
+class Form(NamedTuple):
+    """What a graph takes and gives.
 
-class OnnxNetwork(nn.Module):
-    """(B, 3, 112, 112) float32 in [-1, 1] -> (B, D) float32 on the same device.
-
-    A model that takes (B, 112, 112, 3) uint8 gets the pixels that the images were made of. A model whose batch is 1, whether it says so or only behaves so, is run image by image. It has no parameters that ``to`` could move: the
-    session is made for the device of the images. With onnxruntime's CUDA provider it runs on a GPU, otherwise on the CPU, with a warning.
-
-    what: what the file was wanted for, the first word of messages.
-    scale: see ``Scale``. embedding_size: D. parameter_count: of the graph. files: the model, and those in which it keeps its weights.
-    about: what the file says of itself, {key: text}; deploy/export_onnx.py writes network, step, checkpoint_sha256 and more.
-    Errors: InputError if onnxruntime or onnx is not installed, or the file missing, unreadable or of another form.
+    batch: the number of images, 0 if any. layouts: of an image, those that its declared shape allows.
+    takes_bytes: uint8. outputs: the names of those that may be features.
     """
 
-    def __init__(self, path: str | Path, what: str = "teacher"):
+    batch: int
+    layouts: list[tuple[int, int, int]]
+    takes_bytes: bool
+    outputs: list[str]
+
+
+class OnnxNetwork(nn.Module):
+    """(B, 3, 112, 112) RGB float32 in [-1, 1] -> (B, D) float32 on the same device.
+
+    A model that takes (B, 112, 112, 3) gets the channels last; one that takes uint8 gets the pixels
+    that the images were made of. Of several outputs the one that is (B, D) with D > 1 is taken.
+    A model whose batch is 1, whether it says so or only behaves so, is run image by image. It has no
+    parameters that ``to`` could move: the session is made for the device of the images. With
+    onnxruntime's CUDA provider it runs on a GPU, otherwise on the CPU, with a warning.
+
+    what: what the file was wanted for, the first word of messages. color_space: what the graph takes,
+    "auto": as its metadata say, else RGB; one that takes BGR gets the channels exchanged.
+    scale: see ``Scale``. embedding_size: D. parameter_count: of the graph. files: the model, and
+    those in which it keeps its weights. choice: which output was taken, "" if it has but one.
+    about: what the file says of itself, {key: text}; deploy/export_onnx.py writes network, step,
+    checkpoint_sha256 and more.
+    Raises InputError if onnxruntime or onnx is not installed, or the file missing, unreadable or of
+    another form.
+    """
+
+    def __init__(self, path: str | Path, what: str = "teacher", color_space: str = "auto"):
         super().__init__()
         self.path, self.what = Path(path), what
         model = read_model(self.path, what)
         graph, self.about = model.graph, {entry.key: entry.value for entry in model.metadata_props}
         self.files = files_of(self.path, graph)
         self.parameter_count = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
-        self.batch, self.takes_bytes = check_form(graph, self.path, what)
+        said = self.about.get("color_space", "")
+        self.own_color_space = said if said in ("RGB", "BGR") else "RGB"
+        self.color_space = self.own_color_space if color_space == "auto" else color_space
+        form = check_form(graph, self.path, what)
+        self.batch, self.takes_bytes = form.batch, form.takes_bytes
         self.scale = PIXELS if self.takes_bytes else input_scale(graph)
         self.device, self.session = torch.device("cpu"), self.open_session(torch.device("cpu"))
         self.input = self.session.get_inputs()[0].name
-        self.embedding_size = self.probe()
+        self.layout, self.output, self.embedding_size = self.probe(form)
+        outputs = [value.name for value in graph.output]
+        self.choice = ""
+        if len(outputs) > 1:
+            self.choice = f"output {self.output} of {', '.join(outputs)}"
+            log.info("%s: the features are its %s", self.path, self.choice)
         self.forward = torch.compiler.disable(self.forward)     # here, for it takes a second to import what only teachers of this kind need
 
     def open_session(self, device: torch.device):
@@ -77,21 +108,45 @@ class OnnxNetwork(nn.Module):
             log.warning("The model %s runs on the CPU: onnxruntime has no working CUDA provider here (pip install onnxruntime-gpu)", self.path)
         return session
 
-    def probe(self) -> int:
-        """Run the model once, and with two images where it allows that; returns D. Errors: InputError if it does not give a row of features for an image."""
-        try:
-            shape = self.infer(self.to_graph(torch.zeros(1, 3, 112, 112))).shape
-        except failures() as error:
-            raise InputError(f"{self.what}: onnxruntime cannot run {self.path} ({first_line(error, 200)})") from error
-        if len(shape) != 2 or shape[0] != 1:
-            raise InputError(f"{self.what}: {self.path} gives {shape} for one image, not (1, D) features")
+    def probe(self, form: Form) -> tuple[tuple[int, int, int], str, int]:
+        """(the layout of an image, the output that is the features, D), by running the model once.
+
+        It is run with two images, too, where it allows that.
+        Raises InputError if it does not give a row of features for an image.
+        """
+        self.layout, shapes = self.first_that_runs(form)
+        rows = {
+            name: shape for name, shape in shapes.items()
+            if len(shape) == 2 and shape[0] == 1 and (len(shapes) == 1 or shape[1] > 1)
+        }
+        if len(rows) != 1:
+            given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            wrong = "no (1, D) features" if not rows else "several outputs that may be the features"
+            mend = "export it with the embedding" + (" alone" if rows else "")
+            raise InputError(f"{self.what}: {self.path} gives {given} for one image: {wrong}; {mend}")
+        ((self.output, shape),) = rows.items()
         if self.batch != 1:
             try:
-                if self.infer(self.to_graph(torch.zeros(2, 3, 112, 112))).shape != (2, shape[1]):
+                if self.infer(self.to_graph(torch.zeros(2, *IMAGE))).shape != (2, shape[1]):
                     self.batch = 1
             except failures():      # converters often leave a fixed shape inside
                 self.batch = 1
-        return shape[1]
+        return self.layout, self.output, shape[1]
+
+    def first_that_runs(self, form: Form) -> tuple[tuple[int, int, int], dict[str, tuple]]:
+        """The first layout that the graph computes with, and {output: shape} for one image."""
+        for layout in form.layouts:
+            self.layout = layout
+            array = self.to_graph(torch.zeros(1, *IMAGE))
+            try:
+                values = self.session.run(form.outputs, {self.input: array})
+            except failures() as error:
+                reason = error
+                continue
+            return layout, {name: value.shape for name, value in zip(form.outputs, values)}
+        raise InputError(
+            f"{self.what}: onnxruntime cannot run {self.path} ({first_line(reason, 200)})"
+        ) from reason
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.device != self.device:
@@ -104,13 +159,18 @@ class OnnxNetwork(nn.Module):
 
     def to_graph(self, images: torch.Tensor) -> np.ndarray:
         """Images in [-1, 1] as the graph takes them."""
-        scaled = images.detach().float() * self.scale.factor + self.scale.offset
+        images = images.detach().float()
+        if self.color_space == "BGR":
+            images = images.flip(1)
+        scaled = images * self.scale.factor + self.scale.offset
         if self.takes_bytes:
-            scaled = scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+            scaled = scaled.round().clamp(0, 255).to(torch.uint8)
+        if self.layout == IMAGE_LAST:
+            scaled = scaled.permute(0, 2, 3, 1)
         return scaled.cpu().contiguous().numpy()
 
     def infer(self, array: np.ndarray) -> np.ndarray:
-        return self.session.run(None, {self.input: array})[0]
+        return self.session.run([self.output], {self.input: array})[0]
 
 
 def failures() -> tuple:
@@ -156,22 +216,38 @@ def files_of(path: Path, graph) -> list[Path]:
     return [path, *sorted(path.parent / name for name in names)]
 
 
-def check_form(graph, path: Path, what: str) -> tuple[int, bool]:
-    """(the model's batch size, 0 if it takes any; whether it takes uint8). Errors: InputError unless it is one image tensor in, one feature tensor out."""
+def check_form(graph, path: Path, what: str) -> Form:
+    """What a graph declares. Raises InputError unless it is one image tensor in, features out."""
     inputs = inputs_of(graph)
-    for kind, values in (("inputs", inputs), ("outputs", graph.output)):
-        if len(values) != 1:
-            raise InputError(f"{what}: {path} has {len(values)} {kind} ({', '.join(value.name for value in values)}): a face network has one")
-    tensor, output = inputs[0].type.tensor_type, graph.output[0].type.tensor_type
+    if len(inputs) != 1:
+        names = ", ".join(value.name for value in inputs)
+        raise InputError(f"{what}: {path} has {len(inputs)} inputs ({names}): a face network has one")
+    tensor = inputs[0].type.tensor_type
     shape = [dim.dim_value for dim in tensor.shape.dim]             # 0 where it is open
-    wanted = {1: (3, 112, 112), 2: (112, 112, 3)}.get(tensor.elem_type)         # float32, uint8
-    if wanted is None or len(shape) != 4 or any(size not in (0, needed) for size, needed in zip(shape[1:], wanted)):
-        raise InputError(f"{what}: {path} takes {described(tensor)}, not (N, 3, 112, 112) of float32 or (N, 112, 112, 3) of uint8")
+    known = {FLOAT: [IMAGE, IMAGE_LAST], UINT8: [IMAGE_LAST]}.get(tensor.elem_type, [])
+    layouts = [layout for layout in known if len(shape) == 4 and allows(shape[1:], layout)]
+    if not layouts:
+        raise InputError(
+            f"{what}: {path} takes {described(tensor)}, not (N, 3, 112, 112) or (N, 112, 112, 3) of "
+            "float32, or (N, 112, 112, 3) of uint8"
+        )
     if shape[0] > 1:
         raise InputError(f"{what}: {path} takes batches of {shape[0]} only: export it with an open batch, or one of 1")
-    if output.HasField("shape") and len(output.shape.dim) != 2 or output.elem_type != 1:
-        raise InputError(f"{what}: {path} gives {described(output)}, not (N, D) features of float32")
-    return shape[0], tensor.elem_type == 2
+    outputs = [value.name for value in graph.output if may_be_features(value.type.tensor_type)]
+    if not outputs:
+        given = ", ".join(described(value.type.tensor_type) for value in graph.output)
+        raise InputError(f"{what}: {path} gives {given}, not (N, D) features of float32")
+    return Form(shape[0], layouts, tensor.elem_type == UINT8, outputs)
+
+
+def allows(declared: list[int], layout: tuple[int, int, int]) -> bool:
+    """Whether an image's declared sizes, 0 where they are open, are those of the layout."""
+    return all(size in (0, needed) for size, needed in zip(declared, layout))
+
+
+def may_be_features(tensor) -> bool:
+    """Whether an output's declared form is, or may be, (N, D) of float32."""
+    return tensor.elem_type == FLOAT and (not tensor.HasField("shape") or len(tensor.shape.dim) == 2)
 
 
 def inputs_of(graph) -> list:

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from utils import distributed
-from utils.checkpoint import UNREADABLE
+from utils.weights.kinds import UNREADABLE
 from utils.errors import InputError, first_line
 
 ROWS = ("weight", "momentum")       # (C, D); everything else is small and the same on all ranks

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from backbones import NAMES, build_backbone
-from utils.checkpoint import ADAFACE_PREFIX, CVLFACE_PREFIXES, check_fit, network_weights, read_tensors, sha256
+from backbones import NAMES
 from utils.errors import InputError
 from utils.hub import CONFIGURATIONS, Stated, fetch, find_weights, read_configuration
-from utils.looks import feature_size
 from utils.onnx_network import NORMALISED, OnnxNetwork
+from utils.weights.load import embedding_size_in, empty_backbone, load_into, read_weights
+from utils.weights.read import digest_of, sha256
 
 HINT = "train one with run_standalone.sh, set pretrained_teacher_path to a published backbone, or teacher=cvlface_ir50 to fetch one"
 ONNX = "onnx:"      # onnx:PATH, any ONNX face model
@@ -39,25 +39,37 @@ TEACHERS = {name: Entry(name) for name in NAMES} | {f"{name}_se": Entry(name, us
 class Teacher(nn.Module):
     """A frozen network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32 features without gradient.
 
-    bgr: the weights were trained on BGR images (AdaFace's releases), so the channels are turned around first.
-    Of one that ``load_teacher`` made: name (the configuration's word), path and sha256 (of the file its weights are from), color_space
-    ("RGB" or "BGR") and own_color_space (what it would be if the configuration did not set it), normalisation (of pixels x, in words), embedding_size (D).
+    Of one that ``load_teacher`` made: name (the configuration's word), path and sha256 (of the file
+    that its weights are from), color_space ("RGB" or "BGR": of the images it was trained on) and
+    own_color_space (what that would be if the configuration did not set it), normalisation (of
+    pixels x, in words), embedding_size (D).
     """
 
-    def __init__(self, network: nn.Module, bgr: bool, *, name: str = "", path: str = "", sha256: str = "",
-                 normalisation: str = NORMALISED.words, embedding_size: int = 0, own_color_space: str = ""):
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str = "",
+        path: str = "",
+        sha256: str = "",
+        normalisation: str = NORMALISED.words,
+        embedding_size: int = 0,
+        color_space: str = "RGB",
+        own_color_space: str = "",
+    ):
         super().__init__()
-        self.network, self.bgr = network.eval().requires_grad_(False), bgr
-        self.name, self.path, self.sha256, self.normalisation, self.embedding_size = name, path, sha256, normalisation, embedding_size
-        self.color_space = "BGR" if bgr else "RGB"
-        self.own_color_space = own_color_space or self.color_space
+        self.network = network.eval().requires_grad_(False)
+        self.name, self.path, self.sha256 = name, path, sha256
+        self.normalisation, self.embedding_size = normalisation, embedding_size
+        self.color_space = color_space
+        self.own_color_space = own_color_space or color_space
 
     def train(self, mode: bool = True):
         return super().train(False)      # BatchNorm of a teacher must never follow the student's batches
 
     @torch.no_grad()
     def forward(self, images):
-        return self.network(images.flip(1) if self.bgr else images).float()
+        return self.network(images).float()
 
 
 def load_teacher(cfg, embedding_size: int | None = None) -> Teacher:
@@ -97,30 +109,54 @@ def load_published(cfg) -> tuple[Teacher, str]:
     entry = TEACHERS[cfg.teacher]
     file, origin, stated = locate(cfg, entry)
     check_stated(stated, cfg.teacher, entry)
-    weights, prefix = network_weights(read_tensors(file, "teacher", HINT))
-    if stated is None and prefix in CVLFACE_PREFIXES:       # one file of a repository: its configuration may be beside it
-        stated = read_configuration(file.parent.parent if file.parent.name == "pretrained_model" else file.parent)
-        check_stated(stated, cfg.teacher, entry)
-    size = feature_size(weights) or 512
-    with torch.device("meta"):              # neither memory nor random numbers: all values come from the file
-        backbone = build_backbone(entry.network, size, use_se=entry.use_se)
-    check_fit(backbone.state_dict(), weights, f"teacher: {file}", prefix, "teacher")
-    if stated and stated.embedding_size != size:
-        raise InputError(f"teacher: {stated.path} states output_dim {stated.embedding_size}, but the features of {file} have {size} dimensions")
-    backbone.to_empty(device="cpu").load_state_dict(weights)
-    own = color_order("auto", stated, prefix)
-    for word, found, expected in (("colour order", own, entry.color_space), ("dimensions", size, entry.embedding_size)):
+    weights = read_weights(file, "teacher", HINT)
+    size = embedding_size_in(weights.content, entry.network, entry.use_se) or 512
+    network = empty_backbone(entry.network, size, entry.use_se)
+    loaded = load_into(network, weights, cfg.color_space, "teacher", stated)
+    # one file of a repository: its configuration may be beside it
+    check_stated(loaded.stated, cfg.teacher, entry)
+    if loaded.stated and loaded.stated.embedding_size != size:
+        raise InputError(
+            f"teacher: {loaded.stated.path} states output_dim {loaded.stated.embedding_size}, but the "
+            f"features of {file} have {size} dimensions"
+        )
+    own = loaded.own_color_space
+    for word, found, expected in (
+        ("colour order", own, entry.color_space),
+        ("dimensions", size, entry.embedding_size),
+    ):
         if expected and found != expected:
-            raise InputError(f"teacher: {file} has {word} {found}, but teacher={cfg.teacher} has {expected}: set teacher={entry.network}")
-    bgr = color_order(cfg.color_space, stated, prefix) == "BGR"
-    return Teacher(backbone, bgr, name=cfg.teacher, path=str(file), sha256=sha256(file), embedding_size=size, own_color_space=own), origin
+            raise InputError(
+                f"teacher: {file} has {word} {found or 'unknown'}, but teacher={cfg.teacher} has "
+                f"{expected}: set teacher={entry.network}"
+            )
+    teacher = Teacher(
+        network,
+        name=cfg.teacher,
+        path=str(file),
+        sha256=digest_of(file),
+        embedding_size=size,
+        color_space=loaded.color_space,
+        own_color_space=own,
+    )
+    return teacher, origin + (f" ({loaded.place})" if loaded.place else "")
 
 
 def load_onnx(cfg) -> tuple[Teacher, str]:
     """A teacher that is an ONNX model; InsightFace's take RGB."""
-    network = OnnxNetwork(Path(cfg.teacher.removeprefix(ONNX)).expanduser())
-    return Teacher(network, cfg.color_space == "BGR", name=cfg.teacher, path=str(network.path), sha256=sha256(*network.files),
-                   normalisation=network.scale.words, embedding_size=network.embedding_size, own_color_space="RGB"), str(network.path)
+    path = Path(cfg.teacher.removeprefix(ONNX)).expanduser()
+    network = OnnxNetwork(path, color_space=cfg.color_space)
+    teacher = Teacher(
+        network,
+        name=cfg.teacher,
+        path=str(network.path),
+        sha256=sha256(*network.files),
+        normalisation=network.scale.words,
+        embedding_size=network.embedding_size,
+        color_space=network.color_space,
+        own_color_space=network.own_color_space,
+    )
+    return teacher, str(network.path)
 
 
 def repository_of(cfg) -> str:
@@ -158,14 +194,3 @@ def check_stated(stated: Stated | None, name: str, entry: Entry) -> None:
         if expected and found != expected:
             raise InputError(f"teacher: {stated.path} states {word} {found}, but teacher={name} has {expected}: "
                              f"set teacher={stated.network}, which goes by the configuration")
-
-
-def color_order(asked: str, stated: Stated | None, prefix: str) -> str:
-    """The teacher's colour order: as asked, else as its configuration states, else as its publisher trains: BGR for AdaFace's .ckpt files."""
-    own = stated.color_space if stated else "BGR" if prefix == ADAFACE_PREFIX else "RGB"
-    if asked == "auto" or asked == own:
-        return own
-    if stated or prefix == ADAFACE_PREFIX:
-        source = f"{stated.path}, which states {own}" if stated else f"AdaFace's files, which are {own}"
-        log.warning("color_space=%s goes against %s: the teacher gets %s", asked, source, asked)
-    return asked

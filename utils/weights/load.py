@@ -1,0 +1,226 @@
+"""From a file of weights to a network that takes RGB images: the only way, for every command."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from backbones import NAMES, build_backbone
+from utils.errors import InputError
+from utils.hub import Stated
+from utils.weights.colours import ADAFACE_PREFIX, choose_order, own_order, see_rgb, stated_beside
+from utils.weights.match import (
+    COUNTER,
+    Found,
+    choose,
+    complete,
+    linear_key,
+    prefixes_of,
+    shape_of,
+    states_of,
+    strangers,
+    take,
+)
+from utils.weights.read import advice, read_tensors, split_mark
+from utils.weights.recognise import Network, looks_like, networks_in, shapes_of
+
+
+class Weights(NamedTuple):
+    """A file of weights that was read. what: it was wanted for. average: #ema asks for."""
+
+    path: Path
+    content: dict
+    average: bool
+    what: str
+
+    @property
+    def subject(self) -> str:
+        """The first words of messages."""
+        return f"{self.what}: {self.path}"
+
+
+class Loaded(NamedTuple):
+    """What a network was given.
+
+    place: the entry and prefix of the weights in the file, in words, "" if it holds nothing else.
+    color_space: the order of the images they were trained on; own_color_space: the same as the
+    file has it, "" if it does not tell. stated: what CVLFace's configuration says of them.
+    """
+
+    place: str
+    color_space: str
+    own_color_space: str
+    stated: Stated | None
+
+    def describe(self) -> str:
+        return f"{self.color_space} images" + (f", weights of {self.place}" if self.place else "")
+
+
+def read_weights(path: str | Path, what: str, hint: str = "") -> Weights:
+    """A file of weights, of which #ema behind the path means the exponential average.
+
+    Raises InputError as ``read_tensors``.
+    """
+    file, average = split_mark(path) if str(path) else (path, False)
+    return Weights(file, read_tensors(file, what, hint), average, what)
+
+
+def load_backbone(
+    network: torch.nn.Module, path: str | Path, what: str, hint: str = "", color_space: str = "auto"
+) -> Loaded:
+    """Load a network's weights strictly from any published format; it takes RGB images afterwards.
+
+    color_space: the order that they were trained on; "auto": as the file says.
+    Raises InputError as ``read_tensors`` and ``load_into``.
+    """
+    return load_into(network, read_weights(path, what, hint), color_space)
+
+
+def load_into(
+    network: torch.nn.Module,
+    weights: Weights,
+    color_space: str = "auto",
+    key: str = "network",
+    stated: Stated | None = None,
+) -> Loaded:
+    """Give a network its weights from a file's content; one trained on BGR images takes RGB then.
+
+    key: "network" or "teacher", which messages name. stated: what CVLFace's configuration says,
+    where it has been read; it is looked for beside a file with CVLFace's keys.
+    Raises InputError that names the first differing keys or shapes and which network they look
+    like; if several networks fit; if the colour order is neither known nor set.
+    """
+    expected = network.state_dict()
+    shapes = {name: tuple(value.shape) for name, value in expected.items()}
+    found = find(weights, shapes, key)
+    stated = stated or stated_beside(weights.path, found, weights.what)
+    own = own_order(found, weights.content, shapes[linear_key(shapes)][0], stated)
+    source = ""
+    if stated:
+        source = f"{stated.path}, which states {own}"
+    elif own == "BGR":
+        source = f"AdaFace's files, which are {own}"
+    order = choose_order(own, color_space, weights.subject, source, key)
+    counters = {
+        name: torch.zeros(shape, dtype=torch.int64)
+        for name, shape in shapes.items()
+        if name not in found.weights
+    }
+    network.load_state_dict(found.weights | counters)
+    if order == "BGR":
+        see_rgb(network)
+    return Loaded(found.where(), order, own, stated)
+
+
+def find(weights: Weights, shapes: dict, key: str) -> Found:
+    """Where the weights of a network of these {key: shape} are.
+
+    Raises InputError as ``load_into``.
+    """
+    places = complete(weights.content, shapes)
+    found = choose(places, weights.average, weights.subject)
+    if found is None:
+        nearest = nearest_to(weights.content, shapes)
+        look = advice(looks_like(weights.content, key))
+        raise InputError(f"{weights.subject} does not fit: {differences(nearest, shapes)}{look}")
+    if names := strangers(found, places, shapes):
+        # a larger network may hold all of a smaller one
+        is_larger = any(
+            other.found.where() == found.where() and len(other.found.weights) > len(found.weights)
+            for other in networks_in(weights.content)
+        )
+        look = advice(looks_like(weights.content, key)) if is_larger else ""
+        where = f" beside the network {found.where()}" if found.where() else ""
+        raise InputError(
+            f"{weights.subject} does not fit: {listed(names, 'unexpected keys')}{where}{look}"
+        )
+    return found
+
+
+
+
+def nearest_to(content: dict, shapes: dict) -> Found:
+    """The place of a file's content that has most of a network's keys."""
+    states = list(states_of(content)) or [("", {str(key): value for key, value in content.items()})]
+    known = next((network.found for network in networks_in(content)), None)
+    if known:
+        states = [(entry, state) for entry, state in states if entry == known.entry]
+    anchors = [linear_key(shapes), next(iter(shapes))]
+    found = [
+        take(entry, state, prefix, shapes)
+        for entry, state in states
+        for prefix in {"", known.prefix if known else "", *guesses(state, anchors)}
+    ]
+    return max(found, key=lambda place: (len(place.weights), -len(place.prefix)))
+
+
+def guesses(state: dict, keys: list[str]) -> list[str]:
+    return [prefix for key in keys for prefix in prefixes_of(state, key)]
+
+
+def differences(place: Found, shapes: dict) -> str:
+    """What keeps weights from being a network's, in words."""
+    missing = [key for key in shapes if key not in place.weights and not key.endswith(COUNTER)]
+    unexpected = [key.removeprefix(place.prefix) for key in place.beside]
+    shaped = [
+        f"{key} is {shape_of(value)} instead of {shapes[key]}"
+        for key, value in place.weights.items()
+        if shape_of(value) != shapes[key]
+    ]
+    kinds = {
+        "missing keys": sorted(missing),
+        "unexpected keys": sorted(unexpected),
+        "other shapes": shaped,
+    }
+    return "; ".join(listed(names, kind) for kind, names in kinds.items() if names)
+
+
+def listed(names: list[str], kind: str) -> str:
+    return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+def recognise(weights: Weights) -> Network:
+    """The network of ours that a file holds. Raises InputError if there is none, or several."""
+    networks = list(networks_in(weights.content))
+    places = [network.found for network in networks]
+    found = choose(places, weights.average, weights.subject)
+    if found is None:
+        look = advice(looks_like(weights.content))
+        raise InputError(
+            f"{weights.subject} holds no network that can be built here ({', '.join(NAMES)}){look}"
+        )
+    return networks[next(number for number, place in enumerate(places) if place is found)]
+
+
+def embedding_size_in(content: dict, name: str, use_se: bool) -> int:
+    """The dimensions of a network's features in a file; 0 if its linear layer is not there."""
+    key = linear_key(shapes_of(name, 1, use_se))
+    for _, state in states_of(content):
+        for prefix in prefixes_of(state, key):
+            value = state[prefix + key]
+            if isinstance(value, torch.Tensor) and value.dim() == 2:
+                return len(value)
+    return 0
+
+
+def empty_backbone(name: str, size: int, use_se: bool) -> torch.nn.Module:
+    """A network whose values all come from a file afterwards; it takes no random numbers."""
+    with torch.device("meta"):
+        network = build_backbone(name, size, use_se=use_se)
+    return network.to_empty(device="cpu")
+
+
+def run_beside(checkpoint: str | Path) -> Path | None:
+    """The config.json of the run that wrote a checkpoint; None if there is none of a run's."""
+    path = split_mark(checkpoint)[0].parent / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        # whoever reads it as a run's says what is wrong with it
+        return path
+    # those of the Hugging Face hub, CVLFace's among them, name classes
+    foreign = isinstance(content, dict) and ("conf" in content or "architectures" in content)
+    return None if foreign else path
