@@ -17,7 +17,7 @@ from utils.precision import PRECISIONS, choose_precision
 from utils.teacher import Teacher
 from utils.weights.colours import ORDERS
 from utils.weights.load import empty_backbone, load_backbone, run_beside
-from utils.weights.read import digest_of, sha256, split_mark
+from utils.weights.read import digest_of, sha256
 
 # each flag is another name of a configuration key
 FLAGS = ("device", "color_space", "val_rec", "val_targets", "val_batch_size", "ijb_root", "ijb_targets", "ijb_batch_size", "ijb_num_workers", "ijb_flip",

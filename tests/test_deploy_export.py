@@ -121,7 +121,7 @@ def test_full_and_batch_evaluation_take_models(run_folder, exported, tmp_path):
     output = run(FULL, "--checkpoint", run_folder / "12backbone.onnx", *how, "--results-json", tmp_path / "r.json", "--report-dir", tmp_path / "report",
                  "--features", tmp_path / "features")
     assert json.loads((tmp_path / "r.json").read_text())["verification"]["frontal"] == pytest.approx(wanted, rel=1e-4)
-    assert f"skipped lowres: no {run_folder / 'set' / 'lowres.bin'}" in output and "(ONNX model, onnxruntime on 1 x cpu)" in output
+    assert f"skipped lowres: no {run_folder / 'set' / 'lowres.bin'}" in output and "(ONNX model, onnxruntime on 1 x cpu, RGB images)" in output
     digest = sha256(run_folder / "12backbone.onnx")
     assert json.loads((tmp_path / "report" / "thresholds.json").read_text())["sha256"] == digest and (tmp_path / "features" / digest[:16]).is_dir()
 
