@@ -2,20 +2,22 @@
 
     python data/check_rec.py data/faces_emore --sheet sheet.png --json check.json
 
-takes what rec= takes: a folder with train.rec (or its shards), a .rec, or several of these (with commas or
-spaces between them; of several folders add rec_labels=shared or rec_labels=separate); or a folder of identities.
-It decodes every image in as many processes as there are cores and prints what it finds.
-Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), JPEGs that end early
-(no end marker: decoders fill the rest with grey, or give up), labels that are no class of the set, classes without an image
-(label gaps), all images in one class, and the same bytes under two identities. The same bytes twice under one
-identity are only reported. --allow names errors to tolerate. --sheet draws identities, large and small, and
-images that two identities share. A missing train.idx or property is rebuilt, as training does. About 100 bytes
-a record are kept in memory.
+takes what rec= takes: a folder with train.rec (or its shards), a .rec, or several of these (with
+commas or spaces between them; of several folders add rec_labels=shared or rec_labels=separate); or
+a folder of identities. It decodes every image in as many processes as there are cores and prints
+what it finds.
+
+Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), JPEGs
+that end early (no end marker: decoders fill the rest with grey, or give up), labels that are no
+class of the set, classes without an image (label gaps), all images in one class, and the same bytes
+under two identities. The same bytes twice under one identity are only reported. --allow names
+errors to tolerate. --sheet draws identities, large and small, and images that two identities share.
+A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in
+memory.
 """
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +35,6 @@ from utils.dataset import (
     Identities,
     MXFaceDataset,
     decode_into,
-    from_1,
     refuse_empty,
     why_empty,
 )
@@ -53,8 +54,12 @@ ERRORS = ("unreadable", "cut", "labels", "gaps", "single", "shared")
 
 
 class Contents(NamedTuple):
-    """Of N records, in order: labels (N,) float64, NaN where there is no header; digests (N,) of the stored bytes; readable (N,) bool;
-    cut (N,) bool: JPEGs that end early; bad: (index, reason) of the first SHOWN that are not readable."""
+    """Of N records, in order.
+
+    labels: (N,) float64, NaN where there is no header. digests: (N,) of the stored bytes.
+    readable: (N,) bool. cut: (N,) bool, JPEGs that end early. bad: (index, reason) of the first
+    SHOWN that are not readable.
+    """
 
     labels: np.ndarray
     digests: np.ndarray
@@ -97,7 +102,7 @@ def main() -> None:
 
 
 def open_set(words: list[str]) -> tuple[FaceImages, str]:
-    """(the set, its name). words: as on the command line. Raises InputError for a set that training would refuse to open."""
+    """(the set, its name). words: as on the command line. Raises InputError as training does."""
     paths, labels = [], "auto"
     for word in words:
         if word.startswith("rec_labels="):
@@ -108,7 +113,10 @@ def open_set(words: list[str]) -> tuple[FaceImages, str]:
     if len(paths) == 1:
         path = Path(paths[0])
         if not path.is_dir() and path.suffix != ".rec":
-            raise InputError(f"no folder {path.absolute()}: name a folder with train.rec, a .rec, or a folder of identities")
+            raise InputError(
+                f"no folder {path.absolute()}: name a folder with train.rec, a .rec, or a folder "
+                "of identities"
+            )
         if path.is_dir() and not has_records(path):
             return Folders(str(path)), paths[0]
     return Records(paths, labels=labels), ", ".join(paths)
@@ -119,7 +127,7 @@ def open_set(words: list[str]) -> tuple[FaceImages, str]:
 def read_all(dataset: FaceImages, workers: int) -> Contents:
     """Every record of the set, in pieces, in as many processes."""
     pieces = [range(first, min(first + PIECE, len(dataset))) for first in range(0, len(dataset), PIECE)]
-    whole = Contents(np.full(len(dataset), np.nan), np.zeros(len(dataset), f"V{DIGEST}"), np.zeros(len(dataset), bool), np.zeros(len(dataset), bool), [])
+    whole = nothing_read(len(dataset))
     with tqdm(desc="reading", total=len(dataset), unit="img", disable=None) as bar:
         for piece, part in zip(pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))):
             for column, values in zip(whole[:4], part[:4]):
@@ -129,6 +137,13 @@ def read_all(dataset: FaceImages, workers: int) -> Contents:
     return whole
 
 
+def nothing_read(count: int) -> Contents:
+    """Of so many records, none of which is read yet."""
+    digests = np.zeros(count, f"V{DIGEST}")
+    readable, cut = np.zeros(count, bool), np.zeros(count, bool)
+    return Contents(np.full(count, np.nan), digests, readable, cut, [])
+
+
 class Reading:
     """range of indices -> Contents of these records."""
 
@@ -136,8 +151,7 @@ class Reading:
         self.dataset = dataset
 
     def __call__(self, piece: range) -> Contents:
-        labels, digests = np.full(len(piece), np.nan), np.zeros(len(piece), f"V{DIGEST}")
-        readable, cut, bad = np.zeros(len(piece), bool), np.zeros(len(piece), bool), []
+        labels, digests, readable, cut, bad = part = nothing_read(len(piece))
         image = np.empty((*IMAGE_SIZE, 3), np.uint8)
         for row, index in enumerate(piece):
             try:
@@ -148,13 +162,13 @@ class Reading:
                 readable[row] = True
             except RecordError as error:
                 bad.append((index, str(error)))
-        return Contents(labels, digests, readable, cut, bad)
+        return part
 
 
 # --- examining -----------------------------------------------------------------------------------------------------------------
 
 def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndarray]]:
-    """(all findings, as --json writes them; the indices of images that two identities share, a group each).
+    """(all findings, as --json writes them; indices of images that two identities share, by image).
 
     Labels are those in the records; classes those of the whole set, where folders count theirs on.
     """
@@ -162,7 +176,8 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
     classes, fits = labels.copy(), np.zeros(len(labels), bool)
     for part, first, count in dataset.parts():
         # a NaN does not fit
-        fits[part] = (labels[part] >= 0) & (labels[part] < count) & (labels[part] == np.floor(labels[part]))
+        found = labels[part]
+        fits[part] = (found >= 0) & (found < count) & (found == np.floor(found))
         classes[part] += first
     strange = np.flatnonzero(~fits & (readable | ~np.isnan(labels)))
     sizes = np.bincount(classes[readable & fits].astype(np.int64), minlength=dataset.num_classes)
@@ -192,14 +207,22 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
             single.tolist(),
             len(single),
         ),
-        shared=finding("images under two identities (same bytes)", [names_and_labels(dataset, classes, group) for group in shared[:SHOWN]], len(shared)),
-        duplicates=finding("copies of an image that is there already (same bytes)", [names_and_labels(dataset, classes, group) for group in groups[:SHOWN]], repeated),
+        shared=finding(
+            "images under two identities (same bytes)",
+            [names_and_labels(dataset, classes, group) for group in shared[:SHOWN]],
+            len(shared),
+        ),
+        duplicates=finding(
+            "copies of an image that is there already (same bytes)",
+            [names_and_labels(dataset, classes, group) for group in groups[:SHOWN]],
+            repeated,
+        ),
         identity_sizes=describe_sizes(sizes))
     return findings, shared
 
 
 def find_gaps(dataset: FaceImages, gaps: np.ndarray) -> dict:
-    """Classes without an image: by number, those of a folder of identities by name, and why they have none."""
+    """Classes without an image: by number; of a folder by name, and why they have none."""
     what, listed = "label gaps (classes without an image)", gaps[:SHOWN].tolist()
     if isinstance(dataset, Folders):
         listed = [dataset.identities[number] for number in listed]
@@ -212,8 +235,9 @@ def find_gaps(dataset: FaceImages, gaps: np.ndarray) -> dict:
 
 def run_from_1(labels: np.ndarray, dataset: FaceImages) -> str:
     """What to add about labels where class 0 is missing and one is too large."""
-    if len(labels) and labels.min() >= 1 and labels.max() == dataset.num_classes:
-        return f" (labels run from {labels.min():g} to {labels.max():g}; {from_1(dataset.num_classes)})"
+    count = dataset.num_classes
+    if len(labels) and labels.min() >= 1 and labels.max() == count:
+        return f" (labels run from {labels.min():g} to {count}; {dataset.from_1(count)})"
     return ""
 
 
@@ -223,7 +247,9 @@ def finding(what: str, listed: list, count: int) -> dict:
 
 
 def names_and_labels(dataset: FaceImages, classes: np.ndarray, group: np.ndarray) -> list[dict]:
-    return [dict(record=dataset.name_of(int(index)), label=float(classes[index])) for index in group]
+    return [
+        dict(record=dataset.name_of(index), label=float(classes[index])) for index in group.tolist()
+    ]
 
 
 def group_equal(digests: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
@@ -251,16 +277,19 @@ def describe_sizes(sizes: np.ndarray) -> dict:
 
 def describe(name: str, findings: dict) -> str:
     """The findings in words, of each kind the first."""
-    sizes, lines = findings["identity_sizes"], [f"{name}: {findings['images']:,} images, {findings['classes']:,} classes"]
+    sizes = findings["identity_sizes"]
+    lines = [f"{name}: {findings['images']:,} images, {findings['classes']:,} classes"]
     if sizes["classes"]:
         lines += [f"images an identity: {sizes['least']} at least, {sizes['median']:g} median, {sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})",
                   "identities by images: " + ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items())]
     for kind in (*ERRORS, "duplicates"):
         count, listed = findings[kind]["count"], findings[kind]["listed"]
+        what = findings[kind]["what"]
         if kind != "single":
-            lines.append(f"{findings[kind]['what']}: {count:,}" + (f"; the first: {show(listed[0])}" if count else ""))
+            first = f"; the first: {show(listed[0])}" if count else ""
+            lines.append(f"{what}: {count:,}{first}")
         elif count:
-            lines.append(f"one {findings[kind]['what']}")
+            lines.append(f"one {what}")
     return "\n".join(lines)
 
 
@@ -273,7 +302,10 @@ def show(entry) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument(
-        "set", nargs="+", metavar="SET", help="what rec= names (folders, .rec files), or a folder of identities"
+        "set",
+        nargs="+",
+        metavar="SET",
+        help="what rec= names (folders, .rec files), or a folder of identities",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"write all findings there (of each kind the first {SHOWN} are listed)")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet")

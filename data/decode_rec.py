@@ -67,7 +67,8 @@ def main() -> None:
             raise InputError(f"--output {output}: {error.filename or 'a file of the copy'}: {error.strerror}; nothing is kept: make room, or name another folder") from error
     if ended_early:
         log.warning(
-            "%d images are JPEGs that end early, and their rest is grey, in the copy as in %s; data/check_rec.py lists them",
+            "%d images are JPEGs that end early, and their rest is grey, in the copy as in %s; "
+            "data/check_rec.py lists them",
             ended_early,
             source,
         )
@@ -75,10 +76,13 @@ def main() -> None:
 
 
 def open_set(word: str) -> tuple[Path, MXFaceDataset]:
-    """(the folder of the set, the set). Raises InputError if it is none, or lies in several folders."""
+    """(the folder of the set, the set). Raises InputError if there is none."""
     path = Path(word.removeprefix("rec="))
     if path.suffix != ".rec" and not (path.is_dir() and has_records(path)):
-        raise InputError(f"no record set {path.absolute()}: name a folder with train.rec, or with its shards, or a .rec")
+        raise InputError(
+            f"no record set {path.absolute()}: name a folder with train.rec, or with its shards, "
+            "or a .rec"
+        )
     return Path(find_folders(path)[0].path), MXFaceDataset(str(path))
 
 
@@ -104,8 +108,8 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
 def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int) -> int:
     """Write all files of the copy to ``folder`` and compare them with what was meant.
 
-    Returns how many images are JPEGs that end early. Raises InputError naming a damaged image, or a record
-    that reads back otherwise.
+    Returns how many images are JPEGs that end early. Raises InputError naming a damaged image, or a
+    record that reads back otherwise.
     """
     shards = dataset.shards()
     orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]      # of all records, as they lie in the files

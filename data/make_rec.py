@@ -9,8 +9,9 @@ record an image, shuffled by ``--seed`` unless ``--no-shuffle``. ``--layout insi
 together, as its index records require, in sorted order. The training scripts shuffle either layout every epoch. ``pairs.txt`` has lines ``path1 path2 0|1`` (1: same person), paths below DIR,
 tab-separated if they contain spaces. What was written is read back and compared before it gets its name.
 
-Files that cannot be read, and JPEGs that end early (whose rest decoders fill with grey), are refused;
-``--skip-bad`` leaves them out of the records and lists them. An identity that has no others is left out, too.
+Files that cannot be read, and JPEGs that end early (whose rest decoders fill with grey), are
+refused; ``--skip-bad`` leaves them out of the records and lists them. An identity that has no
+others is left out, too.
 """
 import argparse
 import os
@@ -56,7 +57,8 @@ def main() -> None:
     else:
         count, classes, left_out = write_records(args, encode)
         skipped = f"; {left_out} bad files left out" if left_out else ""
-        print(f"{args.output}: {count} images of {classes} identities, read back and equal{skipped}")
+        done = f"{count} images of {classes} identities, read back and equal"
+        print(f"{args.output}: {done}{skipped}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,7 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quality", type=int, default=95, help="of re-encoded images, 1 ... 100")
     parser.add_argument("--resize", action="store_true", help="scale images of another size to 112x112 (not an alignment)")
     parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out files that cannot be read or end early, and list them"
+        "--skip-bad",
+        action="store_true",
+        help="leave out files that cannot be read or end early, and list them",
     )
     args = parser.parse_args()
     if args.skip_bad and args.pairs:
@@ -119,8 +123,8 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
         groups, left_out = without_bad(groups, encode)
     if len(groups) < 2:
         raise InputError(
-            f"{os.path.abspath(args.images)} has images of one identity only: training needs two or more, a "
-            "sub-folder for each"
+            f"{os.path.abspath(args.images)} has images of one identity only: training needs two "
+            "or more, a sub-folder for each"
         )
     output = os.path.abspath(args.output)
     if os.path.exists(output) and not os.path.isdir(output):
@@ -140,8 +144,13 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
     return len(entries), len(groups), left_out
 
 
-def without_bad(groups: list[list[str]], encode: Callable[[str], bytes]) -> tuple[list[list[str]], int]:
-    """(the readable images of the identities that have any, number of files left out); lists the others."""
+def without_bad(
+    groups: list[list[str]], encode: Callable[[str], bytes]
+) -> tuple[list[list[str]], int]:
+    """(the readable images of the identities that have any, number of files left out).
+
+    Lists on stderr what is left out. Raises InputError if nothing is left.
+    """
     kept, left_out = [], 0
     with progress("looking", sum(map(len, groups))) as bar:
         for group in groups:
@@ -157,7 +166,8 @@ def without_bad(groups: list[list[str]], encode: Callable[[str], bytes]) -> tupl
             if readable:
                 kept.append(readable)
             else:
-                bar.write(f"left out: identity {os.path.dirname(group[0])}, all images of it", file=sys.stderr)
+                name = os.path.dirname(group[0])
+                bar.write(f"left out: identity {name}, all images of it", file=sys.stderr)
     if not kept:
         raise InputError("--skip-bad: not one image can be read")
     return kept, left_out

@@ -33,7 +33,8 @@ JPEG_START = b"\xff\xd8\xff"
 PIXELS = b"P6\n%d %d\n255\n" % IMAGE_SIZE[::-1]        # begins an image that is stored as it is, a PPM file: read without OpenCV, in a tenth of the time
 # of a set that does not ascend by label as InsightFace's does, and of one that does
 LABELS_LOOKED_AT, ASCENDING_LOOKED_AT = 1 << 19, 1 << 12
-NAMED = 3               # of the folders and files that a message is about
+# of the folders and files that a message is about
+NAMED = 3
 OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64      # for the identity of a set: half a second for six million images
 
 log = logging.getLogger(__name__)
@@ -152,19 +153,13 @@ class FaceImages:
         """The class of a record with ``label``; InputError naming the record if it is none of this set (a NaN is none either)."""
         first, count = self._classes(index)
         if not 0 <= label < count or label != int(label):
+            hint = f"; if its labels run from 1, {self.from_1(count)}" if label == count else ""
             raise InputError(
-                f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set has {count} "
-                f"classes (0 ... {count - 1}); mend its property file or config.num_classes"
-                + (f"; if its labels run from 1, {self._count_from_1(count)}" if label == count else "")
+                f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set "
+                f"has {count} classes (0 ... {count - 1}); mend its property file or "
+                f"config.num_classes{hint}"
             )
         return first + int(label)
-
-    def _count_from_1(self, count: int) -> str:
-        """How to train on the labels 1 ... count."""
-        return (
-            f"let property say {count + 1} classes, or num_classes={count + 1} for a single folder: class 0 then "
-            "stays empty; or make the set again with labels from 0"
-        )
 
     def _classes(self, index: int) -> tuple[int, int]:
         """(the class of label 0, number of labels) in the part of the set that holds ``index``."""
@@ -187,19 +182,24 @@ class FaceImages:
         found = (self._label(index) for index in indices)
         return np.array([-1 if label is None else self._checked(label, index) for index, label in zip(indices, found)], np.int64)
 
-    def label_order(self) -> tuple[np.ndarray, bool]:
-        """(indices to look at before training, in the order of the disk; whether the labels ascend)."""
-        return sampled(len(self), LABELS_LOOKED_AT), False
+    def from_1(self, count: int) -> str:
+        """How to train where labels are 1 ... count."""
+        or_set = f", or set num_classes={count + 1}" if count == self.num_classes else ""
+        return (
+            f"let the property file say {count + 1} classes{or_set} (class 0 then stays empty), or "
+            "make the set again with labels from 0"
+        )
 
     def labels_to_check(self) -> tuple[np.ndarray, bool]:
-        """(indices whose labels to look at before a training, whether the labels ascend with the index)."""
+        """(indices whose labels to look at before a training, whether labels ascend with it)."""
         raise NotImplementedError
 
     def one_class(self, label: float) -> str:
         """What to say where all images have this label."""
         return (
-            f"all labels are {label:g}: training needs two classes or more, and the identities of this set are "
-            "elsewhere (in a list beside it?); pack its images again with data/make_rec.py, a folder for each identity"
+            f"all labels are {label:g}: training needs two classes or more, and the identities of "
+            "this set are elsewhere (in a list beside it?); pack its images again with "
+            "data/make_rec.py, a folder for each identity"
         )
 
     def identity(self) -> dict:
@@ -208,10 +208,10 @@ class FaceImages:
 
 
 def check_classes(dataset: FaceImages) -> None:
-    """Look at the labels of a training set before it is trained on: at all of them, at many of a large one.
+    """Look at the labels of a training set before it is trained on: at all, at many of a large one.
 
-    Raises InputError if all images are of one class, which trains to a loss of 0 and to nothing else, and
-    for a label that is no class. Warns of classes without images.
+    Raises InputError if all images are of one class, which trains to a loss of 0 and to nothing
+    else, and for a label that is no class. Warns of classes without images.
     """
     indices, ascending = dataset.labels_to_check()
     # an image of each (class of label 0, number of labels, label)
@@ -224,40 +224,39 @@ def check_classes(dataset: FaceImages) -> None:
         labels = [label for *part, label in examples if part == [first, count]]
         if min(labels) >= 1 and max(labels) == count:
             raise InputError(
-                f"{dataset.root_dir}: labels run from {min(labels):g} to {count}, but classes are counted from 0 "
-                f"and the set has {count} (0 ... {count - 1}): {from_1(count)}"
+                f"{dataset.root_dir}: labels run from {min(labels):g} to {count} (record "
+                f"{dataset.name_of(examples[first, count, count])}), but classes are counted from "
+                f"0 and there are {count} (0 ... {count - 1}): {dataset.from_1(count)}"
             )
     classes = {dataset._checked(label, index) for (*_, label), index in examples.items()}
     if len(classes) == 1:
         ((*_, label), _) = examples.popitem()
         if all(dataset._label(index) in (label, None) for index in range(len(dataset))):
             raise InputError(f"{dataset.root_dir}: {dataset.one_class(label)}")
-        return
-    if classes and 0 not in classes and (ascending or len(indices) == len(dataset)):
+    elif classes:
+        warn_of_empty(dataset, classes, len(indices) == len(dataset), ascending)
+
+
+def warn_of_empty(dataset: FaceImages, classes: set[int], all_seen: bool, ascending: bool) -> None:
+    """Log which classes have no image, as far as ``classes``, those that were seen, show it."""
+    smallest = min(classes)
+    if smallest and (all_seen or ascending):
         log.warning(
-            "class 0 of %s has no image: the smallest label is %d. It stays an empty class; if labels should "
+            "labels of %s begin at %d: class 0 has no image and stays empty; if labels should "
             "count from 0, make the set again",
             dataset.root_dir,
-            min(classes),
+            smallest,
         )
-    empty = dataset.num_classes - len(classes)
-    if classes and empty and len(indices) == len(dataset):
-        first = next(number for number in range(dataset.num_classes) if number not in classes)
+    empty = [number for number in range(smallest, dataset.num_classes) if number not in classes]
+    if all_seen and empty:
         log.warning(
-            "%d of the %d classes of %s have no image, the first: %d; data/check_rec.py lists them",
-            empty,
+            "%d of the %d classes of %s have no image, class %d for one; data/check_rec.py lists "
+            "them",
+            len(empty),
             dataset.num_classes,
             dataset.root_dir,
-            first,
+            empty[0],
         )
-
-
-def from_1(count: int) -> str:
-    """How to train on the labels 1 ... count."""
-    return (
-        f"let the property file say {count + 1} classes, or set num_classes={count + 1} (class 0 then stays "
-        "empty), or make the set again with labels from 0"
-    )
 
 
 def empty_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -353,12 +352,15 @@ class MXFaceDataset(FaceImages):
         for shard, end in zip(self._shards, self._ends):
             numbers = sampled(shard.count, max(most * shard.count // len(self), 2))
             order = shard.file_order()
-            parts.append(int(end) - shard.count + (numbers if order is None else order[numbers].astype(np.int64)))
+            if order is not None:
+                numbers = order[numbers].astype(np.int64)
+            parts.append(int(end) - shard.count + numbers)
         return np.concatenate(parts), ascending
 
     def parts(self) -> list[tuple[slice, int, int]]:
         starts = np.append(0, self._ends).tolist()
-        return [(slice(first, end), *self._classes(first)) for first, end in zip(starts, starts[1:])]
+        spans = zip(starts, starts[1:])
+        return [(slice(first, end), *self._classes(first)) for first, end in spans]
 
     def shards(self) -> list[Shard]:
         """The record files in the order of their images."""
@@ -394,7 +396,7 @@ class MXFaceDataset(FaceImages):
         return self._rebuild_property(folder, path) if stored is None else stored
 
     def _rebuild_property(self, folder: int, path: str) -> int:
-        """Count the classes in the image headers; keep the result for the next run where that is allowed.
+        """Count the classes in the image headers; keep the result for the next run where allowed.
 
         That of a single class is not kept: it says nothing, and whoever trains on it is refused.
         """
@@ -405,7 +407,7 @@ class MXFaceDataset(FaceImages):
         for shard in shards:
             for at in range(shard.count):
                 label = shard.label(at)
-                # damaged records, labels beyond what float32 counts and NaN are reported when they are read
+                # damaged records, labels beyond what float32 counts and NaN are reported later
                 if label is not None and label < EXACT_IN_FLOAT32:
                     smallest, largest = min(smallest, label), max(largest, label)
         num_classes = 1 + int(largest)
@@ -482,8 +484,8 @@ class FaceDatasetFolder(FaceImages):
 
     def one_class(self, label: float) -> str:
         return (
-            f"all images are of one identity ({self.identities[int(label)]}): training needs two or more, a "
-            "sub-folder for each"
+            f"all images are of one identity ({self.identities[int(label)]}): training needs two "
+            "or more, a sub-folder for each"
         )
 
     def identity(self) -> dict:
@@ -508,9 +510,9 @@ class FaceDatasetFolder(FaceImages):
 class Identities(NamedTuple):
     """What a folder holds.
 
-    names: its sub-folders, sorted. groups: of each the paths of its images below the folder, sorted.
-    Those without images are in one of three more: nested {name: sub-folders that hold images}, others
-    {name: files with other suffixes}, bare [names of folders that hold neither].
+    names: its sub-folders, sorted. groups: of each the paths of its images below the folder,
+    sorted. Those without images are in one of three more: nested {name: sub-folders that hold
+    images}, others {name: files with other suffixes}, bare [names of folders with neither].
     """
 
     names: list[str]
@@ -523,8 +525,8 @@ class Identities(NamedTuple):
 def list_identities(root_dir: str, sample: int | None = None) -> list[list[str]]:
     """Image paths below ``root_dir``, one sorted list per identity (sub-folder, sorted by name; hidden ones are skipped).
 
-    ``sample``: at most so many of each. Raises InputError if there is no such folder, no image, or an
-    identity without images. Logs which files and sub-folders are left out.
+    ``sample``: at most so many of each. Raises InputError if there is no such folder, no image, or
+    an identity without images. Logs which files and sub-folders are left out.
     """
     found = scan_identities(root_dir)
     refuse_empty(root_dir, found)
@@ -554,8 +556,9 @@ def scan_identities(root_dir: str) -> Identities:
         else:
             found.bare.append(identity)
     loose = [name for name in loose if is_image_name(name)]
+    kinds = f"other suffixes than {' '.join(IMAGE_SUFFIXES)} ({suffixes(left_out)})"
     for what, paths in (
-        (f"{len(left_out)} files with other suffixes than {' '.join(IMAGE_SUFFIXES)} ({suffixes(left_out)})", left_out),
+        (f"{len(left_out)} files with {kinds}", left_out),
         (f"the images in {len(deeper)} sub-folders of identities", deeper),
         (f"{len(loose)} images in no identity's folder", loose),
     ):
@@ -571,7 +574,7 @@ def is_image_name(name: str) -> bool:
 def split_folder(folder: str) -> tuple[list[str], list[str]]:
     """(names of its sub-folders, of its files), sorted, without hidden ones."""
     with os.scandir(folder) as entries:
-        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+        seen = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
     return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
 
 
@@ -594,12 +597,15 @@ def refuse_empty(root_dir: str, found: Identities) -> None:
     """Raises InputError if there is no identity, or one without images."""
     root = os.path.abspath(root_dir)
     if not found.names:
-        raise InputError(f"no images in {root}; it should hold one sub-folder of images per identity")
+        raise InputError(
+            f"no images in {root}; it should hold one sub-folder of images per identity"
+        )
     without = [name for name, group in zip(found.names, found.groups) if not group]
     if len(without) == 1:
         raise InputError(f"identity {without[0]} in {root} has no image: {why_empty(found)}")
     if without:
-        raise InputError(f"{len(without)} of {len(found.names)} identities in {root} have no image: {why_empty(found)}")
+        counts = f"{len(without)} of {len(found.names)} identities"
+        raise InputError(f"{counts} in {root} have no image: {why_empty(found)}")
 
 
 def why_empty(found: Identities) -> str:
@@ -608,8 +614,8 @@ def why_empty(found: Identities) -> str:
     if found.nested:
         folders = list(dict.fromkeys(name for names in found.nested.values() for name in names))
         reasons.append(
-            f"the images of {few(list(found.nested))} lie in sub-folders ({few(folders)}): move them up into the "
-            "identity's own, or name the folder that holds the identities"
+            f"the images of {few(list(found.nested))} lie in sub-folders ({few(folders)}): move "
+            "them up into the identity's own, or name the folder that holds the identities"
         )
     if found.others:
         files = [path for paths in found.others.values() for path in paths]

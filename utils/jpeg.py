@@ -11,13 +11,13 @@ _BARE = {0x01, 0xD8}
 
 
 def ends_early(encoded: bytes | memoryview) -> bool:
-    """Whether these bytes are a JPEG without its end marker. What follows that marker is of no matter.
+    """Whether these bytes are a JPEG without its end marker; what follows that does not matter.
 
     Other formats (PNG, WebP, ...) are none of this function's business: False.
     """
     if bytes(encoded[:3]) != START:
         return False
-    # an end marker as the last two bytes is the image's own: one of a thumbnail has the image behind it
+    # as the last two bytes it is the image's own: a thumbnail's has the image behind it
     if bytes(encoded[-2:]) == END:
         return False
     encoded = bytes(encoded)
@@ -26,7 +26,7 @@ def ends_early(encoded: bytes | memoryview) -> bool:
         code, at = marker[1][0], marker.end()
         if code == _END_OF_IMAGE:
             return False
-        # a segment, whose content may look like markers, is passed over: thumbnails have an end of their own
+        # a segment is passed over: a thumbnail in it has an end marker of its own
         if code not in _BARE:
             at += int.from_bytes(encoded[at:at + 2], "big")
     return True

@@ -61,9 +61,9 @@ def open_index(
 ) -> Index:
     """The index of ``rec_path``: from ``idx_path`` or, if that is missing, from ``scan()``.
 
-    scan: gives (keys, offsets), and may write the ``.idx``. check: looks at those of an ``.idx`` before
-    they are used. Raises InputError if a line of the ``.idx`` is not ``key<tab>offset``, if lines
-    contradict each other (``ascending``, ``order_in_file``), and what ``check`` raises.
+    scan: gives (keys, offsets), and may write the ``.idx``. check: looks at those of an ``.idx``
+    before they are used. Raises InputError if a line of the ``.idx`` is not ``key<tab>offset``, if
+    lines contradict each other (``ascending``, ``order_in_file``), and what ``check`` raises.
     """
     def find() -> tuple[np.ndarray, np.ndarray]:
         if not os.path.isfile(idx_path):
@@ -127,7 +127,7 @@ def marks(path: str) -> list[int] | None:
 
 
 def in_memory(keys: np.ndarray, offsets: np.ndarray, idx_path: str = "the index") -> Index:
-    """The index of (keys, offsets) in any order, in this process alone; raises as ``open_index``."""
+    """The index of (keys, offsets), in any order, for this process. Raises as ``open_index``."""
     parts, repeated = ascending(keys, offsets, idx_path)
     order_in_file(parts, idx_path)
     keys, offsets = (joined(arrays) for arrays in zip(*parts))
@@ -148,27 +148,30 @@ def ascending(
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
     """(keys, offsets) by key, every key once, and how many repeated lines were dropped for that.
 
-    They come as one part or as two to lay end to end: no copies for files in key order but for a last
-    record 0, as InsightFace's are. Raises InputError if a key stands there with two offsets: only one
-    of these records could be read by it, and would stand for all.
+    They come as one part or as two to lay end to end: no copies for files in key order but for a
+    last record 0, as InsightFace's are. Raises InputError if a key stands there with two offsets:
+    only one of these records could be read by it, and would stand for all.
     """
     if rising(keys):
         return [(keys, offsets)], 0
     if keys[-1] < keys[0] and rising(keys[:-1]):
         return [(keys[-1:], offsets[-1:]), (keys[:-1], offsets[:-1])], 0
     order = order_of(keys)
-    keys, offsets = (np.take(values, order, out=scratch(len(order)), mode="clip") for values in (keys, offsets))
+    keys, offsets = (
+        np.take(values, order, out=scratch(len(order)), mode="clip") for values in (keys, offsets)
+    )
     again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
     if len(again) == 0:
         return [(keys, offsets)], 0
     contradicting = again[offsets[again] != offsets[again - 1]]
     if len(contradicting):
-        key = keys[contradicting[0]]
+        count, key = len(np.unique(keys[contradicting])), keys[contradicting[0]]
         its_offsets = offsets[np.searchsorted(keys, key):np.searchsorted(keys, key, "right")]
+        listed = ", ".join(map(str, its_offsets[:3])) + (", ..." if len(its_offsets) > 3 else "")
         raise InputError(
-            f"{idx_path} lists keys several times with different offsets ({len(np.unique(keys[contradicting]))} of "
-            f"them; key {key}: {', '.join(map(str, its_offsets[:3]))}{', ...' if len(its_offsets) > 3 else ''}): "
-            f"records would be read twice and others never; {rebuild(idx_path)}, which numbers them anew where need be"
+            f"{idx_path} lists keys several times with different offsets ({count} of them; key "
+            f"{key}: {listed}): records would be read twice and others never; {rebuild(idx_path)}, "
+            "which numbers them anew where need be"
         )
     once = np.ones(len(keys), bool)
     once[again] = False
@@ -176,7 +179,7 @@ def ascending(
 
 
 def order_in_file(parts: list[tuple[np.ndarray, np.ndarray]], idx_path: str) -> np.ndarray | None:
-    """The positions in the order of the file; None if that is the order of the keys but for the first.
+    """The positions in the order of the file; None: that of the keys, but perhaps for the first.
 
     parts: from ``ascending``. Raises InputError if two keys name one record.
     """
@@ -201,8 +204,8 @@ def order_in_file(parts: list[tuple[np.ndarray, np.ndarray]], idx_path: str) -> 
     if shared:
         keys = joined(keys)
         raise InputError(
-            f"{idx_path}: the keys {keys[shared[0]]} and {keys[shared[1]]} have the same offset, so that one record "
-            f"would be read as two; {rebuild(idx_path)}"
+            f"{idx_path}: the keys {keys[shared[0]]} and {keys[shared[1]]} have the same offset, "
+            f"so that one record would be read as two; {rebuild(idx_path)}"
         )
     return order
 
@@ -257,7 +260,9 @@ def parse(text: bytes, idx_path: str) -> np.ndarray:
             numbers = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
         return numbers.reshape(-1, 2)
     except (ValueError, DeprecationWarning):
-        raise InputError(f"{idx_path} is no RecordIO index (lines of key<tab>offset); {rebuild(idx_path)}") from None
+        raise InputError(
+            f"{idx_path} is no RecordIO index (lines of key<tab>offset); {rebuild(idx_path)}"
+        ) from None
 
 
 def first_beyond(idx_path: str, size: int) -> tuple[int, int]:
@@ -266,8 +271,8 @@ def first_beyond(idx_path: str, size: int) -> tuple[int, int]:
     Arrays hold no number above int64: NumPy reads larger ones as the largest.
     """
     with open(idx_path) as file:
-        words = (word for line in file for word in line.split())
-        return next((int(key), int(offset)) for key, offset in zip(words, words) if int(offset) >= size)
+        words = (int(word) for line in file for word in line.split())
+        return next((key, offset) for key, offset in zip(words, words) if offset >= size)
 
 
 def write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> None:
@@ -279,7 +284,7 @@ def write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> N
 # --- the shared file: header, offsets, keys, and the positions by offset if these are not in order
 
 def save(path: str, stamp: dict, keys: np.ndarray, offsets: np.ndarray, idx_path: str) -> None:
-    """Lay down the index of (keys, offsets), in any order, for ``load``; raises as ``open_index``."""
+    """Lay down the index of (keys, offsets), in any order. Raises as ``open_index``."""
     parts, repeated = ascending(keys, offsets, idx_path)
     order = order_in_file(parts, idx_path)
     kind = key_type(parts[-1][0])
@@ -323,4 +328,10 @@ def load(path: str, stamp: dict) -> Index | None:
         content = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     keys_at = HEADER + 8 * count
     by_offset = np.frombuffer(content, np.uint32, count, keys_at + kind.itemsize * count) if header["by_offset"] else None
-    return Index(np.frombuffer(content, kind, count, keys_at), np.frombuffer(content, np.int64, count, HEADER), by_offset, True, header["repeated"])
+    return Index(
+        np.frombuffer(content, kind, count, keys_at),
+        np.frombuffer(content, np.int64, count, HEADER),
+        by_offset,
+        mapped=True,
+        repeated=header["repeated"],
+    )

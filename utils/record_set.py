@@ -27,9 +27,12 @@ from utils.recordio import MAGIC_BYTES, Glance, IndexedRecordIO, IRHeader, Recor
 
 log = logging.getLogger(__name__)
 
-OFFSETS_LOOKED_AT = 64      # of every file, when it is opened
-FEWEST_WRONG = 4            # of these, to say that the index is another file's: fewer are damaged records
-LONGEST_HOLE = 1000     # so many damaged records in a row are a damaged file: stop looking for a neighbour
+# of every file, when it is opened
+OFFSETS_LOOKED_AT = 64
+# of these, to say that the index is another file's: fewer are damaged records
+FEWEST_WRONG = 4
+# so many damaged records in a row are a damaged file: stop looking for a neighbour
+LONGEST_HOLE = 1000
 LABELS = ("auto", "shared", "separate")
 IMAGE_SIZE = (112, 112)
 
@@ -90,14 +93,15 @@ def has_records(folder: str | os.PathLike) -> bool:
             names.append(entry.name)
             others |= entry.is_dir() and not entry.name.startswith(".")
     recs = [name for name in names if name.endswith(".rec")]
-    if "train.idx" in names or "property" in names or any(name.startswith("train") for name in recs):
+    train = [name for name in recs if name.startswith("train")]
+    if "train.idx" in names or "property" in names or train:
         return True
     # of other names, which find_folders asks to be named, where they are all there is
     return bool(recs) and not others
 
 
 def split_paths(text: str, base: Path) -> list[str]:
-    """What a text names: one path, or several with commas between them (unless the whole is a path)."""
+    """What a text names: one path, or several with commas between (unless the whole is a path)."""
     if "," not in text or (base / Path(text).expanduser()).exists():
         return [text]
     return [word.strip() for word in text.split(",") if word.strip()]
@@ -114,8 +118,9 @@ def check_labels(labels: str, folders: Sequence[Folder]) -> bool:
 
 
 class Shard:
-    """One ``.rec``: its index and which of its records are images, those at the positions ``first`` ... ``first + count - 1``.
+    """One ``.rec``: its index and which of its records are images.
 
+    These are at the positions ``first`` ... ``first + count - 1``.
     Raises InputError if its ``.idx`` is another file's, or if its record 0 is.
     """
 
@@ -127,25 +132,27 @@ class Shard:
         self.insightface, self.first, self.count = self._images()
 
     def _refuse_foreign_index(self) -> None:
-        """Look at some offsets: of the index of another file hardly any is the beginning of a record."""
+        """Look at some offsets: in another file's index hardly any is where a record begins."""
         keys, offsets = self.index.key_array, self.index.index.offsets
-        looked_at = np.linspace(0, max(len(keys) - 1, 0), min(len(keys), OFFSETS_LOOKED_AT)).round().astype(np.int64)
+        most = min(len(keys), OFFSETS_LOOKED_AT)
+        looked_at = np.linspace(0, max(len(keys) - 1, 0), most).round().astype(np.int64)
         # what lies beyond a file that is cut off was reported when the index was opened
         looked_at = looked_at[offsets[looked_at] < os.path.getsize(self.path)]
         starts = [self.index.records.pread(4, int(offset)) for offset in offsets[looked_at]]
         wrong = [at for at, start in zip(looked_at, starts) if start != MAGIC_BYTES]
         if len(wrong) >= FEWEST_WRONG and 2 * len(wrong) > len(looked_at):
             raise InputError(
-                f"{self.index.idx_path} is not the index of {self.path}: no record begins at {len(wrong)} of "
-                f"{len(looked_at)} offsets that were looked at (the first: key {keys[wrong[0]]}, offset "
-                f"{offsets[wrong[0]]}); {rebuild(self.index.idx_path)}, or copy both again"
+                f"{self.index.idx_path} is not the index of {self.path}: no record begins at "
+                f"{len(wrong)} of {len(looked_at)} offsets that were looked at (the first: key "
+                f"{keys[wrong[0]]}, offset {offsets[wrong[0]]}); {rebuild(self.index.idx_path)}, "
+                "or copy both again"
             )
 
     def _images(self) -> tuple[bool, int, int]:
         """(whether the layout is InsightFace's, first position, number) of the images.
 
-        InsightFace's record 0 tells the keys of the images, which the identities' records follow. Where
-        the index has lost it these records tell themselves. Elsewhere all records are images.
+        InsightFace's record 0 tells the keys of the images, which the identities' records follow.
+        Where the index has lost it, these tell themselves. Elsewhere all records are images.
         """
         keys = self.index.key_array
         if len(keys) == 0:
@@ -155,8 +162,9 @@ class Shard:
             if end == len(keys):
                 return False, 0, end
             log.warning(
-                "%s does not list record 0, which tells images from InsightFace's identity records: the %d "
-                "records from key %d on, which hold ranges of keys and no image, are left out",
+                "%s does not list record 0, which tells images from InsightFace's identity "
+                "records: the %d records from key %d on, which hold ranges of keys and no image, "
+                "are left out",
                 self.index.idx_path,
                 len(keys) - end,
                 keys[end],
@@ -168,7 +176,7 @@ class Shard:
         return True, 1, self._end_of_images(glance.label) - 1
 
     def _end_of_images(self, first_identity: float) -> int:
-        """The position after the last image, where record 0 says ``first_identity`` is no image any more."""
+        """The position after the last image. first_identity: which key is none, says record 0."""
         keys = self.index.key_array
         if not first_identity > 1:
             return 1
@@ -177,14 +185,15 @@ class Shard:
             end = int(np.searchsorted(keys, keys.dtype.type(np.ceil(first_identity))))
             if self._has_image(end):
                 raise InputError(
-                    f"{self.path}: record 0 says that no image follows key {keys[end - 1]}, but key {keys[end]} is "
-                    f"one: record 0 or {self.index.idx_path} is of another set; copy both again, or pack the set again"
+                    f"{self.path}: record 0 says that no image follows key {keys[end - 1]}, but "
+                    f"key {keys[end]} is one: record 0 or {self.index.idx_path} is of another set; "
+                    "copy both again, or pack the set again"
                 )
         images = self._first_identity(end)
         if images < end:
             log.warning(
-                "%s: record 0 says that images end before key %g, but the %d records from key %d on hold ranges "
-                "of keys and no image: they are left out",
+                "%s: record 0 says that images end before key %g, but the %d records from key %d "
+                "on hold ranges of keys and no image: they are left out",
                 self.path,
                 first_identity,
                 end - images,
@@ -208,7 +217,10 @@ class Shard:
             return False
 
     def _first_identity(self, end: int) -> int:
-        """The position of the first identity record before ``end``, all of which follow the images; ``end``: there is none."""
+        """The position of the first identity record before ``end``; ``end``: there is none.
+
+        All of them follow the images.
+        """
         if not self._holds_range(end - 1):
             return end
         images, identities = 0, end - 1
@@ -221,7 +233,7 @@ class Shard:
         return identities
 
     def _holds_range(self, position: int) -> bool:
-        """Whether the record is one of InsightFace's identities: a range of smaller keys, and no image.
+        """Whether the record is one of InsightFace's identities: a range of keys, and no image.
 
         A damaged record is taken for what the one before it is.
         """
@@ -230,7 +242,10 @@ class Shard:
                 header, encoded = unpack(self.index.read_at(at))
             except RecordError:
                 continue
-            return header.flag == 2 and not len(encoded) and 1 <= header.label[0] <= header.label[1] <= self.index.key_array[at]
+            if header.flag != 2 or len(encoded):
+                return False
+            start, end = header.label
+            return bool(1 <= start <= end <= self.index.key_array[at])
         return False
 
     def key(self, at: int) -> int:
@@ -322,8 +337,8 @@ def open_backend(backend: str, index: IndexedRecordIO) -> NativeRecords | MXNetR
 def read_property(path: str) -> int:
     """Number of classes of a ``property`` file: ``classes,height,width``, in one line or several.
 
-    Lines after these numbers are not read: InsightFace's packers write the number of images there, or
-    when the set was shuffled. Raises InputError if the file holds something else.
+    Lines after these numbers are not read: InsightFace's packers write the number of images there,
+    or when the set was shuffled. Raises InputError if the file holds something else.
     """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         text = file.read().strip()

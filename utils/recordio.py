@@ -26,7 +26,8 @@ LENGTH_BITS = 29
 LENGTH_MASK = (1 << LENGTH_BITS) - 1
 MOST_AT_ONCE = 1 << 16          # bytes read together with a record's frame, in the hope that they are all of it
 EXACT_IN_FLOAT32 = 1 << 24      # labels are float32: identity ranges above this would be rounded
-NO_OFFSET = 1 << 62             # from here on the counter of whoever wrote the index overflowed
+# from here on the counter of whoever wrote the index overflowed
+NO_OFFSET = 1 << 62
 
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
@@ -114,7 +115,7 @@ class Glance(NamedTuple):
 
     @property
     def holds_keys(self) -> bool:
-        """Whether this is one of InsightFace's index records: labels that are keys, and no image."""
+        """Whether this is one of InsightFace's index records: labels (keys), and no image."""
         return self.flag > 0 and not self.has_image
 
 
@@ -223,17 +224,20 @@ def _after(offset: int, length: int) -> int:
 def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx`` held.
 
-    The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's face2rec2
-    and this project put it. Where ids are absent or repeat (a converter that left them 0, two files
-    joined), ``number_anew`` gives others. Raises RecordError at the first record that is truncated or
-    damaged.
+    The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's
+    face2rec2 and this project put it. Where ids are absent or repeat (a converter that left them 0,
+    two files joined), ``number_anew`` gives others. Raises RecordError at the first record that is
+    truncated or damaged.
     """
     size = os.path.getsize(records.path)
     offsets, ids, index_records, offset, glance = array("q"), array("q"), array("b"), 0, None
     while offset < size:
         glance = records.glance(offset, f"record {len(offsets)}")
         if glance.end > size:
-            raise RecordError(f"{records.path}: record {len(offsets)} at offset {offset}: truncated, the file ends inside it")
+            raise RecordError(
+                f"{records.path}: record {len(offsets)} at offset {offset}: truncated, the file "
+                "ends inside it"
+            )
         offsets.append(offset)
         # beyond int64: noise, not a key
         ids.append(glance.id if glance.id < 1 << 62 else -1)
@@ -242,7 +246,7 @@ def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     offsets, ids = np.array(offsets, dtype=np.int64), np.array(ids, dtype=np.int64)
     if len(np.unique(ids)) == len(ids) and (ids >= 0).all():
         return ids, offsets
-    log.warning("%s: its records do not tell their keys: they are numbered as they come", records.path)
+    log.warning("%s: records do not tell their keys: they are numbered as they come", records.path)
     return number_anew(records.path, offsets, np.array(index_records, dtype=bool), glance.label)
 
 
@@ -251,17 +255,19 @@ def number_anew(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(keys, offsets) of records that are numbered as they lie in the file.
 
-    index_records: (N,) bool, which hold labels and no image. last_label: the first label of the last one.
-    From 1, with key 0 for the last, if that is InsightFace's record 0 (written last) and names the number
-    of images before it; else from 0, and index records, whose keys mean nothing any more, are left out.
+    index_records: (N,) bool, which hold labels and no image. last_label: the first of the last one.
+    From 1, with key 0 for the last, if that is InsightFace's record 0 (written last) and names the
+    number of images before it; else from 0, and index records, whose keys mean nothing any more,
+    are left out.
     """
     keys, images = np.arange(len(offsets), dtype=np.int64), int((~index_records).sum())
-    if len(offsets) and index_records[-1] and index_records[images:].all() and last_label == images + 1:
+    in_order = images < len(offsets) and index_records[images:].all()
+    if in_order and last_label == images + 1:
         return np.roll(keys, -1), offsets
     if images < len(offsets):
         log.warning(
-            "%s: %d records hold ranges of keys and no image (InsightFace's index of identities), but not "
-            "in its order: they are left out",
+            "%s: %d records hold ranges of keys and no image (InsightFace's index of identities), "
+            "but not in its order: they are left out",
             path,
             len(offsets) - images,
         )
@@ -275,9 +281,9 @@ class IndexedRecordIO:
     reader may be shared by threads and forked or spawned workers; a large index is in a machine's memory once (``utils.record_index``).
     Besides by key, records are read by position, 0 ... len - 1 in ascending order of their keys.
     ``"w"``: both files get their names on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither.
-    Errors: InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts itself (a
-    key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError for a damaged
-    record; KeyError for an unknown key.
+    Raises InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts
+    itself (a key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError
+    for a damaged record; KeyError for an unknown key.
     """
 
     def __init__(self, idx_path: str, rec_path: str, flag: str):
@@ -295,10 +301,12 @@ class IndexedRecordIO:
         if not os.path.isfile(self.rec_path):
             raise InputError(f"no record file {os.path.abspath(self.rec_path)}; check the path or make one with data/make_rec.py")
         self.records = RecordFile(self.rec_path)
-        self.index = open_index(self.idx_path, self.rec_path, self._rebuild_index, self._refuse_foreign_offsets)
+        self.index = open_index(
+            self.idx_path, self.rec_path, self._rebuild_index, self._refuse_foreign_offsets
+        )
 
     def _refuse_foreign_offsets(self, keys: np.ndarray, offsets: np.ndarray) -> None:
-        """Raises InputError if offsets lie beyond the file, but for those of a ``.rec`` that is cut off."""
+        """Raises InputError if offsets lie beyond the file, unless that is cut off."""
         size = os.path.getsize(self.rec_path)
         beyond = offsets >= size
         count = int(beyond.sum())
@@ -307,8 +315,9 @@ class IndexedRecordIO:
         key, offset = first_beyond(self.idx_path, size)
         more = f", as do {count - 1} more" if count > 1 else ""
         raise InputError(
-            f"{self.idx_path}: offset {offset} of key {key} lies beyond the {size} bytes of {self.rec_path}{more}; "
-            f"{rebuild(self.idx_path)}, or copy both again if they should fit"
+            f"{self.idx_path}: offset {offset} of key {key} lies beyond the {size} bytes of "
+            f"{self.rec_path}{more}; {rebuild(self.idx_path)}, or copy both again if they should "
+            "fit"
         )
 
     def _is_cut_off(self, keys: np.ndarray, offsets: np.ndarray, size: int) -> bool:
@@ -334,7 +343,8 @@ class IndexedRecordIO:
         beyond = int((self.index.offsets >= os.path.getsize(self.rec_path)).sum())
         if beyond:
             log.warning(
-                "%s is cut off: it ends inside a record, and %d more that %s names are not there; copy it again",
+                "%s is cut off: it ends inside a record, and %d more that %s names are not there; "
+                "copy it again",
                 self.rec_path,
                 beyond,
                 self.idx_path,
