@@ -16,7 +16,7 @@ from easydict import EasyDict as edict
 
 from backbones import NAMES
 from utils.errors import InputError, nearest
-from utils.record_set import LABELS
+from utils.record_set import LABELS, split_paths
 from utils.teacher import ONNX, TEACHERS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,9 +220,7 @@ def check_value(key: str, value, base: Path):
 def check_paths(value, base: Path, wrong: InputError) -> str | list[str]:
     """One path as it is, several as a list, absolute."""
     if isinstance(value, (str, Path)):
-        whole = base / Path(value).expanduser()
-        words = [word.strip() for word in str(value).split(",") if word.strip()]
-        value = [str(value)] if "," not in str(value) or whole.exists() else words
+        value = split_paths(str(value), base)
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, (str, Path)) for item in value):
         raise wrong
     paths = [str(base / Path(item).expanduser()) for item in value if str(item)]

@@ -2,10 +2,18 @@
 
     python data/check_rec.py data/faces_emore --sheet sheet.png --json check.json
 
-takes any set that training reads, a folder with train.rec (or its shards) or a folder of identities, decodes every image in as many processes as there are cores and prints what it finds.
-Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), labels that are no class of the set, classes without an image (label
-gaps), and the same bytes under two identities. The same bytes twice under one identity are only reported. --allow names errors to tolerate. --sheet draws identities, large and small, and
-images that two identities share. A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in memory.
+takes what rec= takes: a folder with train.rec (or its shards), a .rec, or several of these (with
+commas or spaces between them; of several folders add rec_labels=shared or rec_labels=separate); or
+a folder of identities. It decodes every image in as many processes as there are cores and prints
+what it finds.
+
+Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), JPEGs
+that end early (no end marker: decoders fill the rest with grey, or give up), labels that are no
+class of the set, classes without an image (label gaps), all images in one class, and the same bytes
+under two identities. The same bytes twice under one identity are only reported. --allow names
+errors to tolerate. --sheet draws identities, large and small, and images that two identities share.
+A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in
+memory.
 """
 
 import argparse
@@ -20,11 +28,21 @@ import numpy as np
 from tqdm import tqdm
 
 from data.sheet import draw_sheet
-from utils.dataset import IMAGE_SIZE, FaceDatasetFolder, FaceImages, MXFaceDataset, decode_into
+from utils.dataset import (
+    IMAGE_SIZE,
+    FaceDatasetFolder,
+    FaceImages,
+    Identities,
+    MXFaceDataset,
+    decode_into,
+    refuse_empty,
+    why_empty,
+)
 from utils.errors import InputError, run
+from utils.jpeg import ends_early
 from utils.loading import cores
 from utils.plain_json import dumps
-from utils.record_set import has_records
+from utils.record_set import has_records, split_paths
 from utils.recordio import RecordError, replacing
 from utils.workers import in_parallel
 
@@ -32,16 +50,21 @@ PIECE = 1024            # records that a process reads at a time
 DIGEST = 16             # bytes: among six million images two different ones share it with a chance of 1e-25
 SHOWN = 1000            # of each finding at most so many are listed, all are counted
 STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)      # of the histogram of identity sizes
-ERRORS = ("unreadable", "labels", "gaps", "shared")
+ERRORS = ("unreadable", "cut", "labels", "gaps", "single", "shared")
 
 
 class Contents(NamedTuple):
-    """Of N records, in order: labels (N,) float64, NaN where there is no header; digests (N,) of the stored bytes; readable (N,) bool;
-    bad: (index, reason) of the first SHOWN that are not."""
+    """Of N records, in order.
+
+    labels: (N,) float64, NaN where there is no header. digests: (N,) of the stored bytes.
+    readable: (N,) bool. cut: (N,) bool, JPEGs that end early. bad: (index, reason) of the first
+    SHOWN that are not readable.
+    """
 
     labels: np.ndarray
     digests: np.ndarray
     readable: np.ndarray
+    cut: np.ndarray
     bad: list[tuple[int, str]]
 
 
@@ -52,12 +75,21 @@ class Records(MXFaceDataset):
         pass
 
 
+class Folders(FaceDatasetFolder):
+    """A folder of identities, of which those without images are a finding."""
+
+    def _refuse_empty(self, found: Identities) -> None:
+        if not any(found.groups):
+            refuse_empty(self.root_dir, found)
+        self.without_images = why_empty(found)
+
+
 def main() -> None:
     args = parse_arguments()
-    dataset = open_set(args.set)
+    dataset, name = open_set(args.set)
     contents = read_all(dataset, args.workers)
     findings, duplicates = examine(dataset, contents)
-    print(describe(args.set, findings))
+    print(describe(name, findings), flush=True)
     if args.json:
         with replacing(str(args.json)) as file:
             file.write((dumps(findings, indent=2) + "\n").encode())
@@ -66,13 +98,28 @@ def main() -> None:
         print(f"{args.sheet}: what they look like")
     wrong = [f"{findings[name]['count']} {findings[name]['what']}" for name in ERRORS if findings[name]["count"] and name not in args.allow]
     if wrong:
-        raise InputError(f"{args.set}: {', '.join(wrong)}")
+        raise InputError(f"{name}: {', '.join(wrong)}")
 
 
-def open_set(path: Path) -> FaceImages:
-    if not path.is_dir():
-        raise InputError(f"no folder {path.absolute()}: name a folder with train.rec, or one of identities")
-    return Records(str(path)) if has_records(path) else FaceDatasetFolder(str(path))
+def open_set(words: list[str]) -> tuple[FaceImages, str]:
+    """(the set, its name). words: as on the command line. Raises InputError as training does."""
+    paths, labels = [], "auto"
+    for word in words:
+        if word.startswith("rec_labels="):
+            labels = word.removeprefix("rec_labels=")
+        else:
+            paths += split_paths(word.removeprefix("rec=").removeprefix("data_path="), Path.cwd())
+    paths = [str(Path(path).expanduser()) for path in paths]
+    if len(paths) == 1:
+        path = Path(paths[0])
+        if not path.is_dir() and path.suffix != ".rec":
+            raise InputError(
+                f"no folder {path.absolute()}: name a folder with train.rec, a .rec, or a folder "
+                "of identities"
+            )
+        if path.is_dir() and not has_records(path):
+            return Folders(str(path)), paths[0]
+    return Records(paths, labels=labels), ", ".join(paths)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------------------
@@ -80,14 +127,21 @@ def open_set(path: Path) -> FaceImages:
 def read_all(dataset: FaceImages, workers: int) -> Contents:
     """Every record of the set, in pieces, in as many processes."""
     pieces = [range(first, min(first + PIECE, len(dataset))) for first in range(0, len(dataset), PIECE)]
-    whole = Contents(np.full(len(dataset), np.nan), np.zeros(len(dataset), f"V{DIGEST}"), np.zeros(len(dataset), bool), [])
+    whole = nothing_read(len(dataset))
     with tqdm(desc="reading", total=len(dataset), unit="img", disable=None) as bar:
         for piece, part in zip(pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))):
-            for column, values in zip(whole[:3], part[:3]):
+            for column, values in zip(whole[:4], part[:4]):
                 column[piece.start:piece.stop] = values
             whole.bad.extend(part.bad[:SHOWN - len(whole.bad)])
             bar.update(len(piece))
     return whole
+
+
+def nothing_read(count: int) -> Contents:
+    """Of so many records, none of which is read yet."""
+    digests = np.zeros(count, f"V{DIGEST}")
+    readable, cut = np.zeros(count, bool), np.zeros(count, bool)
+    return Contents(np.full(count, np.nan), digests, readable, cut, [])
 
 
 class Reading:
@@ -97,40 +151,94 @@ class Reading:
         self.dataset = dataset
 
     def __call__(self, piece: range) -> Contents:
-        labels, digests, readable, bad = np.full(len(piece), np.nan), np.zeros(len(piece), f"V{DIGEST}"), np.zeros(len(piece), bool), []
+        labels, digests, readable, cut, bad = part = nothing_read(len(piece))
         image = np.empty((*IMAGE_SIZE, 3), np.uint8)
         for row, index in enumerate(piece):
             try:
                 encoded, labels[row] = self.dataset.stored(index)
                 digests[row] = np.void(hashlib.blake2b(encoded, digest_size=DIGEST).digest())
+                cut[row] = ends_early(encoded)
                 decode_into(encoded, image)
                 readable[row] = True
             except RecordError as error:
                 bad.append((index, str(error)))
-        return Contents(labels, digests, readable, bad)
+        return part
 
 
 # --- examining -----------------------------------------------------------------------------------------------------------------
 
 def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndarray]]:
-    """(all findings, as --json writes them; the indices of images that two identities share, a group each)."""
+    """(all findings, as --json writes them; indices of images that two identities share, by image).
+
+    Labels are those in the records; classes those of the whole set, where folders count theirs on.
+    """
     labels, readable = contents.labels, contents.readable
-    fits = (labels >= 0) & (labels < dataset.num_classes) & (labels == np.floor(labels))       # a NaN does not
+    classes, fits = labels.copy(), np.zeros(len(labels), bool)
+    for part, first, count in dataset.parts():
+        # a NaN does not fit
+        found = labels[part]
+        fits[part] = (found >= 0) & (found < count) & (found == np.floor(found))
+        classes[part] += first
     strange = np.flatnonzero(~fits & (readable | ~np.isnan(labels)))
-    sizes = np.bincount(labels[readable & fits].astype(np.int64), minlength=dataset.num_classes)
+    sizes = np.bincount(classes[readable & fits].astype(np.int64), minlength=dataset.num_classes)
     gaps = np.flatnonzero(sizes == 0)
+    cut = np.flatnonzero(contents.cut)
+    single = np.unique(classes[readable])
+    single = single if len(single) == 1 else single[:0]
     groups = group_equal(contents.digests, np.flatnonzero(readable))
-    shared = [group for group in groups if len(np.unique(labels[group])) > 1]
+    shared = [group for group in groups if len(np.unique(classes[group])) > 1]
     repeated = sum(map(len, groups)) - len(groups)
     findings = dict(
         images=len(dataset), classes=dataset.num_classes,
         unreadable=finding("unreadable records", [dict(record=dataset.name_of(index), reason=reason) for index, reason in contents.bad], int((~readable).sum())),
-        labels=finding("labels that are no class", [dict(record=dataset.name_of(int(index)), label=float(labels[index])) for index in strange[:SHOWN]], len(strange)),
-        gaps=finding("label gaps (classes without an image)", gaps[:SHOWN].tolist(), len(gaps)),
-        shared=finding("images under two identities (same bytes)", [names_and_labels(dataset, labels, group) for group in shared[:SHOWN]], len(shared)),
-        duplicates=finding("copies of an image that is there already (same bytes)", [names_and_labels(dataset, labels, group) for group in groups[:SHOWN]], repeated),
+        cut=finding(
+            "JPEGs that end early (no end marker: the rest is grey, or they cannot be read)",
+            names_and_labels(dataset, classes, cut[:SHOWN]),
+            len(cut),
+        ),
+        labels=finding(
+            f"labels that are no class{run_from_1(labels[readable], dataset)}",
+            names_and_labels(dataset, labels, strange[:SHOWN]),
+            len(strange),
+        ),
+        gaps=find_gaps(dataset, gaps),
+        single=finding(
+            "class only" + "".join(f": {dataset.one_class(label)}" for label in single),
+            single.tolist(),
+            len(single),
+        ),
+        shared=finding(
+            "images under two identities (same bytes)",
+            [names_and_labels(dataset, classes, group) for group in shared[:SHOWN]],
+            len(shared),
+        ),
+        duplicates=finding(
+            "copies of an image that is there already (same bytes)",
+            [names_and_labels(dataset, classes, group) for group in groups[:SHOWN]],
+            repeated,
+        ),
         identity_sizes=describe_sizes(sizes))
     return findings, shared
+
+
+def find_gaps(dataset: FaceImages, gaps: np.ndarray) -> dict:
+    """Classes without an image: by number; of a folder by name, and why they have none."""
+    what, listed = "label gaps (classes without an image)", gaps[:SHOWN].tolist()
+    if isinstance(dataset, Folders):
+        listed = [dataset.identities[number] for number in listed]
+        if dataset.without_images:
+            what = f"identities without a readable image ({dataset.without_images})"
+    elif listed == [0]:
+        what = "label gaps (classes without an image; labels run from 1, and class 0 stays empty)"
+    return finding(what, listed, len(gaps))
+
+
+def run_from_1(labels: np.ndarray, dataset: FaceImages) -> str:
+    """What to add about labels where class 0 is missing and one is too large."""
+    count = dataset.num_classes
+    if len(labels) and labels.min() >= 1 and labels.max() == count:
+        return f" (labels run from {labels.min():g} to {count}; {dataset.from_1(count)})"
+    return ""
 
 
 def finding(what: str, listed: list, count: int) -> dict:
@@ -138,8 +246,10 @@ def finding(what: str, listed: list, count: int) -> dict:
     return dict(what=what, count=count, listed=listed)
 
 
-def names_and_labels(dataset: FaceImages, labels: np.ndarray, group: np.ndarray) -> list[dict]:
-    return [dict(record=dataset.name_of(int(index)), label=float(labels[index])) for index in group]
+def names_and_labels(dataset: FaceImages, classes: np.ndarray, group: np.ndarray) -> list[dict]:
+    return [
+        dict(record=dataset.name_of(index), label=float(classes[index])) for index in group.tolist()
+    ]
 
 
 def group_equal(digests: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
@@ -165,15 +275,21 @@ def describe_sizes(sizes: np.ndarray) -> dict:
                 histogram={name: int(count) for name, count in zip(names, counts) if count})
 
 
-def describe(path: Path, findings: dict) -> str:
+def describe(name: str, findings: dict) -> str:
     """The findings in words, of each kind the first."""
-    sizes, lines = findings["identity_sizes"], [f"{path}: {findings['images']:,} images, {findings['classes']:,} classes"]
+    sizes = findings["identity_sizes"]
+    lines = [f"{name}: {findings['images']:,} images, {findings['classes']:,} classes"]
     if sizes["classes"]:
         lines += [f"images an identity: {sizes['least']} at least, {sizes['median']:g} median, {sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})",
                   "identities by images: " + ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items())]
-    for name in (*ERRORS, "duplicates"):
-        count, listed = findings[name]["count"], findings[name]["listed"]
-        lines.append(f"{findings[name]['what']}: {count:,}" + (f"; the first: {show(listed[0])}" if count else ""))
+    for kind in (*ERRORS, "duplicates"):
+        count, listed = findings[kind]["count"], findings[kind]["listed"]
+        what = findings[kind]["what"]
+        if kind != "single":
+            first = f"; the first: {show(listed[0])}" if count else ""
+            lines.append(f"{what}: {count:,}{first}")
+        elif count:
+            lines.append(f"one {what}")
     return "\n".join(lines)
 
 
@@ -185,7 +301,12 @@ def show(entry) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("set", type=Path, metavar="DIR", help="folder with train.rec, or folder of identities")
+    parser.add_argument(
+        "set",
+        nargs="+",
+        metavar="SET",
+        help="what rec= names (folders, .rec files), or a folder of identities",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help=f"write all findings there (of each kind the first {SHOWN} are listed)")
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet")
     parser.add_argument("--allow", nargs="+", choices=ERRORS, default=(), metavar="WHAT", help=f"findings that are no error: {', '.join(ERRORS)}")

@@ -12,6 +12,7 @@ What was written is read back and compared before the copy gets its name. A set 
 """
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -27,14 +28,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.dataset import IMAGE_SIZE, PIXELS, MXFaceDataset
+from utils.dataset import IMAGE_SIZE, PIXELS, MXFaceDataset, check_classes
 from utils.errors import InputError, run
 from utils.files import scratch, take_lock
+from utils.jpeg import ends_early
 from utils.loading import cores, end_workers, next_batch
 from utils.record_index import read_index
-from utils.record_set import has_records, stem
+from utils.record_set import find_folders, has_records, stem
 from utils.recordio import IndexedRecordIO, RecordFile, unpack
 from utils.shared_batches import open_loader
+
+log = logging.getLogger(__name__)
 
 BATCH = 64
 RECORD = len(PIXELS) + 3 * IMAGE_SIZE[0] * IMAGE_SIZE[1] + 64      # bytes of a decoded one, at most: frame, header, a few labels and its line in the index
@@ -42,9 +46,8 @@ RECORD = len(PIXELS) + 3 * IMAGE_SIZE[0] * IMAGE_SIZE[1] + 64      # bytes of a 
 
 def main() -> None:
     args = parse_arguments()
-    if not args.set.is_dir() or not has_records(args.set):
-        raise InputError(f"no record set {args.set.absolute()}: name a folder with train.rec, or with its shards")
-    dataset = MXFaceDataset(str(args.set))
+    source, dataset = open_set(args.set)
+    check_classes(dataset)
     output = args.output.absolute()
     if output.exists():
         raise InputError(f"--output {output} is there already: name a new folder, or remove it")
@@ -58,16 +61,34 @@ def main() -> None:
         copy = folder / "copy"
         copy.mkdir()
         try:
-            write_copy(dataset, args.set, copy, args.workers)
+            ended_early = write_copy(dataset, source, copy, args.workers)
             os.rename(copy, output)
         except OSError as error:
             raise InputError(f"--output {output}: {error.filename or 'a file of the copy'}: {error.strerror}; nothing is kept: make room, or name another folder") from error
+    if ended_early:
+        log.warning(
+            "%d images are JPEGs that end early, and their rest is grey, in the copy as in %s; "
+            "data/check_rec.py lists them",
+            ended_early,
+            source,
+        )
     print(f"{output}: {len(dataset)} decoded images of {dataset.num_classes} identities, read back and equal")
+
+
+def open_set(word: str) -> tuple[Path, MXFaceDataset]:
+    """(the folder of the set, the set). Raises InputError if there is none."""
+    path = Path(word.removeprefix("rec="))
+    if path.suffix != ".rec" and not (path.is_dir() and has_records(path)):
+        raise InputError(
+            f"no record set {path.absolute()}: name a folder with train.rec, or with its shards, "
+            "or a .rec"
+        )
+    return Path(find_folders(path)[0].path), MXFaceDataset(str(path))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("set", type=Path, help="folder of train.rec or of its shards")
+    parser.add_argument("set", help="folder of train.rec or of its shards, or a .rec")
     parser.add_argument("--output", type=Path, required=True, help="folder to be made")
     parser.add_argument("--workers", type=int, default=cores(), help="processes that decode (default: as many as there are cores)")
     args = parser.parse_args()
@@ -84,14 +105,18 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
                 shutil.rmtree(folder)
 
 
-def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int) -> None:
-    """Write all files of the copy to ``folder`` and compare them with what was meant. Errors: InputError naming a damaged image, or a record that reads back otherwise."""
+def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int) -> int:
+    """Write all files of the copy to ``folder`` and compare them with what was meant.
+
+    Returns how many images are JPEGs that end early. Raises InputError naming a damaged image, or a
+    record that reads back otherwise.
+    """
     shards = dataset.shards()
     orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]      # of all records, as they lie in the files
     are_images = [(order >= shard.first) & (order < shard.first + shard.count) for shard, order in zip(shards, orders)]     # the others are InsightFace's index records
     firsts = np.cumsum([0, *(shard.count for shard in shards)])
     images = np.concatenate([first + order[is_image] - shard.first for shard, order, is_image, first in zip(shards, orders, are_images, firsts)])
-    written = []
+    written, ended_early = [], 0
     # closing: also where the error is not one of reading, its workers are ended; they are deaf to signals
     with closing(decoded(dataset, images, workers)) as pixels:
         for shard, order, is_image in zip(shards, orders, are_images):
@@ -100,7 +125,9 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
                 for number, position in enumerate(order):
                     record = bytes(shard.index.read_at(position))
                     if is_image[number]:
-                        header = record[:len(record) - len(unpack(record)[1])]
+                        encoded = unpack(record)[1]
+                        ended_early += ends_early(encoded)
+                        header = record[:len(record) - len(encoded)]
                         record = header + PIXELS + next(pixels)
                     sums[number] = zlib.crc32(record)
                     writer.write_idx(int(shard.index.key_array[position]), record)
@@ -109,6 +136,7 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
         compare(rec, sums)
     if (source / "property").is_file():
         shutil.copyfile(source / "property", folder / "property")
+    return ended_early
 
 
 def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterator[bytes]:

@@ -10,6 +10,10 @@ together, as its index records require, in sorted order. The training scripts sh
 tab-separated if they contain spaces; or it is LFW's own list (``pairs.txt``,
 ``pairsDevTrain.txt``, ``pairsDevTest.txt``), whose ``Name 1`` is ``DIR/Name/Name_0001.jpg`` or
 ``.png``. Pairs of one kind only are refused. What was written is read back and compared before it gets its name.
+
+Files that cannot be read, and JPEGs that end early (whose rest decoders fill with grey), are
+refused; ``--skip-bad`` leaves them out of the records and lists them. An identity that has no
+others is left out, too.
 """
 import argparse
 import os
@@ -31,7 +35,12 @@ from tqdm import tqdm
 from data.pair_list import read_pairs
 from utils.dataset import IMAGE_SIZE, JPEG_START, decode, first_label, list_identities
 from utils.errors import InputError, run
+from utils.jpeg import ends_early
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, replacing, unpack, write_insightface, write_property
+
+
+class BadImage(InputError):
+    """An image file that cannot be read, or not to its end."""
 
 
 class Entry(NamedTuple):
@@ -49,8 +58,10 @@ def main() -> None:
         count = write_pairs(args.pairs, args.images, encode, args.output)
         print(f"{args.output}: {count} pairs, read back and equal")
     else:
-        count, classes = write_records(args, encode)
-        print(f"{args.output}: {count} images of {classes} identities, read back and equal")
+        count, classes, left_out = write_records(args, encode)
+        skipped = f"; {left_out} bad files left out" if left_out else ""
+        done = f"{count} images of {classes} identities, read back and equal"
+        print(f"{args.output}: {done}{skipped}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -65,7 +76,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
     parser.add_argument("--quality", type=int, default=95, help="of re-encoded images, 1 ... 100")
     parser.add_argument("--resize", action="store_true", help="scale images of another size to 112x112 (not an alignment)")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out files that cannot be read or end early, and list them",
+    )
     args = parser.parse_args()
+    if args.skip_bad and args.pairs:
+        raise InputError("--skip-bad is for records: a pair cannot do without one of its images")
     if not 1 <= args.quality <= 100:
         raise InputError(f"--quality is 1 ... 100, got {args.quality}")
     if args.shuffle and args.layout == "insightface" and not args.pairs:
@@ -74,17 +92,22 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], bytes]:
-    """A function from a path below ``root`` to the JPEG bytes to store; it raises InputError naming an image it cannot use."""
+    """A function from a path below ``root`` to the JPEG bytes to store.
+
+    It raises BadImage naming an image that cannot be read, InputError for one of another size.
+    """
     def encode(path: str) -> bytes:
         full = os.path.join(root, path)
         try:
             with open(full, "rb") as file:
                 stored = file.read()
+            if ends_early(stored):
+                raise RecordError("the JPEG ends early (no end marker)")
             image = decode(stored)
         except OSError as error:
-            raise InputError(f"cannot read the image {full}: {error.strerror}") from None
+            raise BadImage(f"cannot read the image {full}: {error.strerror}") from None
         except RecordError as error:
-            raise InputError(f"cannot read the image {full}: {error}") from None
+            raise BadImage(f"cannot read the image {full}: {error}") from None
         if image.shape[:2] != IMAGE_SIZE:
             if not resize:
                 raise InputError(f"{full} is {image.shape[1]}x{image.shape[0]}, not 112x112; align and crop it, or add --resize")
@@ -95,9 +118,19 @@ def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], byte
     return encode
 
 
-def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> tuple[int, int]:
-    """Write the four files to a temporary neighbour of ``args.output``, check them, move them in; returns (images, identities)."""
-    groups = list_identities(args.images)
+def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> tuple[int, int, int]:
+    """Write the four files to a temporary neighbour of ``args.output``, check them, move them in.
+
+    Returns (images, identities, files left out).
+    """
+    groups, left_out = list_identities(args.images), 0
+    if args.skip_bad:
+        groups, left_out = without_bad(groups, encode)
+    if len(groups) < 2:
+        raise InputError(
+            f"{os.path.abspath(args.images)} has images of one identity only: training needs two "
+            "or more, a sub-folder for each"
+        )
     output = os.path.abspath(args.output)
     if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"--output {output} is a file; name the folder to write train.rec into")
@@ -115,7 +148,36 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
             file.writelines(map(os.fsencode, lines))
         check_records(temporary, entries, checksums)
         install(temporary, output)
-    return len(entries), len(groups)
+    return len(entries), len(groups), left_out
+
+
+def without_bad(
+    groups: list[list[str]], encode: Callable[[str], bytes]
+) -> tuple[list[list[str]], int]:
+    """(the readable images of the identities that have any, number of files left out).
+
+    Lists on stderr what is left out. Raises InputError if nothing is left.
+    """
+    kept, left_out = [], 0
+    with progress("looking", sum(map(len, groups))) as bar:
+        for group in groups:
+            readable = []
+            for path in group:
+                try:
+                    encode(path)
+                    readable.append(path)
+                except BadImage as error:
+                    bar.write(f"left out: {error}", file=sys.stderr)
+                bar.update()
+            left_out += len(group) - len(readable)
+            if readable:
+                kept.append(readable)
+            else:
+                name = os.path.dirname(group[0])
+                bar.write(f"left out: identity {name}, all images of it", file=sys.stderr)
+    if not kept:
+        raise InputError("--skip-bad: not one image can be read")
+    return kept, left_out
 
 
 def write_grouped(folder: str, groups: list[list[str]], encode: Callable[[str], bytes]) -> tuple[list[Entry], list[int]]:
@@ -151,7 +213,10 @@ def labelled(groups: list[list[str]]) -> list[tuple[int, str]]:
 
 def stored_image(path: str, encode: Callable[[str], bytes], checksums: list[int]) -> bytes:
     """The encoded image of ``path``; its CRC-32 is appended to ``checksums``."""
-    image = encode(path)
+    try:
+        image = encode(path)
+    except BadImage as error:
+        raise InputError(f"{error}; --skip-bad leaves such files out") from None
     checksums.append(zlib.crc32(image))
     return image
 

@@ -11,6 +11,7 @@ import pytest
 from data.check_rec import describe_sizes, group_equal
 from tests.commands import ROOT, environment
 from test_dataset import copy_set, jpeg, write_folder, write_set
+from utils.jpeg import ends_early
 
 SCRIPT = ROOT / "data" / "check_rec.py"
 
@@ -97,6 +98,160 @@ def test_shards_and_a_label_that_is_no_number(tmp_path):
     assert "4 images, 2 classes" in output and "labels that are no class: 1; the first: record train_1.rec:0 with label nan" in output
     assert error.endswith(f"error: {tmp_path}: 1 labels that are no class\n")
     assert json.loads((tmp_path / "check.json").read_text())["labels"]["listed"] == [dict(record="train_1.rec:0", label=None)]
+
+
+def test_jpegs_without_their_end_are_named(tmp_path):
+    """Whether OpenCV decodes them (with a grey rest) or not; other formats have no such marker."""
+    images = [jpeg(seed) for seed in range(8)]
+    images[1] = images[1][: len(images[1]) * 2 // 3] + bytes(4096)
+    images[3] = images[3][:-2]
+    images[4] += b"behind the end"
+    pixels = cv2.imdecode(np.frombuffer(images[5], np.uint8), cv2.IMREAD_COLOR)
+    images[5:7] = [cv2.imencode(suffix, pixels)[1].tobytes() for suffix in (".png", ".webp")]
+    folder = write_set(
+        tmp_path, [(float(at % 2), image) for at, image in enumerate(images)], "2,112,112"
+    )
+    allowed = "--allow", "unreadable"
+    _, error = check(folder, "--workers", 1, *allowed, "--json", tmp_path / "check.json", expect=1)
+    assert "2 JPEGs that end early (no end marker: " in error
+    found = json.loads((tmp_path / "check.json").read_text())["cut"]
+    assert [entry["record"] for entry in found["listed"]] == [1, 3]
+    check(folder, "--workers", 1, *allowed, "cut", expect=0)
+
+
+@pytest.mark.parametrize(
+    "options", [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2]]
+)
+def test_ends_early(options):
+    """At every length, of each kind of JPEG, and behind a thumbnail with an end of its own."""
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 24, 3), np.uint8)
+    whole = cv2.imencode(".jpg", pixels, options)[1].tobytes()
+    segment = b"\xff\xe1" + (len(whole) + 2).to_bytes(2, "big") + whole
+    for image, thumbnail in ((whole, 0), (whole[:2] + segment + whole[2:], 2 + len(segment))):
+        assert not any(ends_early(image + tail) for tail in (b"", bytes(9), b"\xff", image[:99]))
+        # up to the thumbnail's own end there is no image yet, which no decoder takes for one
+        lengths = range(max(thumbnail + 1, 4), len(image))
+        assert all(
+            ends_early(image[:end]) and ends_early(image[: end - 1] + bytes(9)) for end in lengths
+        )
+        assert ends_early(memoryview(image)[:-2])
+    for suffix in (".png", ".webp", ".bmp"):
+        assert not ends_early(cv2.imencode(suffix, pixels)[1].tobytes()[:200])
+
+
+def test_whatever_rec_names(tmp_path):
+    """A .rec of another name, lists with commas or spaces, the words of the training scripts."""
+    for name, seed in (("a", 0), ("b", 10)):
+        (tmp_path / name).mkdir()
+        write_set(
+            tmp_path / name, [(float(at % 2), jpeg(seed + at)) for at in range(4)], "2,112,112"
+        )
+    a, b = tmp_path / "a", tmp_path / "b"
+    for ending in ("rec", "idx"):
+        (b / f"train.{ending}").rename(b / f"faces.{ending}")
+    for words in ([a / "train.rec"], [f"rec={b / 'faces.rec'}"]):
+        assert "4 images, 2 classes" in check(*words, "--workers", 1, expect=0)[0]
+    for words in ([f"{a},{b / 'faces.rec'}"], [a, b / "faces.rec"]):
+        output, _ = check(*words, "rec_labels=separate", "--workers", 1, expect=0)
+        assert "8 images, 4 classes" in output and "2 at least" in output
+    assert (
+        "8 images, 2 classes"
+        in check(f"rec={a},{b / 'faces.rec'}", "rec_labels=shared", "--workers", 1, expect=0)[0]
+    )
+    (b / "property").unlink()
+    for words, message in (
+        ([b], f"rec={b / 'faces.rec'}"),
+        ([a, b / "faces.rec"], "set rec_labels=shared"),
+        ([a, a / "train.rec"], "twice"),
+        ([b / "gone.rec"], f"no record file {b / 'gone.rec'}"),
+        ([a, b / "faces.rec", "rec_labels=x"], "rec_labels='x' is unknown"),
+    ):
+        output, error = check(*words, expect=1)
+        assert message in error and error.count("\n") == 1 and not output
+
+
+def test_the_same_image_in_two_sets_of_different_people(tmp_path):
+    """Its label is 0 in both, its class is not."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_set(tmp_path / name, [(0.0, jpeg(0)), (1.0, jpeg(ord(name)))], "2,112,112")
+    sets = tmp_path / "a", tmp_path / "b"
+    _, error = check(*sets, "rec_labels=separate", "--workers", 1, expect=1)
+    assert error.endswith(": 1 images under two identities (same bytes)\n")
+    check(*sets, "rec_labels=shared", "--workers", 1, expect=0)
+
+
+def test_what_would_train_to_nothing(tmp_path):
+    for name, labels, classes, message in (
+        (
+            "one",
+            [0.0] * 4,
+            None,
+            "1 class only: all labels are 0: training needs two classes or more",
+        ),
+        ("said", [5.0] * 4, 12, "1 class only: all labels are 5: "),
+        (
+            "from1",
+            [1.0, 2.0, 3.0],
+            3,
+            "1 labels that are no class (labels run from 1 to 3; let the property file say 4",
+        ),
+        (
+            "gap",
+            [1.0, 2.0, 3.0],
+            None,
+            "1 label gaps (classes without an image; labels run from 1, and class 0",
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        folder = write_set(
+            tmp_path / name,
+            [(label, jpeg(at)) for at, label in enumerate(labels)],
+            f"{classes},112,112",
+        )
+        if classes is None:
+            (folder / "property").unlink()
+        assert message in check(folder, "--workers", 1, expect=1)[1]
+    assert not (tmp_path / "one" / "property").exists()
+    root = write_folder(tmp_path / "faces", {"ann": 3})
+    assert (
+        "1 class only: all images are of one identity (ann)"
+        in check(root, "--workers", 1, expect=1)[1]
+    )
+
+
+def test_identities_without_images_are_listed(tmp_path):
+    root = write_folder(tmp_path / "faces", {"ann": 1, "bob": 2})
+    for name in ("q1", "q2", "q3", "q4/session"):
+        (root / name).mkdir(parents=True)
+    (root / "q4" / "session" / "a.jpg").write_bytes(jpeg(0))
+    output, error = check(root, "--workers", 1, "--json", tmp_path / "check.json", expect=1)
+    assert (
+        "3 images, 6 classes" in output
+        and "4 identities without a readable image (the images of q4 lie in sub-folders (session)"
+        in error
+    )
+    assert json.loads((tmp_path / "check.json").read_text())["gaps"]["listed"] == [
+        "q1",
+        "q2",
+        "q3",
+        "q4",
+    ]
+
+
+def test_an_index_that_names_records_wrongly(tmp_path):
+    folder = copy_set("plain", tmp_path)
+    lines = (folder / "train.idx").read_text().splitlines()
+    for changed, message in (
+        (["0\t" + line.split()[1] for line in lines], "train.idx lists keys several times"),
+        (
+            [*lines[:29], "29\t18446744073709551615"],
+            "offset 18446744073709551615 of key 29 lies beyond",
+        ),
+    ):
+        (folder / "train.idx").write_text("\n".join(changed))
+        output, error = check(folder, expect=1)
+        assert message in error and error.count("\n") == 1 and not output
 
 
 def test_wrong_input_is_one_line(tmp_path):

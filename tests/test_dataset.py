@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from config.schema import load_config
+from tests.commands import ROOT
+from train.setup import build_dataset
 from utils.dataset import FaceDatasetFolder, MXFaceDataset, decode, decode_into, keep_batch
 from utils.loading import start_worker
 from utils.errors import InputError
@@ -219,8 +222,159 @@ def test_missing_and_empty_sets(tmp_path):
     with pytest.raises(InputError, match="no images in .*folder"):
         FaceDatasetFolder(tmp_path / "folder")
     (tmp_path / "folder" / "somebody").mkdir()
-    with pytest.raises(InputError, match="identity somebody .* has no image"):
+    with pytest.raises(
+        InputError, match="identity somebody .* has no image: somebody: empty; remove"
+    ):
         FaceDatasetFolder(tmp_path / "folder")
+
+
+def training_set(*words):
+    """As training, cache_teacher.py, class_centers.py and teacher_report.py open it."""
+    return build_dataset(load_config(ROOT / "config" / "config.py", ["dataset=synthetic", *words]))
+
+
+@pytest.mark.parametrize("label, classes", [(0, None), (0, 12), (5, None), (5, 12), (5, 6)])
+def test_a_set_of_one_class_is_refused_and_gets_no_property(label, classes, tmp_path, monkeypatch):
+    """Also where property or num_classes says more; of a large set all labels are read then."""
+    monkeypatch.setattr("utils.dataset.LABELS_LOOKED_AT", 8)
+    folder = write_set(
+        tmp_path, [(float(label), jpeg(seed)) for seed in range(40)], f"{classes},112,112"
+    )
+    if classes is None:
+        (folder / "property").unlink()
+    before = sorted(os.listdir(folder))
+    message = f"all labels are {label}: training needs two classes or more, and the identities of"
+    for words in ([], [f"num_classes={classes or 9}"]):
+        with pytest.raises(InputError, match=message):
+            training_set(f"rec={folder}", *words)
+    assert sorted(os.listdir(folder)) == before
+
+
+def test_one_person_a_folder_is_a_set_where_labels_count_on(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_set(tmp_path / name, [(0.0, jpeg(seed)) for seed in range(3)], "1,112,112")
+    rec = f"rec={tmp_path / 'a'},{tmp_path / 'b'}"
+    assert training_set(rec, "rec_labels=separate").num_classes == 2
+    with pytest.raises(InputError, match="all labels are 0"):
+        training_set(rec, "rec_labels=shared")
+
+
+def test_a_folder_of_one_person_is_refused(tmp_path):
+    root = write_folder(tmp_path / "faces", {"ann": 3})
+    with pytest.raises(
+        InputError, match=r"all images are of one identity \(ann\): training needs two"
+    ):
+        training_set("db_file_format=folder", f"data_path={root}")
+    write_folder(root, {"bob": 1})
+    assert training_set("db_file_format=folder", f"data_path={root}").num_classes == 2
+
+
+def test_labels_from_1_are_named_before_training(tmp_path, caplog):
+    labels = [1, 2, 3, 4] * 5
+    write_set(
+        tmp_path, [(float(label), jpeg(seed)) for seed, label in enumerate(labels)], "4,112,112"
+    )
+    for words in ([], ["num_classes=4"]):
+        with pytest.raises(InputError) as told:
+            training_set(f"rec={tmp_path}", *words)
+        assert (
+            "labels run from 1 to 4 (record 3), but classes are counted from 0 and there are 4"
+            in str(told.value)
+        )
+        assert "set num_classes=5 (class 0 then stays empty)" in str(told.value)
+    (tmp_path / "property").unlink()
+    for words in (["num_classes=5"], [], []):
+        caplog.clear()
+        assert training_set(f"rec={tmp_path}", *words).num_classes == 5
+        assert "begin at 1: class 0 has no image and stays empty" in caplog.text
+        assert "classes of" not in caplog.text.replace("images of 5 classes", "")
+
+
+def test_labels_from_1_of_insightface_layout(tmp_path, caplog):
+    """Of which only some are looked at, for they ascend: the first and the last among them."""
+    with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
+        for key in range(1, 13):
+            writer.write_idx(key, pack(IRHeader(0, float((key + 2) // 3), key, 0), jpeg(key)))
+        writer.write_idx(0, pack(IRHeader(2, [13, 13], 0, 0), b""))
+    (tmp_path / "property").write_text("4,112,112")
+    with pytest.raises(
+        InputError,
+        match="record 12 .* label 4, but the set has 4 classes .* if its labels run from 1, let",
+    ):
+        training_set(f"rec={tmp_path}")
+    assert training_set(f"rec={tmp_path}", "num_classes=5").num_classes == 5
+    assert "begin at 1: class 0 has no image" in caplog.text
+
+
+def test_a_label_that_is_no_class_is_named_before_training(tmp_path, caplog):
+    write_set(tmp_path, [(float(label), jpeg(label)) for label in (0, 1, 7, 1)], "3,112,112")
+    with pytest.raises(InputError, match="record 2 of .* has label 7, but the set has 3 classes"):
+        training_set(f"rec={tmp_path}")
+    (tmp_path / "property").write_text("9,112,112")
+    training_set(f"rec={tmp_path}")
+    assert (
+        "6 of the 9 classes of" in caplog.text and "have no image, class 2 for one" in caplog.text
+    )
+
+
+def test_a_missing_property_beside_damaged_records(tmp_path):
+    """They say nothing about the classes, and are named when they are read."""
+    folder = copy_set("plain", tmp_path)
+    (folder / "property").unlink()
+    offset = IndexedRecordIO(folder / "train.idx", folder / "train.rec", "r").offset(3)
+    with open(folder / "train.rec", "r+b") as file:
+        file.seek(offset)
+        file.write(b"oops")
+    dataset = MXFaceDataset(folder)
+    assert dataset.num_classes == 6 and [name for name, _ in dataset.__getitems__([2, 3]).bad] == [
+        3
+    ]
+
+
+def test_what_a_folder_leaves_out_is_named(tmp_path, caplog):
+    root = write_folder(tmp_path / "faces", {"ann": 2, "bob": 3})
+    FaceDatasetFolder(root)
+    assert not caplog.text
+    for name in (
+        "2.jfif",
+        "3.JPE",
+        "4.jpg.1",
+        "5",
+        "6.jfif",
+        ".hidden",
+        "deeper/7.jpg",
+        "empty/notes.txt",
+    ):
+        path = root / "ann" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(jpeg(0))
+    (root / "loose.png").write_bytes(jpeg(0))
+    (root / "report.csv").write_text("")
+    assert len(FaceDatasetFolder(root)) == 5
+    assert "left out are 5 files with other suffixes" in caplog.text
+    assert (
+        "(2 .jfif, 1 .jpe, 1 .1, 1 without): ann/2.jfif, ann/3.JPE, ann/4.jpg.1, ..." in caplog.text
+    )
+    assert "left out are the images in 1 sub-folders of identities: ann/deeper" in caplog.text
+    assert "left out are 1 images in no identity's folder: loose.png" in caplog.text
+
+
+def test_identities_without_images_are_named_with_the_reason(tmp_path):
+    root = write_folder(tmp_path / "faces", {"ann": 1})
+    for name in ("p0/s1/2020/a.jpg", "p1/s1/a.jpg", "p1/s2/a.jpg", "r0/a.jfif"):
+        path = root / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(jpeg(0))
+    for number in range(4):
+        (root / f"q{number}").mkdir()
+    with pytest.raises(InputError) as told:
+        FaceDatasetFolder(root)
+    message = str(told.value)
+    assert message.startswith(f"7 of 8 identities in {root} have no image: ")
+    assert "the images of p0, p1 lie in sub-folders (s1, s2): move them up" in message
+    assert "r0: only files with other suffixes (1 .jfif) than .jpg" in message
+    assert message.endswith("q0, q1, q2, ...: empty; remove such folders")
 
 
 def test_unknown_backend(tmp_path):

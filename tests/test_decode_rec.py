@@ -101,6 +101,27 @@ def test_damaged_images_and_labels(tmp_path):
     assert not list(tmp_path.glob("copy*"))
 
 
+def test_a_rec_of_another_name_and_what_a_training_would_refuse(tmp_path):
+    """The copy of a JPEG that ends early holds its grey rest, which nobody can tell any more."""
+    rows = [(float(at % 2), jpeg(at)) for at in range(6)]
+    rows[2] = 0.0, rows[2][1][: len(rows[2][1]) * 2 // 3] + bytes(4096)
+    (tmp_path / "source").mkdir()
+    source = write_set(tmp_path / "source", rows, "2,112,112\n")
+    for ending in ("rec", "idx"):
+        (source / f"train.{ending}").rename(source / f"faces.{ending}")
+    assert "name the files of the set" in run(TOOL, source, "--output", tmp_path / "copy", expect=1)
+    printed = run(TOOL, f"rec={source / 'faces.rec'}", "--output", tmp_path / "copy")
+    assert "1 images are JPEGs that end early" in printed
+    assert sorted(os.listdir(tmp_path / "copy")) == ["faces.idx", "faces.rec", "property"]
+    assert_same_set(
+        MXFaceDataset(tmp_path / "copy" / "faces.rec"), MXFaceDataset(source / "faces.rec")
+    )
+    (tmp_path / "one").mkdir()
+    one = write_set(tmp_path / "one", [(0.0, jpeg(at)) for at in range(3)], "1,112,112\n")
+    assert "all labels are 0" in run(TOOL, one, "--output", tmp_path / "other", expect=1)
+    assert not (tmp_path / "other").exists()
+
+
 def test_pixels_of_another_length_or_size_are_left_to_opencv():
     out, pixels = np.empty((112, 112, 3), np.uint8), np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
     for end in (b"", b"\n"):

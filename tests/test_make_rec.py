@@ -63,7 +63,9 @@ def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
     folder.mkdir(parents=True)
     smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
     cv2.imwrite(str(folder / "a.png"), smooth)
-    assert make_rec("--images", tmp_path / "faces", "--output", tmp_path / "out").returncode == 0
+    write_folder(tmp_path / "faces", {"bob": 1})
+    images = "--images", tmp_path / "faces", "--no-shuffle"
+    assert make_rec(*images, "--output", tmp_path / "out").returncode == 0
     stored, _ = MXFaceDataset(tmp_path / "out")[0]
     assert np.abs(stored[..., ::-1].astype(int) - smooth).mean() < 2
     (folder / "b.jpg").write_bytes(jpeg(0, size=(100, 120)))
@@ -72,7 +74,7 @@ def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
     assert result.returncode == 1 and "b.jpg is 100x120, not 112x112" in result.stderr
     assert not (tmp_path / "new").exists()
     assert make_rec(*common, "--resize").returncode == 0
-    assert len(MXFaceDataset(tmp_path / "new")) == 2
+    assert len(MXFaceDataset(tmp_path / "new")) == 3
 
 
 @pytest.mark.parametrize("layout", ["insightface", "plain"])
@@ -80,6 +82,63 @@ def test_unreadable_image(layout, faces, tmp_path):
     (faces / "cid" / "02.jpg").write_bytes(jpeg(0)[:200])
     result = make_rec("--images", faces, "--output", tmp_path / "out", "--layout", layout)
     assert_fails(result, f"cannot read the image {faces}/cid/02.jpg", tmp_path)
+
+
+def test_jpegs_that_end_early(faces, tmp_path):
+    """Zeros in place of the rest, as damaged disks give: decoders fill it with grey."""
+    whole = (faces / "cid" / "02.jpg").read_bytes()
+    (faces / "cid" / "02.jpg").write_bytes(whole[: len(whole) * 2 // 3] + bytes(4096))
+    (faces / "cid" / "03.jpg").write_bytes(whole + b"what some cameras write behind it")
+    result = make_rec("--images", faces, "--output", tmp_path / "out")
+    message = (
+        f"cannot read the image {faces}/cid/02.jpg: the JPEG ends early (no end marker); --skip-bad"
+    )
+    assert_fails(result, message, tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["insightface", "plain"])
+def test_skip_bad_leaves_unreadable_files_out_and_lists_them(layout, faces, tmp_path):
+    (faces / "ann" / "01.jpg").write_bytes(b"junk")
+    (faces / "cid" / "00.jpg").write_bytes(jpeg(0)[:-2])
+    (faces / "bob x" / "00.jpg").write_bytes(b"")
+    command = "--images", faces, "--output", tmp_path / "out", "--layout", layout, "--skip-bad"
+    result = make_rec(*command)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith(
+        "5 images of 2 identities, read back and equal; 3 bad files left out\n"
+    )
+    assert [line.split(": ")[1] for line in result.stderr.splitlines()] == [
+        f"cannot read the image {faces}/ann/01.jpg",
+        f"cannot read the image {faces}/bob x/00.jpg",
+        "identity bob x, all images of it",
+        f"cannot read the image {faces}/cid/00.jpg",
+    ]
+    records = MXFaceDataset(tmp_path / "out")
+    assert records.num_classes == 2 and sorted(records.labels(range(5))) == [0, 0, 1, 1, 1]
+    listed = (tmp_path / "out" / "train.lst").read_text()
+    assert (
+        "cid/01.jpg" in listed
+        and "01.jpg" not in listed.replace("cid/01.jpg", "")
+        and "bob" not in listed
+    )
+    (faces / "cid" / "01.jpg").write_bytes(jpeg(0, size=(100, 120)))
+    result = make_rec(*command[:3], tmp_path / "new", *command[4:])
+    assert result.returncode == 1 and "01.jpg is 100x120, not 112x112" in result.stderr
+
+
+def test_folders_that_are_no_training_set(faces, tmp_path):
+    for name in ("ann", "cid"):
+        for path in (faces / name).iterdir():
+            path.write_bytes(b"junk")
+    common = "--images", faces, "--output", tmp_path / "out"
+    result = make_rec(*common, "--skip-bad")
+    assert result.returncode == 1 and "error: " in result.stderr
+    assert "has images of one identity only: training needs two or more" in result.stderr
+    (faces / "bob x" / "00.jpg").write_bytes(b"junk")
+    assert "not one image can be read" in make_rec(*common, "--skip-bad").stderr
+    assert not (tmp_path / "out").exists()
+    pairs = make_rec(*common, "--pairs", tmp_path / "pairs.txt", "--skip-bad")
+    assert_fails(pairs, "--skip-bad is for records", tmp_path)
 
 
 def test_wrong_arguments(faces, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from utils import record_index
 from utils.dataset import MXFaceDataset
 from utils.errors import InputError
 from utils.record_index import in_memory, open_index, order_of, read_index
-from utils.recordio import IndexedRecordIO, IRHeader, pack, unpack, write_insightface
+from utils.recordio import IndexedRecordIO, IRHeader, frame, pack, unpack, write_insightface
 
 
 @pytest.fixture(scope="module")
@@ -203,13 +204,13 @@ def shared_files(tmp_path):
     return sorted((tmp_path / "tmp").glob("record-index-*/*.index"))
 
 
-@pytest.mark.parametrize("keys", ["insightface", "shuffled", "twice", "huge"])
+@pytest.mark.parametrize("keys", ["insightface", "shuffled", "huge"])
 def test_shared_index_equals_the_dictionary_of_its_lines(keys, big_index, tmp_path):
     listed = {"insightface": list(range(1, 100_000)) + [0], "shuffled": np.random.default_rng(0).permutation(100_000).tolist(),
-              "twice": [5, 7, 5, 6, 7, 5] + list(range(8, 100_000)), "huge": [1 << 40, 3] + list(range(10, 100_000))}[keys]
+              "huge": [1 << 40, 3] + list(range(10, 100_000))}[keys]
     idx, rec = write_big_index(tmp_path / "train", listed)
     index = open_index(idx, rec, no_scan)
-    expected = {key: at * 4000 for at, key in enumerate(listed)}         # of a key listed twice the last one counts
+    expected = {key: at * 4000 for at, key in enumerate(listed)}
     assert index.mapped and index.keys.tolist() == sorted(listed) and index.keys.dtype == (np.int64 if keys == "huge" else np.uint32)
     assert index.offsets.tolist() == [expected[key] for key in sorted(listed)]
     assert (index.by_offset is None) == (keys == "insightface")
@@ -222,6 +223,312 @@ def test_shared_index_equals_the_dictionary_of_its_lines(keys, big_index, tmp_pa
     for key in (-1, 1 << 33, 1 << 63, 200_000):
         with pytest.raises(KeyError):
             reader.offset(key)
+
+
+# (key, offset / 4000) of line ``at`` of ``lines``, and what is said about them
+CONTRADICTING = {
+    "all keys 0": (lambda at, lines: (0, at), "1 of them; key 0: 0, 4000, 8000, ..."),
+    "two lists joined": (lambda at, lines: (at % (lines // 2), at), "of them; key 0: 0, "),
+    "one key of two records": (
+        lambda at, lines: (at if at != 17 else 3, at),
+        "1 of them; key 3: 12000, 68000",
+    ),
+    "record 0 last": (lambda at, lines: ((at + 1) % lines or 5, at), "1 of them; key 5: 16000, "),
+    "all offsets 0": (lambda at, lines: (at, 0), "the keys 0 and 1 have the same offset"),
+    "offsets in order": (
+        lambda at, lines: (at, at if at else 7),
+        "the keys 0 and 7 have the same offset",
+    ),
+    "offsets in another order": (
+        lambda at, lines: (at, lines - 1 - at if at != 9 else 0),
+        "the keys .* have the same offset",
+    ),
+}
+
+
+@pytest.mark.parametrize("lines", [60, 100_000])
+@pytest.mark.parametrize("kind", CONTRADICTING)
+def test_an_index_that_contradicts_itself_is_refused(kind, lines, big_index, tmp_path):
+    """One record would be read for another, others never; the long .idx is one that is shared."""
+    idx, rec = big_index
+    numbers, message = CONTRADICTING[kind]
+    with open(idx, "w") as file:
+        for key, at in (numbers(at, lines) for at in range(lines)):
+            file.write(f"{key}\t{at * 4000}\n")
+    for _ in range(2):
+        with pytest.raises(InputError, match=f"train.idx.*{message}.*delete train.idx to have it"):
+            IndexedRecordIO(idx, rec, "r")
+    assert not shared_files(tmp_path)
+
+
+@pytest.mark.parametrize("count", [60, 100_000])
+def test_a_line_that_stands_there_twice_counts_once(count, big_index, caplog):
+    idx, rec = big_index
+    with open(idx, "w") as file:
+        file.writelines(f"{key}\t{key * 4000}\n" for key in [*range(count), 59, 3, 3, 17])
+    # the second time the shared one is there
+    for _ in range(2):
+        caplog.clear()
+        reader = IndexedRecordIO(idx, rec, "r")
+        assert reader.keys == reader.key_array.tolist() == list(range(count))
+        assert np.array_equal(reader.index.offsets, 4000 * np.arange(count))
+        assert "4 lines say again what another one says" in caplog.text
+    assert reader.index.mapped == (count > 60)
+
+
+def test_an_index_that_an_earlier_version_shared_is_looked_at_again(
+    big_index, monkeypatch, tmp_path
+):
+    idx, rec = big_index
+    monkeypatch.setattr(record_index, "FORMAT", record_index.FORMAT - 1)
+    open_index(idx, rec, no_scan)
+    (made,) = shared_files(tmp_path)
+    before = made.stat().st_ino
+    monkeypatch.undo()
+    monkeypatch.setattr(record_index.tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert open_index(idx, rec, no_scan).mapped and made.stat().st_ino != before
+
+
+@pytest.mark.parametrize(
+    "offset, count",
+    [
+        ("18446744073709551615", 3),
+        ("9223372036854775807", 1),
+        ("123488", 2),
+        ("200000", 1),
+        (str(1 << 62), 2),
+    ],
+)
+def test_offsets_beyond_the_file_are_refused(offset, count, tmp_path):
+    """The golden file is whole: they lie nowhere; 2**64 - 1 is MXNet's tell() that failed."""
+    folder = copy_set("plain", tmp_path)
+    lines = (folder / "train.idx").read_text().splitlines()
+    size = os.path.getsize(folder / "train.rec")
+    lines[-count:] = [f"{line.split()[0]}\t{int(offset)}" for line in lines[-count:]]
+    (folder / "train.idx").write_text("\n".join(lines))
+    more = f", as do {count - 1} more" if count > 1 else ""
+    with pytest.raises(InputError) as told:
+        MXFaceDataset(folder)
+    assert (
+        f"train.idx: offset {offset} of key {30 - count} lies beyond the {size} bytes of "
+        f"{folder / 'train.rec'}{more}; "
+        in str(told.value)
+    )
+    assert "delete train.idx to have it rebuilt" in str(told.value)
+    (folder / "train.idx").unlink()
+    assert len(MXFaceDataset(folder)) == 30
+
+
+def test_a_file_that_is_cut_off_is_named_and_its_records_are_damaged(tmp_path, caplog):
+    """Also where it ends inside the frame of a record."""
+    offsets = read_index(GOLDEN / "plain.idx")[1]
+    for end, damaged in ((offsets[25] + 100, 5), (offsets[25] + 2, 5), (offsets[29] + 30, 1)):
+        folder = copy_set("plain", tmp_path / str(end))
+        os.truncate(folder / "train.rec", end)
+        caplog.clear()
+        batch = read_all(MXFaceDataset(folder))
+        assert [name for name, _ in batch.bad] == list(range(30 - damaged, 30))
+        assert ("is cut off: it ends inside a record, and " in caplog.text) == (damaged > 1)
+    # at the end of a record it might as well be whole
+    folder = copy_set("plain", tmp_path / "even")
+    os.truncate(folder / "train.rec", offsets[25])
+    with pytest.raises(
+        InputError,
+        match="95124 of key 25 lies beyond the 95124 bytes .* as do 4 more; .* copy both again",
+    ):
+        MXFaceDataset(folder)
+
+
+@pytest.mark.parametrize("shift", [4, 2000])
+def test_the_index_of_another_file_is_refused(shift, tmp_path):
+    folder = copy_set("plain", tmp_path)
+    lines = [line.split() for line in (folder / "train.idx").read_text().splitlines()]
+    (folder / "train.idx").write_text(
+        "".join(f"{key}\t{int(offset) + shift if int(key) else 0}\n" for key, offset in lines)
+    )
+    with pytest.raises(
+        InputError,
+        match=r"train.idx is not the index of .*train.rec: no record begins at 29 of 30 offsets .*"
+        r"\(the first: key 1",
+    ):
+        MXFaceDataset(folder)
+
+
+def test_two_joined_files_are_numbered_anew(tmp_path, caplog):
+    """cat a.rec b.rec: the ids of headers repeat, InsightFace's index records lie in between."""
+    for style, layout in (("plain", False), ("insightface", True)):
+        folder = tmp_path / style
+        folder.mkdir()
+        content = (GOLDEN / f"{style}.rec").read_bytes()
+        (folder / "train.rec").write_bytes(content + content)
+        (folder / "property").write_text("6,112,112\n")
+        caplog.clear()
+        dataset = MXFaceDataset(folder)
+        batch = read_all(dataset)
+        assert len(dataset) == 60 and not batch.bad and dataset.shards()[0].insightface is False
+        assert np.array_equal(batch.images[:30], batch.images[30:])
+        assert "numbered as they come" in caplog.text
+        assert ("14 records hold ranges of keys and no image" in caplog.text) == layout
+        caplog.clear()
+        assert len(MXFaceDataset(folder)) == 60 and not caplog.text  # the index was kept
+
+
+def edit_insightface(folder, edit):
+    """Lines of the golden index, {key: offset}, as ``edit`` changes them."""
+    copy_set("insightface", folder)
+    keys, offsets = read_index(GOLDEN / "insightface.idx")
+    lines = dict(zip(keys.tolist(), offsets.tolist()))
+    edit(lines)
+    (folder / "train.idx").write_text(
+        "".join(f"{key}\t{offset}\n" for key, offset in lines.items())
+    )
+    return folder
+
+
+@pytest.mark.parametrize("lost", [(0,), (0, 35, 36), (0, 31, 32, 33), (0, 12), (0, 1)])
+def test_insightface_index_that_lost_record_0(lost, tmp_path, expected, caplog):
+    """The last line of such an .idx; identities 31 ... 36 would be images that none can read."""
+    folder = edit_insightface(tmp_path, lambda lines: [lines.pop(key) for key in lost])
+    dataset = MXFaceDataset(folder)
+    images = [row for row in range(30) if row + 1 not in lost]
+    batch = read_all(dataset)
+    assert len(dataset) == len(images) and not batch.bad
+    assert np.array_equal(batch.images, expected["insightface/pixels"][images])
+    identities = 6 - sum(key > 30 for key in lost)
+    first = min(key for key in range(31, 37) if key not in lost)
+    assert (
+        "does not list record 0, which tells images from InsightFace's identity records: "
+        f"the {identities} records from key {first} on"
+        in caplog.text
+    )
+    caplog.clear()
+    (folder / "train.idx").unlink()
+    assert len(MXFaceDataset(folder)) == 30 and "does not list" not in caplog.text
+
+
+def test_damaged_records_do_not_hide_where_images_end(tmp_path, caplog):
+    folder = edit_insightface(tmp_path, lambda lines: lines.pop(0))
+    offsets = dict(zip(*(values.tolist() for values in read_index(folder / "train.idx"))))
+    with open(folder / "train.rec", "r+b") as file:
+        for key in (14, 15, 30, 33, 36):
+            file.seek(offsets[key])
+            file.write(b"oops")
+    dataset = MXFaceDataset(folder)
+    assert len(dataset) == 30 and [name for name, _ in read_all(dataset).bad] == [14, 15, 30]
+
+
+def with_record_0(folder, label):
+    """The golden InsightFace set with another record 0."""
+    copy_set("insightface", folder)
+    offset = IndexedRecordIO(folder / "train.idx", folder / "train.rec", "r").offset(0)
+    with open(folder / "train.rec", "r+b") as file:
+        file.seek(offset)
+        file.write(frame(pack(IRHeader(2, label, 0, 0), b"")))
+    return folder
+
+
+def test_record_0_of_another_set(tmp_path, caplog):
+    for label, images in ((31, 30), (34, 30), (37, 30), (5000, 30)):
+        caplog.clear()
+        dataset = MXFaceDataset(with_record_0(tmp_path / str(label), [label, 37]))
+        assert len(dataset) == images and not read_all(dataset).bad
+        assert ("record 0 says that images end before key" in caplog.text) == (label > 31)
+    with pytest.raises(
+        InputError,
+        match="record 0 says that no image follows key 20, but key 21 is one: record 0 or "
+        ".*train.idx is of another set",
+    ):
+        MXFaceDataset(with_record_0(tmp_path / "21", [21, 37]))
+    for label in (0, -3, float("nan")):
+        with pytest.raises(InputError, match="holds no image"):
+            MXFaceDataset(with_record_0(tmp_path / str(label), [label, 37]))
+    folder = edit_insightface(
+        tmp_path / "short", lambda lines: [lines.pop(key) for key in range(20, 37)]
+    )
+    caplog.clear()
+    assert (
+        len(MXFaceDataset(folder)) == 19
+        and "train.idx names 19 of the 30 images that record 0" in caplog.text
+    )
+
+
+def test_an_empty_image_at_key_0_is_no_record_0(tmp_path):
+    """Also one whose header promises more labels than there are."""
+    for record in (
+        (pack(IRHeader(0, 3.0, 0, 0), b""), struct.pack("<IfQQ", 9999, 3.0, 0, 0) + b"\0" * 8)
+    ):
+        with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
+            writer.write_idx(0, record)
+            for key in range(1, 9):
+                writer.write_idx(key, pack(IRHeader(0, float(key % 4), key, 0), jpeg(key)))
+        (tmp_path / "property").write_text("4,112,112")
+        dataset = MXFaceDataset(tmp_path)
+        assert len(dataset) == 9 and [name for name, _ in read_all(dataset).bad] == [0]
+
+
+def test_vector_labels_with_an_empty_last_image_are_no_identities(tmp_path):
+    """im2rec --pack-label from key 1 on: labels that are no range of keys."""
+    with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
+        for key in range(1, 9):
+            writer.write_idx(
+                key, pack(IRHeader(0, [key % 4, 0.5], key, 0), jpeg(key) if key < 8 else b"")
+            )
+    (tmp_path / "property").write_text("4,112,112")
+    dataset = MXFaceDataset(tmp_path)
+    assert len(dataset) == 8 and [name for name, _ in read_all(dataset).bad] == [8]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "6,112,112",
+        "6,112,112\n",
+        "\ufeff6,112,112\r\n",
+        "6, 112, 112\n",
+        "6 112 112",
+        "6\t112\t112\n",
+        "6\n112,112\n",
+        "6\n112\n112\n",
+        "6,\n112 112",
+        " 6,112,112, \n",
+        "6,112,112\n30\n",
+        "6,112,112\n30\nshuffled\n2021-03-01 12:00:00.123456\n",
+        "6,112,112\n\n30",
+        "6;112;112",
+    ],
+)
+def test_property_in_one_line_or_several(text, tmp_path):
+    """InsightFace's RecBuilder adds the number of images, its shuffle_rec.py also the time."""
+    folder = copy_set("plain", tmp_path)
+    (folder / "property").write_bytes(text.encode())
+    assert MXFaceDataset(folder).num_classes == 6
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "6",
+        "6,112",
+        "6\n112",
+        "six,112,112",
+        "6,112,112,3",
+        "6\n112,112,3\n",
+        "6.5,112,112",
+        "0,112,112",
+        "-6,112,112",
+        "shuffled\n6,112,112",
+        "\0\0\0",
+    ],
+)
+def test_what_is_no_property(text, tmp_path):
+    folder = copy_set("plain", tmp_path)
+    (folder / "property").write_bytes(text.encode())
+    with pytest.raises(
+        InputError,
+        match="property holds .* instead of classes,height,width; delete it to have it rebuilt",
+    ):
+        MXFaceDataset(folder)
 
 
 def test_order_of_equals_argsort():

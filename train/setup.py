@@ -19,7 +19,7 @@ from eval.benchmarks import benchmarks_of
 from eval.verification import load_targets
 from utils import distributed
 from utils.checkpoint import RunFolder
-from utils.dataset import FaceDatasetFolder, MXFaceDataset
+from utils.dataset import FaceDatasetFolder, MXFaceDataset, check_classes
 from utils.errors import InputError
 from utils.hub import find_weights
 from utils.loading import STOP_SIGNALS
@@ -180,7 +180,8 @@ def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -
 def build_dataset(cfg):
     """The training images of ``cfg``, from a copy on this machine if ``cfg.stage_to`` is set.
 
-    Errors: InputError if they are missing, empty, have more classes than cfg.num_classes, or cannot be copied.
+    Raises InputError if they are missing, empty, of one class, have labels that are no class or
+    more classes than cfg.num_classes, or cannot be copied.
     """
     if cfg.db_file_format == "folder":
         dataset = FaceDatasetFolder(cfg.data_path, cfg.sample or None)
@@ -189,6 +190,11 @@ def build_dataset(cfg):
         dataset = MXFaceDataset(rec, cfg.rec_backend, cfg.num_classes or None, cfg.rec_labels)
     if cfg.num_classes and cfg.num_classes < dataset.num_classes:
         raise InputError(f"num_classes={cfg.num_classes} is smaller than the {dataset.num_classes} classes of {dataset.root_dir}")
+    # the first rank looks for all; on a slow disk the others wait for it
+    distributed.all_succeed(
+        lambda: check_classes(dataset) if distributed.is_main() else None,
+        distributed.patient_group(),
+    )
     if cfg.num_image and cfg.num_image != len(dataset):
         logging.warning("%s holds %d images, num_image says %d", dataset.root_dir, len(dataset), cfg.num_image)
     cfg.num_classes = cfg.num_classes or dataset.num_classes

@@ -5,6 +5,7 @@ Torch is imported only where a batch is made, so that the MXNet backend runs in 
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,14 @@ import cv2
 import numpy as np
 
 from utils.errors import InputError
-from utils.record_set import IMAGE_SIZE, Shard, check_labels, find_folders, read_property
+from utils.record_set import (
+    IMAGE_SIZE,
+    LONGEST_HOLE,
+    Shard,
+    check_labels,
+    find_folders,
+    read_property,
+)
 from utils.recordio import EXACT_IN_FLOAT32, IRHeader, RecordError, write_property
 
 if TYPE_CHECKING:
@@ -23,7 +31,10 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
 JPEG_START = b"\xff\xd8\xff"
 PIXELS = b"P6\n%d %d\n255\n" % IMAGE_SIZE[::-1]        # begins an image that is stored as it is, a PPM file: read without OpenCV, in a tenth of the time
-LONGEST_HOLE = 1000     # so many damaged records in a row are a damaged file: stop looking for a neighbour
+# of a set that does not ascend by label as InsightFace's does, and of one that does
+LABELS_LOOKED_AT, ASCENDING_LOOKED_AT = 1 << 19, 1 << 12
+# of the folders and files that a message is about
+NAMED = 3
 OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64      # for the identity of a set: half a second for six million images
 
 log = logging.getLogger(__name__)
@@ -142,13 +153,21 @@ class FaceImages:
         """The class of a record with ``label``; InputError naming the record if it is none of this set (a NaN is none either)."""
         first, count = self._classes(index)
         if not 0 <= label < count or label != int(label):
-            raise InputError(f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set has {count} "
-                             f"classes (0 ... {count - 1}); mend its property file or config.num_classes")
+            hint = f"; if its labels run from 1, {self.from_1(count)}" if label == count else ""
+            raise InputError(
+                f"record {self._name(index)} of {self.root_dir} has label {label:g}, but the set "
+                f"has {count} classes (0 ... {count - 1}); mend its property file or "
+                f"config.num_classes{hint}"
+            )
         return first + int(label)
 
     def _classes(self, index: int) -> tuple[int, int]:
         """(the class of label 0, number of labels) in the part of the set that holds ``index``."""
         return 0, self.num_classes
+
+    def parts(self) -> list[tuple[slice, int, int]]:
+        """(indices, the class of label 0, number of labels) of the parts of the set, in order."""
+        return [(slice(0, len(self)), 0, self.num_classes)]
 
     def name_of(self, index: int) -> int | str:
         """What messages call an image: a record's key, or the path below ``root_dir``."""
@@ -163,9 +182,81 @@ class FaceImages:
         found = (self._label(index) for index in indices)
         return np.array([-1 if label is None else self._checked(label, index) for index, label in zip(indices, found)], np.int64)
 
+    def from_1(self, count: int) -> str:
+        """How to train where labels are 1 ... count."""
+        or_set = f", or set num_classes={count + 1}" if count == self.num_classes else ""
+        return (
+            f"let the property file say {count + 1} classes{or_set} (class 0 then stays empty), or "
+            "make the set again with labels from 0"
+        )
+
+    def labels_to_check(self) -> tuple[np.ndarray, bool]:
+        """(indices whose labels to look at before a training, whether labels ascend with it)."""
+        raise NotImplementedError
+
+    def one_class(self, label: float) -> str:
+        """What to say where all images have this label."""
+        return (
+            f"all labels are {label:g}: training needs two classes or more, and the identities of "
+            "this set are elsewhere (in a list beside it?); pack its images again with "
+            "data/make_rec.py, a folder for each identity"
+        )
+
     def identity(self) -> dict:
         """What tells this set from any other, wherever it lies: kind, number and bytes of the images, and a SHA-256 over their order and over some of them."""
         raise NotImplementedError
+
+
+def check_classes(dataset: FaceImages) -> None:
+    """Look at the labels of a training set before it is trained on: at all, at many of a large one.
+
+    Raises InputError if all images are of one class, which trains to a loss of 0 and to nothing
+    else, and for a label that is no class. Warns of classes without images.
+    """
+    indices, ascending = dataset.labels_to_check()
+    # an image of each (class of label 0, number of labels, label)
+    examples = {}
+    for index in indices.tolist():
+        label = dataset._label(index)
+        if label is not None:
+            examples.setdefault((*dataset._classes(index), label), index)
+    for first, count in {part[:2] for part in examples}:
+        labels = [label for *part, label in examples if part == [first, count]]
+        if min(labels) >= 1 and max(labels) == count:
+            raise InputError(
+                f"{dataset.root_dir}: labels run from {min(labels):g} to {count} (record "
+                f"{dataset.name_of(examples[first, count, count])}), but classes are counted from "
+                f"0 and there are {count} (0 ... {count - 1}): {dataset.from_1(count)}"
+            )
+    classes = {dataset._checked(label, index) for (*_, label), index in examples.items()}
+    if len(classes) == 1:
+        ((*_, label), _) = examples.popitem()
+        if all(dataset._label(index) in (label, None) for index in range(len(dataset))):
+            raise InputError(f"{dataset.root_dir}: {dataset.one_class(label)}")
+    elif classes:
+        warn_of_empty(dataset, classes, len(indices) == len(dataset), ascending)
+
+
+def warn_of_empty(dataset: FaceImages, classes: set[int], all_seen: bool, ascending: bool) -> None:
+    """Log which classes have no image, as far as ``classes``, those that were seen, show it."""
+    smallest = min(classes)
+    if smallest and (all_seen or ascending):
+        log.warning(
+            "labels of %s begin at %d: class 0 has no image and stays empty; if labels should "
+            "count from 0, make the set again",
+            dataset.root_dir,
+            smallest,
+        )
+    empty = [number for number in range(smallest, dataset.num_classes) if number not in classes]
+    if all_seen and empty:
+        log.warning(
+            "%d of the %d classes of %s have no image, class %d for one; data/check_rec.py lists "
+            "them",
+            len(empty),
+            dataset.num_classes,
+            dataset.root_dir,
+            empty[0],
+        )
 
 
 def empty_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -253,6 +344,24 @@ class MXFaceDataset(FaceImages):
         together = hashlib.sha256("\n".join(f"{part['images']} {part['sha256']}" for part in parts).encode())
         return dict(kind="records", files=len(parts), images=len(self), bytes=sum(part["bytes"] for part in parts), sha256=together.hexdigest())
 
+    def labels_to_check(self) -> tuple[np.ndarray, bool]:
+        """In the order of the files, which random reads would make a long look of."""
+        ascending = all(shard.insightface for shard in self._shards)
+        most = ASCENDING_LOOKED_AT if ascending else LABELS_LOOKED_AT
+        parts = []
+        for shard, end in zip(self._shards, self._ends):
+            numbers = sampled(shard.count, max(most * shard.count // len(self), 2))
+            order = shard.file_order()
+            if order is not None:
+                numbers = order[numbers].astype(np.int64)
+            parts.append(int(end) - shard.count + numbers)
+        return np.concatenate(parts), ascending
+
+    def parts(self) -> list[tuple[slice, int, int]]:
+        starts = np.append(0, self._ends).tolist()
+        spans = zip(starts, starts[1:])
+        return [(slice(first, end), *self._classes(first)) for first, end in spans]
+
     def shards(self) -> list[Shard]:
         """The record files in the order of their images."""
         return self._shards
@@ -277,22 +386,36 @@ class MXFaceDataset(FaceImages):
         stored = read_property(path) if os.path.isfile(path) else None
         if asked is not None:
             if stored is not None and stored > asked:
-                raise InputError(f"num_classes={asked} is smaller than the {stored} classes of {self.root_dir}")
+                raise InputError(
+                    f"num_classes={asked} is smaller than the {stored} classes of {self.root_dir}; "
+                    "num_classes=0 takes as many as the set has"
+                )
             if stored is not None and stored != asked:
                 log.warning("%s says %d classes, num_classes=%d is used", path, stored, asked)
             return asked
         return self._rebuild_property(folder, path) if stored is None else stored
 
     def _rebuild_property(self, folder: int, path: str) -> int:
-        """Count the classes in the image headers; keep the result for the next run where that is allowed."""
+        """Count the classes in the image headers; keep the result for the next run where allowed.
+
+        That of a single class is not kept: it says nothing, and whoever trains on it is refused.
+        """
         shards = [shard for shard, its_folder in zip(self._shards, self._folder_of) if its_folder == folder]
-        log.warning("%s is missing: counting the classes in the headers of %d records", path, sum(shard.count for shard in shards))
-        labels = (shard.glance(at).label for shard in shards for at in range(shard.count))
-        # no label beyond what float32 counts, and no NaN: those are reported when they are read
-        num_classes = 1 + int(max((label for label in labels if label < EXACT_IN_FLOAT32), default=-1))
-        if os.access(os.path.dirname(path), os.W_OK):
+        count = sum(shard.count for shard in shards)
+        log.warning("%s is missing: counting the classes in the headers of %d records", path, count)
+        smallest, largest = EXACT_IN_FLOAT32, -1
+        for shard in shards:
+            for at in range(shard.count):
+                label = shard.label(at)
+                # damaged records, labels beyond what float32 counts and NaN are reported later
+                if label is not None and label < EXACT_IN_FLOAT32:
+                    smallest, largest = min(smallest, label), max(largest, label)
+        num_classes = 1 + int(largest)
+        if smallest < largest and os.access(os.path.dirname(path), os.W_OK):
             write_property(os.path.dirname(path), num_classes, IMAGE_SIZE)
-        log.warning("rebuilt %s: %d classes", path, num_classes)
+            log.warning("rebuilt %s: %d classes", path, num_classes)
+        else:
+            log.warning("%d classes in %s", num_classes, os.path.dirname(path))
         return num_classes
 
     def _check_last_label(self, shard: Shard, index: int) -> None:
@@ -323,16 +446,22 @@ class FaceDatasetFolder(FaceImages):
     """A folder of identities: sorted sub-folders are the labels 0, 1, ..., their sorted image files the images.
 
     ``sample``: the first so many images of each identity (all if None). Items, ``num_classes`` and batches as MXFaceDataset;
-    records are named by their path below ``root_dir``. Errors: InputError if the folder is missing or holds no images.
+    records are named by their path below ``root_dir``. Raises InputError as ``list_identities``.
     """
 
     def __init__(self, root_dir: str, sample: int | None = None):
         self.root_dir = os.path.abspath(root_dir)
-        groups = list_identities(self.root_dir, sample)
+        found = scan_identities(self.root_dir)
+        self._refuse_empty(found)
+        groups = [group[:sample] for group in found.groups]
+        self.identities = found.names
         self.num_classes = len(groups)
         # one array of bytes: half a million str objects would be copied into every worker by their reference counts
         self._paths = np.array([os.fsencode(path) for group in groups for path in group])
         self._labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+
+    def _refuse_empty(self, found: "Identities") -> None:
+        refuse_empty(self.root_dir, found)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -349,6 +478,15 @@ class FaceDatasetFolder(FaceImages):
 
     def _label(self, index: int) -> int:
         return int(self._labels[index])
+
+    def labels_to_check(self) -> tuple[np.ndarray, bool]:
+        return sampled(len(self), 2), True
+
+    def one_class(self, label: float) -> str:
+        return (
+            f"all images are of one identity ({self.identities[int(label)]}): training needs two "
+            "or more, a sub-folder for each"
+        )
 
     def identity(self) -> dict:
         """The bytes of all files together, and a SHA-256 over all paths below ``root_dir``, their sizes and 64 whole files."""
@@ -369,21 +507,122 @@ class FaceDatasetFolder(FaceImages):
             return -1       # a damaged record like any other
 
 
+class Identities(NamedTuple):
+    """What a folder holds.
+
+    names: its sub-folders, sorted. groups: of each the paths of its images below the folder,
+    sorted. Those without images are in one of three more: nested {name: sub-folders that hold
+    images}, others {name: files with other suffixes}, bare [names of folders with neither].
+    """
+
+    names: list[str]
+    groups: list[list[str]]
+    nested: dict[str, list[str]]
+    others: dict[str, list[str]]
+    bare: list[str]
+
+
 def list_identities(root_dir: str, sample: int | None = None) -> list[list[str]]:
     """Image paths below ``root_dir``, one sorted list per identity (sub-folder, sorted by name; hidden ones are skipped).
 
-    ``sample``: at most so many of each. Errors: InputError if there is no such folder, no image, or an identity without images.
+    ``sample``: at most so many of each. Raises InputError if there is no such folder, no image, or
+    an identity without images. Logs which files and sub-folders are left out.
     """
-    if not os.path.isdir(root_dir):
-        raise InputError(f"no folder {os.path.abspath(root_dir)}; it should hold one sub-folder of images per identity")
-    with os.scandir(root_dir) as entries:
-        identities = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    groups = []
+    found = scan_identities(root_dir)
+    refuse_empty(root_dir, found)
+    return [group[:sample] for group in found.groups]
+
+
+def scan_identities(root_dir: str) -> Identities:
+    """As ``list_identities``, but identities without images are no error."""
+    root = os.path.abspath(root_dir)
+    if not os.path.isdir(root):
+        raise InputError(f"no folder {root}; it should hold one sub-folder of images per identity")
+    identities, loose = split_folder(root)
+    found = Identities(identities, [], {}, {}, [])
+    left_out, deeper = [], []
     for identity in identities:
-        files = (name for name in os.listdir(os.path.join(root_dir, identity)) if name.lower().endswith(IMAGE_SUFFIXES))
-        groups.append([os.path.join(identity, name) for name in sorted(files) if not name.startswith(".")][:sample])
-        if not groups[-1]:
-            raise InputError(f"identity {identity} in {os.path.abspath(root_dir)} has no image ({', '.join(IMAGE_SUFFIXES)}); remove its folder")
-    if not groups:
-        raise InputError(f"no images in {os.path.abspath(root_dir)}; it should hold one sub-folder of images per identity")
-    return groups
+        folders, files = split_folder(os.path.join(root, identity))
+        found.groups.append([os.path.join(identity, name) for name in files if is_image_name(name)])
+        others = [os.path.join(identity, name) for name in files if not is_image_name(name)]
+        nested = [name for name in folders if holds_images(os.path.join(root, identity, name))]
+        if found.groups[-1]:
+            left_out += others
+            deeper += [os.path.join(identity, name) for name in nested]
+        elif nested:
+            found.nested[identity] = nested
+        elif others:
+            found.others[identity] = others
+        else:
+            found.bare.append(identity)
+    loose = [name for name in loose if is_image_name(name)]
+    kinds = f"other suffixes than {' '.join(IMAGE_SUFFIXES)} ({suffixes(left_out)})"
+    for what, paths in (
+        (f"{len(left_out)} files with {kinds}", left_out),
+        (f"the images in {len(deeper)} sub-folders of identities", deeper),
+        (f"{len(loose)} images in no identity's folder", loose),
+    ):
+        if paths:
+            log.warning("%s: left out are %s: %s", root, what, few(paths))
+    return found
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def split_folder(folder: str) -> tuple[list[str], list[str]]:
+    """(names of its sub-folders, of its files), sorted, without hidden ones."""
+    with os.scandir(folder) as entries:
+        seen = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+    return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
+
+
+def holds_images(folder: str) -> bool:
+    """Whether there is an image in the folder or below it."""
+    return any(is_image_name(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def few(names: Sequence[str], most: int = NAMED) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def suffixes(paths: Sequence[str]) -> str:
+    """"3 .jfif, 2 without": how many files have which suffix."""
+    counts = Counter(os.path.splitext(path)[1].lower() or "without" for path in paths)
+    return few([f"{count} {suffix}" for suffix, count in counts.most_common()], 8)
+
+
+def refuse_empty(root_dir: str, found: Identities) -> None:
+    """Raises InputError if there is no identity, or one without images."""
+    root = os.path.abspath(root_dir)
+    if not found.names:
+        raise InputError(
+            f"no images in {root}; it should hold one sub-folder of images per identity"
+        )
+    without = [name for name, group in zip(found.names, found.groups) if not group]
+    if len(without) == 1:
+        raise InputError(f"identity {without[0]} in {root} has no image: {why_empty(found)}")
+    if without:
+        counts = f"{len(without)} of {len(found.names)} identities"
+        raise InputError(f"{counts} in {root} have no image: {why_empty(found)}")
+
+
+def why_empty(found: Identities) -> str:
+    """Which identities have no images, and what to do: they need not be without photographs."""
+    reasons = []
+    if found.nested:
+        folders = list(dict.fromkeys(name for names in found.nested.values() for name in names))
+        reasons.append(
+            f"the images of {few(list(found.nested))} lie in sub-folders ({few(folders)}): move "
+            "them up into the identity's own, or name the folder that holds the identities"
+        )
+    if found.others:
+        files = [path for paths in found.others.values() for path in paths]
+        reasons.append(
+            f"{few(list(found.others))}: only files with other suffixes ({suffixes(files)}) than "
+            f"{' '.join(IMAGE_SUFFIXES)}: rename or convert them"
+        )
+    if found.bare:
+        reasons.append(f"{few(found.bare)}: empty; remove such folders")
+    return "; ".join(reasons)

@@ -12,7 +12,7 @@ import mmap
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from utils.errors import InputError
 from utils.files import replacing, take_lock
 from utils.memory import scratch
 
-FORMAT = 1
+# 2: a repeated line is dropped, a repeated key refused
+FORMAT = 2
 HEADER = 4096                   # bytes before the arrays: JSON, padded
 SHARED_FROM = 1 << 20           # bytes of .idx from which on it is shared; below, copies cost less than a file
 SHARED_FROM_RECORDS = 1 << 28   # the same for a .rec without .idx
@@ -32,41 +33,66 @@ log = logging.getLogger(__name__)
 
 
 class Index(NamedTuple):
-    """``keys`` ascending, uint32 (int64 if one needs more); ``offsets`` int64, in bytes, of these records; a key that is listed twice has its last offset twice.
+    """Which record lies where; every key and every offset once.
 
-    ``by_offset``: uint32, the positions in the order of the file; None: not known, or the order of the keys (the first one may stand elsewhere).
-    ``mapped``: whether the arrays are those of all processes.
+    keys: ascending, uint32 (int64 if one needs more). offsets: int64, in bytes, of these records.
+    by_offset: uint32, the positions in the order of the file; None: not known, or the order of the
+    keys (the first one may stand elsewhere). mapped: whether the arrays are those of all processes.
+    repeated: lines of the ``.idx`` that said again what another one says, and were dropped.
     """
 
     keys: np.ndarray
     offsets: np.ndarray
     by_offset: np.ndarray | None = None
     mapped: bool = False
+    repeated: int = 0
 
 
-def open_index(idx_path: str, rec_path: str, scan: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Index:
-    """The index of ``rec_path``, from ``idx_path`` or, if that is missing, from ``scan()`` -> (keys, offsets), which may write it.
+def rebuild(idx_path: str) -> str:
+    """How to mend an ``.idx``."""
+    return f"delete {os.path.basename(idx_path)} to have it rebuilt from the .rec"
 
-    Errors: InputError if a line of the ``.idx`` is not ``key<tab>offset``.
+
+def open_index(
+    idx_path: str,
+    rec_path: str,
+    scan: Callable[[], tuple[np.ndarray, np.ndarray]],
+    check: Callable[[np.ndarray, np.ndarray], None] = lambda keys, offsets: None,
+) -> Index:
+    """The index of ``rec_path``: from ``idx_path`` or, if that is missing, from ``scan()``.
+
+    scan: gives (keys, offsets), and may write the ``.idx``. check: looks at those of an ``.idx``
+    before they are used. Raises InputError if a line of the ``.idx`` is not ``key<tab>offset``, if
+    lines contradict each other (``ascending``, ``order_in_file``), and what ``check`` raises.
     """
+    def find() -> tuple[np.ndarray, np.ndarray]:
+        if not os.path.isfile(idx_path):
+            return scan()
+        pairs = read_index(idx_path)
+        check(*pairs)
+        return pairs
+
     there = os.path.isfile(idx_path)
-    if os.path.getsize(idx_path if there else rec_path) < (SHARED_FROM if there else SHARED_FROM_RECORDS):
-        return in_memory(*(read_index(idx_path) if there else scan()))
-    folder = shared_folder()
+    size = os.path.getsize(idx_path if there else rec_path)
+    large = size >= (SHARED_FROM if there else SHARED_FROM_RECORDS)
+    folder = shared_folder() if large else None
     if folder is None:
-        return in_memory(*(read_index(idx_path) if there else scan()))
-    path = os.path.join(folder, f"{sha256(os.fsencode(os.path.abspath(rec_path))).hexdigest()[:24]}.index")
-    with take_lock(f"{path}.lock"):         # the first process makes it, the others of this machine wait
+        return in_memory(*find(), idx_path)
+    name = sha256(os.fsencode(os.path.abspath(rec_path))).hexdigest()[:24]
+    path = os.path.join(folder, f"{name}.index")
+    # the first process makes it, the others of this machine wait
+    with take_lock(f"{path}.lock"):
         stamp = origin(idx_path, rec_path)
         index = load(path, stamp)
         if index is None:
-            pairs = read_index(idx_path) if os.path.isfile(idx_path) else scan()
-            stamp["idx"] = stamp["idx"] or marks(idx_path)      # a scan may have written it
+            pairs = find()
+            # a scan may have written it
+            stamp["idx"] = stamp["idx"] or marks(idx_path)
             try:
-                save(path, stamp, *pairs)
+                save(path, stamp, *pairs, idx_path)
             except OSError as error:
                 log.warning("%s: %s; every process keeps the index of %s for itself (TMPDIR names another folder)", path, error.strerror, rec_path)
-                return in_memory(*pairs)
+                return in_memory(*pairs, idx_path)
             index = load(path, stamp)
     return index
 
@@ -100,28 +126,88 @@ def marks(path: str) -> list[int] | None:
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def in_memory(keys: np.ndarray, offsets: np.ndarray) -> Index:
-    """The index of (keys, offsets) in any order, in this process alone."""
-    parts = ascending(keys, offsets)
-    keys, offsets = (np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for arrays in zip(*parts))
-    return Index(keys.astype(key_type(keys)), offsets)
+def in_memory(keys: np.ndarray, offsets: np.ndarray, idx_path: str = "the index") -> Index:
+    """The index of (keys, offsets), in any order, for this process. Raises as ``open_index``."""
+    parts, repeated = ascending(keys, offsets, idx_path)
+    order_in_file(parts, idx_path)
+    keys, offsets = (joined(arrays) for arrays in zip(*parts))
+    return Index(keys.astype(key_type(keys)), offsets, repeated=repeated)
+
+
+def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One array of all; no copy where there is one only."""
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
 def key_type(keys: np.ndarray) -> type:
     return np.uint32 if len(keys) == 0 or keys.max() <= np.iinfo(np.uint32).max else np.int64
 
 
-def ascending(keys: np.ndarray, offsets: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(keys, offsets) by key, as one part or as two to lay end to end: no copies for files in key order but for a last record 0, as InsightFace's are."""
+def ascending(
+    keys: np.ndarray, offsets: np.ndarray, idx_path: str
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+    """(keys, offsets) by key, every key once, and how many repeated lines were dropped for that.
+
+    They come as one part or as two to lay end to end: no copies for files in key order but for a
+    last record 0, as InsightFace's are. Raises InputError if a key stands there with two offsets:
+    only one of these records could be read by it, and would stand for all.
+    """
     if rising(keys):
-        return [(keys, offsets)]
+        return [(keys, offsets)], 0
     if keys[-1] < keys[0] and rising(keys[:-1]):
-        return [(keys[-1:], offsets[-1:]), (keys[:-1], offsets[:-1])]
+        return [(keys[-1:], offsets[-1:]), (keys[:-1], offsets[:-1])], 0
     order = order_of(keys)
-    sorted_keys, sorted_offsets = (np.take(values, order, out=scratch(len(order)), mode="clip") for values in (keys, offsets))
-    for at in np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1])[::-1]:
-        sorted_offsets[at] = sorted_offsets[at + 1]         # of a key listed twice the last one counts, as in MXNet
-    return [(sorted_keys, sorted_offsets)]
+    keys, offsets = (
+        np.take(values, order, out=scratch(len(order)), mode="clip") for values in (keys, offsets)
+    )
+    again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
+    if len(again) == 0:
+        return [(keys, offsets)], 0
+    contradicting = again[offsets[again] != offsets[again - 1]]
+    if len(contradicting):
+        count, key = len(np.unique(keys[contradicting])), keys[contradicting[0]]
+        its_offsets = offsets[np.searchsorted(keys, key):np.searchsorted(keys, key, "right")]
+        listed = ", ".join(map(str, its_offsets[:3])) + (", ..." if len(its_offsets) > 3 else "")
+        raise InputError(
+            f"{idx_path} lists keys several times with different offsets ({count} of them; key "
+            f"{key}: {listed}): records would be read twice and others never; {rebuild(idx_path)}, "
+            "which numbers them anew where need be"
+        )
+    once = np.ones(len(keys), bool)
+    once[again] = False
+    return [(keys[once], offsets[once])], len(again)
+
+
+def order_in_file(parts: list[tuple[np.ndarray, np.ndarray]], idx_path: str) -> np.ndarray | None:
+    """The positions in the order of the file; None: that of the keys, but perhaps for the first.
+
+    parts: from ``ascending``. Raises InputError if two keys name one record.
+    """
+    keys, offsets = zip(*parts)
+    if len(offsets[0]) == 0:
+        return None
+    # all but the first record, without a copy
+    rest = offsets[-1][2 - len(parts):]
+    order, shared = None, None
+    if rising(rest):
+        at = np.searchsorted(rest, offsets[0][0])
+        shared = (0, at + 1) if at < len(rest) and rest[at] == offsets[0][0] else None
+    else:
+        offsets = joined(offsets)
+        order = order_of(offsets)
+        for first in range(0, len(order), 1 << 20):
+            part = offsets[order[first:first + (1 << 20) + 1]]
+            same = np.flatnonzero(part[1:] == part[:-1])
+            if len(same):
+                shared = order[first + same[0]], order[first + same[0] + 1]
+                break
+    if shared:
+        keys = joined(keys)
+        raise InputError(
+            f"{idx_path}: the keys {keys[shared[0]]} and {keys[shared[1]]} have the same offset, "
+            f"so that one record would be read as two; {rebuild(idx_path)}"
+        )
+    return order
 
 
 def rising(values: np.ndarray) -> bool:
@@ -151,7 +237,7 @@ def read_index(idx_path: str) -> tuple[np.ndarray, np.ndarray]:
     keys, offsets, count = scratch(most), scratch(most), 0
     for pairs in parsed(idx_path):
         if len(pairs) and pairs.min() < 0:
-            raise InputError(f"{idx_path} names a negative key or offset; delete it to have it rebuilt from the .rec")
+            raise InputError(f"{idx_path} names a negative key or offset; {rebuild(idx_path)}")
         keys[count:count + len(pairs)], offsets[count:count + len(pairs)] = pairs.T
         count += len(pairs)
     return keys[:count], offsets[:count]
@@ -174,7 +260,19 @@ def parse(text: bytes, idx_path: str) -> np.ndarray:
             numbers = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
         return numbers.reshape(-1, 2)
     except (ValueError, DeprecationWarning):
-        raise InputError(f"{idx_path} is no RecordIO index (lines of key<tab>offset); delete it to have it rebuilt from the .rec") from None
+        raise InputError(
+            f"{idx_path} is no RecordIO index (lines of key<tab>offset); {rebuild(idx_path)}"
+        ) from None
+
+
+def first_beyond(idx_path: str, size: int) -> tuple[int, int]:
+    """(key, offset) of the first line whose offset is ``size`` or more, as it stands there.
+
+    Arrays hold no number above int64: NumPy reads larger ones as the largest.
+    """
+    with open(idx_path) as file:
+        words = (int(word) for line in file for word in line.split())
+        return next((key, offset) for key, offset in zip(words, words) if offset >= size)
 
 
 def write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> None:
@@ -185,20 +283,26 @@ def write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> N
 
 # --- the shared file: header, offsets, keys, and the positions by offset if these are not in order
 
-def save(path: str, stamp: dict, keys: np.ndarray, offsets: np.ndarray) -> None:
-    """Lay down the index of (keys, offsets), in any order, for ``load``."""
-    parts = ascending(keys, offsets)
-    kind = key_type(keys)
-    in_order = rising(parts[-1][1][2 - len(parts):])        # of the first part of two, or the first record, nothing is asked
-    header = dict(stamp, records=len(keys), key_bytes=np.dtype(kind).itemsize, by_offset=not in_order)
+def save(path: str, stamp: dict, keys: np.ndarray, offsets: np.ndarray, idx_path: str) -> None:
+    """Lay down the index of (keys, offsets), in any order. Raises as ``open_index``."""
+    parts, repeated = ascending(keys, offsets, idx_path)
+    order = order_in_file(parts, idx_path)
+    kind = key_type(parts[-1][0])
+    header = dict(
+        stamp,
+        records=sum(len(keys) for keys, _ in parts),
+        key_bytes=np.dtype(kind).itemsize,
+        by_offset=order is not None,
+        repeated=repeated,
+    )
     with replacing(path) as file:
         file.write(json.dumps(header).encode().ljust(HEADER))
         for _, values in parts:
             file.write(values.data)
         for values, _ in parts:
             write_as(kind, values, file)
-        if not in_order:
-            write_as(np.uint32, order_of(np.concatenate([values for _, values in parts]) if len(parts) > 1 else parts[0][1]), file)
+        if order is not None:
+            write_as(np.uint32, order, file)
 
 
 def write_as(kind: type, values: np.ndarray, file) -> None:
@@ -224,4 +328,10 @@ def load(path: str, stamp: dict) -> Index | None:
         content = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     keys_at = HEADER + 8 * count
     by_offset = np.frombuffer(content, np.uint32, count, keys_at + kind.itemsize * count) if header["by_offset"] else None
-    return Index(np.frombuffer(content, kind, count, keys_at), np.frombuffer(content, np.int64, count, HEADER), by_offset, mapped=True)
+    return Index(
+        np.frombuffer(content, kind, count, keys_at),
+        np.frombuffer(content, np.int64, count, HEADER),
+        by_offset,
+        mapped=True,
+        repeated=header["repeated"],
+    )

@@ -11,17 +11,28 @@ Labels: files of one folder share theirs, label 3 is the same person in all of t
 "shared": parts of one set, as above; "separate": sets of different people, the labels of each are counted on from the classes of those before.
 """
 
+import logging
 import os
 import re
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from utils.errors import InputError
-from utils.recordio import Glance, IndexedRecordIO, IRHeader, RecordError, unpack
+from utils.record_index import rebuild
+from utils.recordio import MAGIC_BYTES, Glance, IndexedRecordIO, IRHeader, RecordError, unpack
 
+log = logging.getLogger(__name__)
+
+# of every file, when it is opened
+OFFSETS_LOOKED_AT = 64
+# of these, to say that the index is another file's: fewer are damaged records
+FEWEST_WRONG = 4
+# so many damaged records in a row are a damaged file: stop looking for a neighbour
+LONGEST_HOLE = 1000
 LABELS = ("auto", "shared", "separate")
 IMAGE_SIZE = (112, 112)
 
@@ -76,7 +87,24 @@ def records_in(folder: str) -> list[str]:
 
 def has_records(folder: str | os.PathLike) -> bool:
     """Whether a folder is meant as a record set, if an incomplete one, not as one of images."""
-    return any(name in ("train.idx", "property") or name.startswith("train") and name.endswith(".rec") for name in os.listdir(folder))
+    with os.scandir(folder) as entries:
+        names, others = [], False
+        for entry in entries:
+            names.append(entry.name)
+            others |= entry.is_dir() and not entry.name.startswith(".")
+    recs = [name for name in names if name.endswith(".rec")]
+    train = [name for name in recs if name.startswith("train")]
+    if "train.idx" in names or "property" in names or train:
+        return True
+    # of other names, which find_folders asks to be named, where they are all there is
+    return bool(recs) and not others
+
+
+def split_paths(text: str, base: Path) -> list[str]:
+    """What a text names: one path, or several with commas between (unless the whole is a path)."""
+    if "," not in text or (base / Path(text).expanduser()).exists():
+        return [text]
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def check_labels(labels: str, folders: Sequence[Folder]) -> bool:
@@ -90,26 +118,135 @@ def check_labels(labels: str, folders: Sequence[Folder]) -> bool:
 
 
 class Shard:
-    """One ``.rec``: its index and which of its records are images, those at the positions ``first`` ... ``first + count - 1``."""
+    """One ``.rec``: its index and which of its records are images.
+
+    These are at the positions ``first`` ... ``first + count - 1``.
+    Raises InputError if its ``.idx`` is another file's, or if its record 0 is.
+    """
 
     def __init__(self, folder: str, rec: str, backend: str):
         self.path = os.path.join(folder, rec)
         self.index = IndexedRecordIO(os.path.join(folder, f"{stem(rec)}.idx"), self.path, "r")
+        self._refuse_foreign_index()
         self.records = open_backend(backend, self.index)
         self.insightface, self.first, self.count = self._images()
 
+    def _refuse_foreign_index(self) -> None:
+        """Look at some offsets: in another file's index hardly any is where a record begins."""
+        keys, offsets = self.index.key_array, self.index.index.offsets
+        most = min(len(keys), OFFSETS_LOOKED_AT)
+        looked_at = np.linspace(0, max(len(keys) - 1, 0), most).round().astype(np.int64)
+        # what lies beyond a file that is cut off was reported when the index was opened
+        looked_at = looked_at[offsets[looked_at] < os.path.getsize(self.path)]
+        starts = [self.index.records.pread(4, int(offset)) for offset in offsets[looked_at]]
+        wrong = [at for at, start in zip(looked_at, starts) if start != MAGIC_BYTES]
+        if len(wrong) >= FEWEST_WRONG and 2 * len(wrong) > len(looked_at):
+            raise InputError(
+                f"{self.index.idx_path} is not the index of {self.path}: no record begins at "
+                f"{len(wrong)} of {len(looked_at)} offsets that were looked at (the first: key "
+                f"{keys[wrong[0]]}, offset {offsets[wrong[0]]}); {rebuild(self.index.idx_path)}, "
+                "or copy both again"
+            )
+
     def _images(self) -> tuple[bool, int, int]:
-        """(whether the layout is InsightFace's, first position, number) of the images. InsightFace's record 0 tells the keys; elsewhere all records are images."""
+        """(whether the layout is InsightFace's, first position, number) of the images.
+
+        InsightFace's record 0 tells the keys of the images, which the identities' records follow.
+        Where the index has lost it, these tell themselves. Elsewhere all records are images.
+        """
         keys = self.index.key_array
-        if len(keys) == 0 or keys[0] != 0:
-            return False, 0, len(keys)
+        if len(keys) == 0:
+            return False, 0, 0
+        if keys[0] != 0:
+            end = self._first_identity(len(keys))
+            if end == len(keys):
+                return False, 0, end
+            log.warning(
+                "%s does not list record 0, which tells images from InsightFace's identity "
+                "records: the %d records from key %d on, which hold ranges of keys and no image, "
+                "are left out",
+                self.index.idx_path,
+                len(keys) - end,
+                keys[end],
+            )
+            return True, 0, end
         glance = self.index.glance_at(0)
-        if glance.id < 0 or glance.has_image:
+        if not glance.holds_keys:
             return False, 0, len(keys)
-        first = 1 if len(keys) > 1 and keys[1] else int(np.searchsorted(keys, keys.dtype.type(1)))
-        if not 0 < glance.label <= keys[-1]:
-            return True, first, len(keys) - first if glance.label > 0 else 0
-        return True, first, int(np.searchsorted(keys, keys.dtype.type(np.ceil(glance.label)))) - first
+        return True, 1, self._end_of_images(glance.label) - 1
+
+    def _end_of_images(self, first_identity: float) -> int:
+        """The position after the last image. first_identity: which key is none, says record 0."""
+        keys = self.index.key_array
+        if not first_identity > 1:
+            return 1
+        end = len(keys)
+        if first_identity <= keys[-1]:
+            end = int(np.searchsorted(keys, keys.dtype.type(np.ceil(first_identity))))
+            if self._has_image(end):
+                raise InputError(
+                    f"{self.path}: record 0 says that no image follows key {keys[end - 1]}, but "
+                    f"key {keys[end]} is one: record 0 or {self.index.idx_path} is of another set; "
+                    "copy both again, or pack the set again"
+                )
+        images = self._first_identity(end)
+        if images < end:
+            log.warning(
+                "%s: record 0 says that images end before key %g, but the %d records from key %d "
+                "on hold ranges of keys and no image: they are left out",
+                self.path,
+                first_identity,
+                end - images,
+                keys[images],
+            )
+        elif end - 1 < first_identity - 1:
+            log.warning(
+                "%s names %d of the %d images that record 0 of %s counts; %s",
+                self.index.idx_path,
+                end - 1,
+                first_identity - 1,
+                self.path,
+                rebuild(self.index.idx_path),
+            )
+        return images
+
+    def _has_image(self, position: int) -> bool:
+        try:
+            return self.index.glance_at(position).has_image
+        except RecordError:
+            return False
+
+    def _first_identity(self, end: int) -> int:
+        """The position of the first identity record before ``end``; ``end``: there is none.
+
+        All of them follow the images.
+        """
+        if not self._holds_range(end - 1):
+            return end
+        images, identities = 0, end - 1
+        while images < identities:
+            middle = (images + identities) // 2
+            if self._holds_range(middle):
+                identities = middle
+            else:
+                images = middle + 1
+        return identities
+
+    def _holds_range(self, position: int) -> bool:
+        """Whether the record is one of InsightFace's identities: a range of keys, and no image.
+
+        A damaged record is taken for what the one before it is.
+        """
+        for at in range(position, max(position - LONGEST_HOLE, -1), -1):
+            try:
+                header, encoded = unpack(self.index.read_at(at))
+            except RecordError:
+                continue
+            if header.flag != 2 or len(encoded):
+                return False
+            start, end = header.label
+            return bool(1 <= start <= end <= self.index.key_array[at])
+        return False
 
     def key(self, at: int) -> int:
         return int(self.index.key_array[self.first + at])
@@ -198,11 +335,20 @@ def open_backend(backend: str, index: IndexedRecordIO) -> NativeRecords | MXNetR
 
 
 def read_property(path: str) -> int:
-    """Number of classes of a ``property`` file (``classes,height,width``); InputError if it holds something else."""
+    """Number of classes of a ``property`` file: ``classes,height,width``, in one line or several.
+
+    Lines after these numbers are not read: InsightFace's packers write the number of images there,
+    or when the set was shuffled. Raises InputError if the file holds something else.
+    """
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         text = file.read().strip()
+    numbers = []
+    for line in text.splitlines():
+        numbers += re.split(r"[\s,;]+", line.strip(" \t,;"))
+        if len(numbers) >= 3:
+            break
     try:
-        num_classes, height, width = (int(field) for field in text.split(","))
+        num_classes, height, width = map(int, numbers)
         if num_classes < 1:
             raise ValueError
     except ValueError:

@@ -17,7 +17,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files import replacing
-from utils.record_index import open_index, read_index, write_index
+from utils.record_index import first_beyond, open_index, read_index, rebuild, write_index
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -26,6 +26,8 @@ LENGTH_BITS = 29
 LENGTH_MASK = (1 << LENGTH_BITS) - 1
 MOST_AT_ONCE = 1 << 16          # bytes read together with a record's frame, in the hope that they are all of it
 EXACT_IN_FLOAT32 = 1 << 24      # labels are float32: identity ranges above this would be rounded
+# from here on the counter of whoever wrote the index overflowed
+NO_OFFSET = 1 << 62
 
 _FRAME = struct.Struct("<II")
 _HEADER = struct.Struct("<IfQQ")
@@ -99,12 +101,22 @@ def _aligned_magics(payload: bytes) -> list[int]:
 
 
 class Glance(NamedTuple):
-    """The start of a record: where the next one begins, its header's id (-1: no header), first label, whether image bytes follow."""
+    """The start of a record.
+
+    end: where the next one begins. id: of its header, -1: there is none. label: the first one.
+    has_image: whether bytes follow the labels. flag: number of labels behind the header.
+    """
 
     end: int
     id: int
     label: float
     has_image: bool
+    flag: int = 0
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether this is one of InsightFace's index records: labels (keys), and no image."""
+        return self.flag > 0 and not self.has_image
 
 
 class RecordFile:
@@ -187,7 +199,8 @@ class RecordFile:
         labels_end = _HEADER.size + 4 * flag
         if 0 < flag and labels_end <= length:
             label = struct.unpack_from("<f", start, _HEADER.size)[0]
-        return Glance(end, key, label, length > labels_end)
+        # a flag of more labels than there are is damage, and says nothing about the record's kind
+        return Glance(end, key, label, length > labels_end, flag if labels_end <= length else 0)
 
     def _end_of_split(self, offset: int, name: str | int) -> int:
         """The offset after the last part of the split record at ``offset``."""
@@ -211,27 +224,54 @@ def _after(offset: int, length: int) -> int:
 def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx`` held.
 
-    The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's face2rec2 and this project
-    put it. Where ids are absent or repeat (a converter that left them 0), records are numbered as they come: from 0, or,
-    if the last one has labels and no image (InsightFace's record 0, written last), from 1 with key 0 for the last.
-    Errors: RecordError at the first record that is truncated or damaged.
+    The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's
+    face2rec2 and this project put it. Where ids are absent or repeat (a converter that left them 0,
+    two files joined), ``number_anew`` gives others. Raises RecordError at the first record that is
+    truncated or damaged.
     """
     size = os.path.getsize(records.path)
-    offsets, ids, glance, offset = array("q"), array("q"), None, 0
+    offsets, ids, index_records, offset, glance = array("q"), array("q"), array("b"), 0, None
     while offset < size:
         glance = records.glance(offset, f"record {len(offsets)}")
         if glance.end > size:
-            raise RecordError(f"{records.path}: record {len(offsets)} at offset {offset}: truncated, the file ends inside it")
+            raise RecordError(
+                f"{records.path}: record {len(offsets)} at offset {offset}: truncated, the file "
+                "ends inside it"
+            )
         offsets.append(offset)
-        ids.append(glance.id if glance.id < 1 << 62 else -1)        # beyond int64: noise, not a key
+        # beyond int64: noise, not a key
+        ids.append(glance.id if glance.id < 1 << 62 else -1)
+        index_records.append(glance.holds_keys)
         offset = glance.end
-    keys = np.arange(len(offsets), dtype=np.int64)
-    ids = np.array(ids, dtype=np.int64)
+    offsets, ids = np.array(offsets, dtype=np.int64), np.array(ids, dtype=np.int64)
     if len(np.unique(ids)) == len(ids) and (ids >= 0).all():
-        keys = ids
-    elif glance.id >= 0 and not glance.has_image:
-        keys = np.roll(keys, -1)
-    return keys, np.array(offsets, dtype=np.int64)
+        return ids, offsets
+    log.warning("%s: records do not tell their keys: they are numbered as they come", records.path)
+    return number_anew(records.path, offsets, np.array(index_records, dtype=bool), glance.label)
+
+
+def number_anew(
+    path: str, offsets: np.ndarray, index_records: np.ndarray, last_label: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, offsets) of records that are numbered as they lie in the file.
+
+    index_records: (N,) bool, which hold labels and no image. last_label: the first of the last one.
+    From 1, with key 0 for the last, if that is InsightFace's record 0 (written last) and names the
+    number of images before it; else from 0, and index records, whose keys mean nothing any more,
+    are left out.
+    """
+    keys, images = np.arange(len(offsets), dtype=np.int64), int((~index_records).sum())
+    in_order = images < len(offsets) and index_records[images:].all()
+    if in_order and last_label == images + 1:
+        return np.roll(keys, -1), offsets
+    if images < len(offsets):
+        log.warning(
+            "%s: %d records hold ranges of keys and no image (InsightFace's index of identities), "
+            "but not in its order: they are left out",
+            path,
+            len(offsets) - images,
+        )
+    return keys[:images], offsets[~index_records]
 
 
 class IndexedRecordIO:
@@ -241,7 +281,9 @@ class IndexedRecordIO:
     reader may be shared by threads and forked or spawned workers; a large index is in a machine's memory once (``utils.record_index``).
     Besides by key, records are read by position, 0 ... len - 1 in ascending order of their keys.
     ``"w"``: both files get their names on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither.
-    Errors: InputError for a missing ``.rec`` or an unreadable ``.idx``; RecordError for a damaged record; KeyError for an unknown key.
+    Raises InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts
+    itself (a key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError
+    for a damaged record; KeyError for an unknown key.
     """
 
     def __init__(self, idx_path: str, rec_path: str, flag: str):
@@ -249,6 +291,7 @@ class IndexedRecordIO:
         self.writable = flag == "w"
         if flag == "r":
             self._open_reader()
+            self._report_index()
         elif flag == "w":
             self._open_writer()
         else:
@@ -258,7 +301,54 @@ class IndexedRecordIO:
         if not os.path.isfile(self.rec_path):
             raise InputError(f"no record file {os.path.abspath(self.rec_path)}; check the path or make one with data/make_rec.py")
         self.records = RecordFile(self.rec_path)
-        self.index = open_index(self.idx_path, self.rec_path, self._rebuild_index)
+        self.index = open_index(
+            self.idx_path, self.rec_path, self._rebuild_index, self._refuse_foreign_offsets
+        )
+
+    def _refuse_foreign_offsets(self, keys: np.ndarray, offsets: np.ndarray) -> None:
+        """Raises InputError if offsets lie beyond the file, unless that is cut off."""
+        size = os.path.getsize(self.rec_path)
+        beyond = offsets >= size
+        count = int(beyond.sum())
+        if count == 0 or offsets.max() < NO_OFFSET and self._is_cut_off(keys, offsets, size):
+            return
+        key, offset = first_beyond(self.idx_path, size)
+        more = f", as do {count - 1} more" if count > 1 else ""
+        raise InputError(
+            f"{self.idx_path}: offset {offset} of key {key} lies beyond the {size} bytes of "
+            f"{self.rec_path}{more}; {rebuild(self.idx_path)}, or copy both again if they should "
+            "fit"
+        )
+
+    def _is_cut_off(self, keys: np.ndarray, offsets: np.ndarray, size: int) -> bool:
+        """Whether the file ends inside the last record that begins in it."""
+        inside = np.flatnonzero(offsets < size)
+        if len(inside) == 0:
+            return size == 0
+        last = inside[offsets[inside].argmax()]
+        offset = int(offsets[last])
+        try:
+            return self.records.glance(offset, keys[last]).end > size
+        except RecordError:
+            return self.records.pread(4, offset) == MAGIC_BYTES[:size - offset]
+
+    def _report_index(self) -> None:
+        """Log what is strange about the index, and can be lived with."""
+        if self.index.repeated:
+            log.warning(
+                "%s: %d lines say again what another one says; every record counts once",
+                self.idx_path,
+                self.index.repeated,
+            )
+        beyond = int((self.index.offsets >= os.path.getsize(self.rec_path)).sum())
+        if beyond:
+            log.warning(
+                "%s is cut off: it ends inside a record, and %d more that %s names are not there; "
+                "copy it again",
+                self.rec_path,
+                beyond,
+                self.idx_path,
+            )
 
     def __getstate__(self) -> dict:
         """A shared index is not sent along to a spawned process: that maps it itself."""
@@ -284,7 +374,8 @@ class IndexedRecordIO:
         if self.writable:
             return self._keys.tolist()
         if os.path.isfile(self.idx_path):
-            return read_index(self.idx_path)[0].tolist()
+            keys = read_index(self.idx_path)[0].tolist()
+            return list(dict.fromkeys(keys)) if self.index.repeated else keys
         return self.index.keys[np.argsort(self.index.offsets, kind="stable")].tolist()      # a scan finds them in this order
 
     @property
@@ -302,7 +393,7 @@ class IndexedRecordIO:
         raise KeyError(f"{self.rec_path} has no record with key {key}")
 
     def offset(self, key: int) -> int:
-        """Byte offset of the record ``key``; of a key listed twice the last one counts, as in MXNet."""
+        """Byte offset of the record ``key``."""
         return int(self.index.offsets[self.position(key)])
 
     def read_idx(self, key: int) -> bytes:
