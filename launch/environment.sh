@@ -7,10 +7,19 @@ export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_T
 
 fail() { echo "error: $*" >&2; exit 1; }
 
+packages="torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib"
+
+# has_packages PYTHON [MODULES]: whether they are installed and new enough; importing them would take seconds at every start of a run script
 has_packages() {
-    "$1" -c "import sys, torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib${2:+, $2}
-sys.exit(sys.version_info < (3, 10) or tuple(map(int, torch.__version__.split('.')[:2])) < (2, 11))" 2>/dev/null
+    "$1" -c "import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+names = '$packages${2:+, $2}'.split(', ')
+sys.exit(sys.version_info < (3, 10) or None in map(find_spec, names) or tuple(map(int, version('torch').split('.')[:2])) < (2, 11))" 2>/dev/null
 }
+
+# can_import [MODULES]: whether PYTHON loads them, too; says why not
+can_import() { "$PYTHON" -c "import $packages${1:+, $1}"; }
 
 # find_python [MODULES]: PYTHON = .venv's or the caller's python, whichever has the packages (and MODULES)
 find_python() {
@@ -23,7 +32,7 @@ find_python() {
 
 # set_up FILE [MODULES]: make .venv from requirements/FILE unless some python has the packages already
 set_up() {
-    find_python "${2:-}" && return
+    find_python "${2:-}" && can_import "${2:-}" 2>/dev/null && return
     local candidate chosen=""
     for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
         if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then chosen=$candidate; break; fi
@@ -33,7 +42,9 @@ set_up() {
     # a .venv that an interrupted set-up left behind is completed, not trusted
     [ -x "$root/.venv/bin/python" ] || "$chosen" -m venv "$root/.venv" || fail "cannot make $root/.venv"
     "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements/$1" || fail "installing requirements/$1 failed"
-    find_python "${2:-}" || fail "the packages of requirements/$1 are installed in $root/.venv, but do not import: $("$root/.venv/bin/python" -c 'import torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib' 2>&1 | tail -1)"
+    find_python "${2:-}" || fail "the packages of requirements/$1 are not all in $root/.venv after their installation"
+    local reason
+    reason=$(can_import "${2:-}" 2>&1) || fail "the packages of requirements/$1 are installed, but $PYTHON does not import them: $(tail -1 <<< "$reason")"
 }
 
 # several_machines: rendezvous = torchrun's arguments for NNODES machines that meet at MASTER_ADDR:MASTER_PORT, where the one with NODE_RANK=0 is the host

@@ -7,23 +7,31 @@ import sys
 import time
 from pathlib import Path
 
+from tests.warm_python import kill_tree, python
+
 ROOT = Path(__file__).resolve().parents[1]
+# seconds that a process may take: below pytest's own limit, so that what it printed is seen, and far above what any takes, for the machine may be busy
+LIMIT = 500
 
 
-def command(script, *arguments, ranks=1, torchrun=None, restarts=0) -> list[str]:
-    """The command line of a training script: plain Python for one rank, torchrun for more."""
+def command(script, *arguments, ranks=1, torchrun=None, restarts=0, fresh=False) -> list[str]:
+    """The command line of a training script: plain Python for one rank, torchrun for more.
+
+    ``fresh``: in a Python of its own (see tests/warm_python.py), which limits and namespaces of the caller reach.
+    """
+    executable = sys.executable if fresh else python()
     if ranks > 1 or torchrun:
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc_per_node", str(ranks), str(script),
+        return [executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc_per_node", str(ranks), str(script),
                 *map(str, arguments)]
-    return [sys.executable, str(script), *map(str, arguments)]
+    return [executable, str(script), *map(str, arguments)]
 
 
 def environment(ranks=1, **extra) -> dict:
     """One thread per rank, so that ranks do not compete for the cores, unless OMP_NUM_THREADS says otherwise."""
-    return dict({"OMP_NUM_THREADS": "1"} | os.environ, CUDA_VISIBLE_DEVICES="", **extra)
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON_EXEC": python()} | extra
 
 
-def run(script, *arguments, ranks=1, expect=0, timeout=240, restarts=0, **extra) -> str:
+def run(script, *arguments, ranks=1, expect=0, timeout=LIMIT, restarts=0, **extra) -> str:
     """Run to the end and return stdout and stderr together; the exit status must be ``expect`` (or, for "error", not 0)."""
     done = subprocess.run(command(script, *arguments, ranks=ranks, restarts=restarts), env=environment(ranks, **extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, timeout=timeout, cwd="/")
@@ -31,16 +39,7 @@ def run(script, *arguments, ranks=1, expect=0, timeout=240, restarts=0, **extra)
     return done.stdout
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all below it: a machine that goes away takes torchrun and its workers at once."""
-    os.kill(pid, signal.SIGSTOP)
-    for child in Path(f"/proc/{pid}/task").glob("*/children"):
-        for number in child.read_text().split():
-            kill_tree(int(number))
-    os.kill(pid, signal.SIGKILL)
-
-
-def run_until(script, *arguments, ranks=1, log: Path, text: str, send=signal.SIGKILL, timeout=240) -> int:
+def run_until(script, *arguments, ranks=1, log: Path, text: str, send=signal.SIGKILL, timeout=LIMIT) -> int:
     """Run until ``text`` appears in ``log``, send the signal (SIGKILL to every process of it) and return the exit status."""
     offset = log.stat().st_size if log.exists() else 0
     process = subprocess.Popen(command(script, *arguments, ranks=ranks), env=environment(ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -3,12 +3,14 @@
 kill:NAME        this process is SIGKILLed when it is about to give a file its final name NAME
 fail:STEP        rank 1 raises an InputError in its STEP-th training step, or with STEP 0 when it reads the data set
 die:STEP         rank 1 is SIGKILLed in its STEP-th training step, of torchrun's first start only
-hang:STEP        rank 1 waits there for ever; of the first start only
+hang:STEP        rank 1 waits there for ever; of the first start only. Until then nobody is said to hang, however busy the machine is
+hold:STEP        every rank waits for ever when it has done STEP steps
 full:STEP        the disk is full when rank 0 saves the backbone of that step: its files may not grow beyond 100 kB (the first start only)
 benchmark:RANK   this rank is SIGKILLed when it begins to measure IJB or TinyFace
 nowrite:FOLDER   every rank but 0 dies if it opens anything below FOLDER for writing
 """
 
+import math
 import os
 import resource
 import runpy
@@ -48,17 +50,42 @@ elif what == "fail" and RANK == 1:
             raise InputError("rank 1 cannot go on")
         return train_step(self, source)
     Engine.train_step = failing_step
-elif what in ("die", "hang") and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+elif what == "die" and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     from train.engine import Engine
     train_step = Engine.train_step
 
-    def ending_step(self, source):
+    def dying_step(self, source):
         if self.step + 1 == int(value):
-            if what == "hang":
-                time.sleep(600)
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, source)
-    Engine.train_step = ending_step
+    Engine.train_step = dying_step
+elif what == "hang" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    from train.engine import Engine
+    from utils.watch import Watch
+    train_step, enter, watches = Engine.train_step, Watch.__enter__, []
+
+    def patient_enter(self):
+        self.limit, self.seconds = self.seconds, math.inf
+        watches.append(self)
+        return enter(self)
+    Watch.__enter__ = patient_enter
+
+    def hanging_step(self, source):
+        if self.step + 1 == int(value):
+            watches[0].seconds = watches[0].limit
+            if RANK == 1:
+                time.sleep(600)
+        return train_step(self, source)
+    Engine.train_step = hanging_step
+elif what == "hold":
+    from train.engine import Engine
+    train_step = Engine.train_step
+
+    def holding_step(self, source):
+        if self.step == int(value):
+            time.sleep(600)
+        return train_step(self, source)
+    Engine.train_step = holding_step
 elif what == "full" and RANK == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
     from utils.checkpoint import RunFolder
     save = RunFolder.save

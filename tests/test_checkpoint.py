@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from backbones import build_backbone
 from utils import checkpoint
+from tests.commands import LIMIT
 from utils.checkpoint import RunFolder
 from utils.errors import InputError
 from utils.weights.centers import read_kernel
@@ -377,7 +378,7 @@ from utils.errors import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 run(lambda: save({{"weight": torch.ones(1_000_000)}}, Path({str(path)!r})))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
     assert done.returncode == 1 and done.stderr.startswith(f"error: cannot save {path}") and done.stderr.count("\n") == 1, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["600backbone.pth"]
     assert torch.equal(read_tensors(path, "test")["weight"], torch.ones(3))

@@ -9,6 +9,7 @@ import pytest
 from easydict import EasyDict
 
 from config.schema import KEYS, ROOT, load_config, parse_arguments
+from tests.commands import LIMIT, environment, python
 from utils.errors import InputError
 
 DEFAULTS = ROOT / "config" / "config.py"
@@ -257,6 +258,6 @@ def test_a_file_with_a_byte_order_mark(tmp_path, name, text):
 
 def test_a_script_shows_a_mistake_as_one_line(tmp_path):
     """From another directory; before the output folder is made."""
-    done = subprocess.run([sys.executable, ROOT / "train" / "train_standalone.py", "los=ArcFace", "output=run"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([python(), ROOT / "train" / "train_standalone.py", "los=ArcFace", "output=run"], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
     assert (done.returncode, done.stderr) == (1, "error: unknown configuration key 'los', did you mean 'loss'?\n")
     assert not any(tmp_path.iterdir())

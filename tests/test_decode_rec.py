@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from commands import ROOT, run
+from commands import LIMIT, ROOT, run
 from data import decode_rec
 from data.make_synthetic import open_studio, write_training_set
 from test_dataset import copy_set, jpeg, write_set
@@ -162,7 +162,7 @@ decode_rec.run(decode_rec.main)
 
 def run_interrupted(what, source, copy):
     """The command, in which ``what`` happens at the tenth record; returns when its workers have ended, too, for they hold its pipes."""
-    return subprocess.run([sys.executable, "-c", INTERRUPTED.format(root=str(ROOT), what=what), str(source), "--output", str(copy)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", INTERRUPTED.format(root=str(ROOT), what=what), str(source), "--output", str(copy)], capture_output=True, text=True, timeout=LIMIT)
 
 
 @pytest.mark.parametrize("what, status", [("os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT), ("os.kill(os.getpid(), signal.SIGTERM)", 128 + signal.SIGTERM), ("raise MemoryError", 1)])

@@ -17,7 +17,7 @@ from eval.page import PairExhibit
 from eval.roc import roc_curve
 from eval.thresholds import read_threshold, threshold_at, write_thresholds
 from tests import rounding
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, environment, python
 from tests.rounding import printed
 from tests.saved_sets import encode, smooth
 from tests.test_backbones import fill
@@ -96,7 +96,7 @@ def test_aligned_crops(folder, monkeypatch, capsys):
 
 def test_photographs_are_detected_and_aligned(folder, monkeypatch, capsys):
     """As a process: the same face at two places of two photographs."""
-    done = subprocess.run([sys.executable, str(ROOT / "deploy" / "compare_faces.py"), "one.png", "again.png", "--model", "7backbone.pth", "--detector", "yunet.onnx",
+    done = subprocess.run([python(), str(ROOT / "deploy" / "compare_faces.py"), "one.png", "again.png", "--model", "7backbone.pth", "--detector", "yunet.onnx",
                            "--threshold", "0.9"], capture_output=True, text=True, env=environment(), cwd=folder)
     assert done.returncode == 0 and not done.stderr, done.stderr
     lines = done.stdout.splitlines()

@@ -21,7 +21,7 @@ from deploy.model import load_model
 from eval import verification
 from eval.embed import embed
 from tests import rounding
-from tests.commands import ROOT, environment, run
+from tests.commands import ROOT, environment, python, run
 from tests.saved_sets import encode, smooth
 from tests.test_backbones import fill
 from utils.errors import InputError
@@ -190,7 +190,7 @@ def test_a_model_that_disagrees_is_not_written(tmp_path):
     weights = torch.load(checkpoint(tmp_path / "nan.pth"))
     weights["conv1.conv.weight"][:] = float("nan")
     torch.save(weights, tmp_path / "nan.pth")
-    done = subprocess.run([sys.executable, str(EXPORT), "--checkpoint", str(tmp_path / "nan.pth")], capture_output=True, text=True, env=environment(), cwd="/")
+    done = subprocess.run([python(), str(EXPORT), "--checkpoint", str(tmp_path / "nan.pth")], capture_output=True, text=True, env=environment(), cwd="/")
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == "error: nan.pth: features are not finite (NaN or infinite) for 33 of 33 images, first image index 0; nothing was written\n"
     assert os.listdir(tmp_path) == ["nan.pth"]

@@ -80,7 +80,7 @@ def test_who_is_named(before, after, message, monkeypatch, capsys):
 
 def test_damaged_states_are_passed_over(faces, straight, tmp_path):
     """Cut off, and with one wrong byte: the state before is used, and the log says so; where none is left, that is the message."""
-    run_until(STANDALONE, *options(faces, tmp_path, "keep_states=3"), ranks=2, log=tmp_path / "training.log", text="Global Step: 7 ")
+    run_until(INTERFERE, "hold:7", STANDALONE, *options(faces, tmp_path, "keep_states=3"), ranks=2, log=tmp_path / "training.log", text="Global Step: 7 ")
     torn, rotten = tmp_path / "6header.pth", tmp_path / "4backbone.pth"
     torn.write_bytes(torn.read_bytes()[:-1000])
     content = bytearray(rotten.read_bytes())
@@ -103,7 +103,7 @@ def test_headers_in_shares_resume_bit_for_bit_and_move_between_ranks(faces, tmp_
     plain, broken, moved = tmp_path / "plain", tmp_path / "broken", tmp_path / "moved"
     run(STANDALONE, *options(faces, plain, *shares), ranks=2)
     assert not (plain / "8header.pth").exists() and len(list((plain / "8header").iterdir())) == 4
-    assert run_until(STANDALONE, *options(faces, broken, *shares), ranks=2, log=broken / "training.log", text="Global Step: 5 ") == -signal.SIGKILL
+    assert run_until(INTERFERE, "hold:5", STANDALONE, *options(faces, broken, *shares), ranks=2, log=broken / "training.log", text="Global Step: 5 ") == -signal.SIGKILL
     torn = sorted((broken / "4header").iterdir())[-1]
     torn.write_bytes(torn.read_bytes()[:-10])
     assert f"step 4 cannot be resumed from: {broken / '4header'} is damaged" in run(STANDALONE, "--resume", *options(faces, broken, *shares), ranks=2)
@@ -111,8 +111,8 @@ def test_headers_in_shares_resume_bit_for_bit_and_move_between_ranks(faces, tmp_
         run(EXPORT, folder / "8header")
     assert same(broken, plain) and set(weights(plain)) > {"kernel", "batch_mean", "batch_std"}
 
-    run_until(STANDALONE, *options(faces, moved, *shares), ranks=2, log=moved / "training.log", text="Global Step: 3 ")
-    run_until(STANDALONE, "--resume", *options(faces, moved, *shares, "batch_size=8"), log=moved / "training.log", text="Global Step: 5 ")
+    run_until(INTERFERE, "hold:3", STANDALONE, *options(faces, moved, *shares), ranks=2, log=moved / "training.log", text="Global Step: 3 ")
+    run_until(INTERFERE, "hold:5", STANDALONE, "--resume", *options(faces, moved, *shares, "batch_size=8"), log=moved / "training.log", text="Global Step: 5 ")
     output = run(STANDALONE, "--resume", *options(faces, moved, *shares), ranks=2)
     assert "Resumed at step 4, epoch 0, 32 of its images done" in output
     run(EXPORT, moved / "8header")

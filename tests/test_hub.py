@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import rounding
+from tests.commands import LIMIT
 from tests.teachers import IMAGES, ROOT, network, repository, save
 from utils import hub
 from utils.errors import InputError
@@ -40,7 +41,7 @@ def child(code: str, *arguments, **environment) -> list:
     """What a fresh process prints as JSON: huggingface_hub reads its environment when it is imported."""
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=100, env=kept | environment)
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT, env=kept | environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

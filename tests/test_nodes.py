@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.make_synthetic import open_studio, write_training_set
-from tests.commands import ROOT, environment, kill_tree, run
+from tests.commands import LIMIT, ROOT, environment, kill_tree, run
 
 OPTIONS = ["dataset=synthetic", "embedding_size=32", "batch_size=2", "num_epoch=1", "val_targets=[]", "log_every=1", "num_workers=0", "loss=AdaFace", "device=cpu"]
 
@@ -30,7 +30,7 @@ def start(command, folder="/", **extra):
                             stderr=subprocess.STDOUT, text=True, cwd=folder, start_new_session=True)
 
 
-def finish(*processes, timeout=120) -> list[str]:
+def finish(*processes, timeout=LIMIT) -> list[str]:
     """Wait for all; each must end with 0. Whatever happens, none is left."""
     try:
         said = [process.communicate(timeout=timeout)[0] for process in processes]
@@ -105,7 +105,7 @@ def two_hosts():
 
 def test_two_hosts_give_the_losses_of_two_ranks_on_one(two_hosts, faces, one_host, tmp_path):
     hosts = [start(["ip", "netns", "exec", name, ROOT / "run_standalone.sh", *OPTIONS, f"rec={faces}", f"output={tmp_path / 'run'}"],
-                   NNODES=2, NODE_RANK=number, MASTER_ADDR="10.213.7.1", MASTER_PORT=29511, NPROC_PER_NODE=1) for number, name in enumerate(two_hosts)]
+                   NNODES=2, NODE_RANK=number, MASTER_ADDR="10.213.7.1", MASTER_PORT=29511, NPROC_PER_NODE=1, PYTHON_EXEC=sys.executable) for number, name in enumerate(two_hosts)]
     said = finish(*hosts)
     assert any("2 processes on cpu" in text for text in said)
     assert figures(tmp_path / "run") == figures(one_host) and [step for step, *_ in figures(one_host)] == [1, 2, 3, 4, 5, 6]
@@ -151,7 +151,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def wait_for(condition, process, what):
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LIMIT
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             if process.poll() is None:
@@ -174,10 +174,10 @@ def test_a_preempted_job_saves_and_goes_back_into_the_queue(slurm, faces, one_ho
 
 
 PLAYED_RUN = """#!/usr/bin/env bash
-echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $RDZV_ID $*" > said.$NODE_RANK
 trap 'exit ${STOP_STATUS:-0}' USR1
+echo "$NNODES $NODE_RANK $MASTER_ADDR $MASTER_PORT $RDZV_ID $*" > said.$NODE_RANK
 [ -z "${END_STATUS:-}" ] || exit "$END_STATUS"
-for _ in {1..600}; do sleep 0.05; done
+for _ in {1..10000}; do sleep 0.05; done
 """
 
 
@@ -210,9 +210,8 @@ def test_exit_status_and_queue(sent, stop_status, status, requeued, slurm, playe
     monkeypatch.setenv("STOP_STATUS", str(stop_status))
     job = slurm("run_played.sh", "output=out", folder=played)
     wait_for(lambda: all((played / f"said.{rank}").exists() for rank in (0, 1)), job, "the start")
-    time.sleep(0.1)         # the trap stands in the line after
     job.send_signal(sent)
-    text = job.communicate(timeout=60)[0]
+    text = job.communicate(timeout=LIMIT)[0]
     assert job.returncode == status, text
     assert ("requeue 4711" in (tmp_path / "scontrol.log").read_text()) == requeued
 
@@ -220,7 +219,7 @@ def test_exit_status_and_queue(sent, stop_status, status, requeued, slurm, playe
 def test_a_failed_run_is_not_queued_again(slurm, played, tmp_path, monkeypatch):
     monkeypatch.setenv("END_STATUS", "3")
     job = slurm("run_played.sh", "output=out", folder=played)
-    job.communicate(timeout=60)
+    job.communicate(timeout=LIMIT)
     assert job.returncode == 3 and "requeue" not in (tmp_path / "scontrol.log").read_text()
 
 
@@ -229,7 +228,7 @@ def test_a_failed_run_is_not_queued_again(slurm, played, tmp_path, monkeypatch):
                                             (["run_played.sh", "m=0.3"], "name the run's folder, output=")])
 def test_what_the_batch_script_refuses(words, message, slurm, played):
     job = slurm(*words, folder=played)
-    assert message in job.communicate(timeout=60)[0] and job.returncode == 1
+    assert message in job.communicate(timeout=LIMIT)[0] and job.returncode == 1
 
 
 def test_the_test_script_keeps_a_set_number_of_threads(tmp_path):
@@ -248,9 +247,9 @@ def test_the_test_script_keeps_a_set_number_of_threads(tmp_path):
 # --- what torchrun is told, and tells
 
 def test_machines_that_do_not_meet_are_told_in_one_line():
-    rendezvous = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:29513", "--rdzv_id", "alone", "--rdzv_conf", "is_host=1,join_timeout=1"]
+    rendezvous = ["--nnodes", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "alone", "--rdzv_conf", "is_host=1,join_timeout=1"]
     done = start([sys.executable, ROOT / "launch" / "torchrun.py", *rendezvous, "--nproc_per_node", "1", "train.py"])
-    said = done.communicate(timeout=60)[0]
+    said = done.communicate(timeout=LIMIT)[0]
     assert done.returncode == 1 and "Traceback" not in said and said.splitlines()[-1].startswith("error: the machines did not meet (RendezvousTimeoutError); start the run")
 
 
@@ -275,6 +274,22 @@ def told(tmp_path, **variables) -> subprocess.CompletedProcess:
     names = ("NNODES", "NODE_RANK", "NODE_ADDR", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "MAX_RESTARTS", "RDZV_ID", "GLOO_SOCKET_IFNAME")
     clean = {key: value for key, value in os.environ.items() if key not in names}
     return subprocess.run([root / "run_standalone.sh", "m=0.3"], env=dict(clean, **variables), capture_output=True, text=True)
+
+
+def test_a_python_without_the_packages_is_passed_over(tmp_path):
+    """One in .venv that does not start, and one that lacks a package."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "environment.sh", tmp_path / "launch")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    broken = tmp_path / ".venv" / "bin" / "python"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    find = 'source "$0"; find_python "$1" || { echo none; exit; }; can_import "$1" || exit; echo "$PYTHON"'
+
+    def found(modules=""):
+        return subprocess.run(["bash", "-euc", find, tmp_path / "launch" / "environment.sh", modules], env=with_python(), capture_output=True, text=True).stdout
+    assert Path(found("pytest").strip()).parent == Path(sys.executable).parent
+    assert found("pytest, no_such_module") == "none\n"
 
 
 def test_arguments_of_torchrun(tmp_path):
@@ -305,13 +320,13 @@ def test_a_host_that_is_lost_and_comes_back(faces, one_host, tmp_path):
     first = start(command, NODE_RANK=0, **launch)
     second = start(command, NODE_RANK=1, **launch)
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + LIMIT
         while not (output / "2state.pth").exists():
             assert time.monotonic() < deadline and first.poll() is None and second.poll() is None, "the two machines never trained together"
             time.sleep(0.01)
         kill_tree(second.pid)
         second.communicate()
-        said = finish(first, start(command, NODE_RANK=1, **launch), timeout=150)
+        said = finish(first, start(command, NODE_RANK=1, **launch))
     finally:
         for process in (first, second):
             if process.poll() is None:

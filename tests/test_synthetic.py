@@ -11,6 +11,7 @@ import pytest
 
 from data import make_synthetic
 from data.synthetic_faces import IDENTITY, VIEWS, draw_identity, draw_nuisance, render
+from tests.commands import LIMIT
 from utils.recordio import IndexedRecordIO, unpack
 
 SCRIPT = Path(make_synthetic.__file__)
@@ -22,7 +23,7 @@ def make(output, **options):
     few = {"identities": IDENTITIES, "images": IMAGES, "pairs": PAIRS, "ijb_subjects": 2, "tinyface_identities": 2}
     options = few | {"seed": 0, "workers": 1} | options
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    return subprocess.run([sys.executable, SCRIPT, "--output", output, *flags], capture_output=True, text=True, cwd=output.parent, timeout=120)
+    return subprocess.run([sys.executable, SCRIPT, "--output", output, *flags], capture_output=True, text=True, cwd=output.parent, timeout=LIMIT)
 
 
 def read_all(folder):

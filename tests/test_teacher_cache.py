@@ -134,7 +134,7 @@ def two_ranks(runs, faces, teacher, tmp_path_factory):
     """On 2 ranks: a cache that was killed on the way and finished, class centres, and two variants. Returns (folder, images done when it was killed, output)."""
     root = tmp_path_factory.mktemp("two")
     make = [CACHE, *options(faces, f"pretrained_teacher_path={teacher}", "--output", root / "cache")]
-    assert run_until(Path(__file__), "slow", json.dumps(make), ranks=2, log=root / "cache" / "progress.partial", text="\1" * 4) == -signal.SIGKILL
+    assert run_until(Path(__file__), "hold", json.dumps(make), ranks=2, log=root / "cache" / "progress.partial", text="\1" * 4) == -signal.SIGKILL
     done = np.count_nonzero(np.fromfile(root / "cache" / "progress.partial", np.uint8))
     assert 4 <= done < IMAGES and not (root / "cache" / "manifest.json").exists()
     with pytest.raises(InputError, match=f"is not complete, {done} of 24 images are done; go on with the same"):
@@ -177,7 +177,7 @@ def test_two_ranks_train_as_one(name, runs, two_ranks):
 def test_an_interrupted_run_goes_on_with_the_same_bits(runs, faces, tmp_path):
     script, more = VARIANTS["AdaFace"]
     arguments = [script, *options(faces, *more, f"teacher_embeddings={runs}/cache", "state_every=2", f"output={tmp_path}")]
-    assert run_until(Path(__file__), "linear,slow", json.dumps(arguments), log=tmp_path / "training.log", text="Global Step: 5 ") == -signal.SIGKILL
+    assert run_until(Path(__file__), "linear,hold", json.dumps(arguments), log=tmp_path / "training.log", text="Global Step: 5 ") == -signal.SIGKILL
     text = run_several("linear", [*arguments, "--resume"])
     assert "Resumed at step 4" in text and rows(tmp_path) == rows(runs / "AdaFace-cached")
     for part in ("backbone", "header"):
@@ -315,17 +315,18 @@ if __name__ == "__main__":
         def build_linear(cfg):
             return torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 14 * 14, cfg.embedding_size, bias=False))
         setup.build_student = build_linear
-    if "slow" in how:                       # long enough for a signal to come in between
+    if "hold" in how:                       # until the signal comes: after one part of the cache on each rank, or after five steps
         write, train_step = CacheWriter.write, Engine.train_step
 
-        def write_slowly(*arguments):
-            time.sleep(0.5)
+        def write_one(*arguments):
             write(*arguments)
+            time.sleep(600)
 
-        def train_slowly(*arguments):
-            time.sleep(0.2)
-            return train_step(*arguments)
-        CacheWriter.write, Engine.train_step = write_slowly, train_slowly
+        def train_five(self, *arguments):
+            if self.step == 5:
+                time.sleep(600)
+            return train_step(self, *arguments)
+        CacheWriter.write, Engine.train_step = write_one, train_five
     for words in commands:
         sys.argv = json.loads(words)
         runpy.run_path(sys.argv[0], run_name="__main__")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from config.schema import load_config, parse_arguments
-from tests.commands import ROOT, command, environment
+from tests.commands import LIMIT, ROOT, command, environment
 from tests.test_teacher_cache import CACHE, CLASSES, IMAGES, SIZE, dataset, faces, numbered, options, run_here, teacher, write_cache      # noqa: F401 (fixtures)
 from train import cache_teacher, setup
 from utils import teacher_cache
@@ -280,8 +280,8 @@ def test_full_and_forbidden_disks(dataset, tmp_path, monkeypatch):
 
 def test_a_full_disk_at_the_start_leaves_nothing(faces, teacher, tmp_path):
     """ulimit -f stands for the full disk: 2 blocks of 512 bytes, the features take 3072."""
-    arguments = command(CACHE, *options(faces, f"pretrained_teacher_path={teacher}", "--output", tmp_path / "cache"))
-    done = subprocess.run(["bash", "-c", " ".join(["ulimit -f 2; exec", *map(str, arguments)])], env=environment(), capture_output=True, text=True, timeout=120)
+    arguments = command(CACHE, *options(faces, f"pretrained_teacher_path={teacher}", "--output", tmp_path / "cache"), fresh=True)
+    done = subprocess.run(["bash", "-c", " ".join(["ulimit -f 2; exec", *map(str, arguments)])], env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 1 and done.stderr.startswith(f"error: cannot lay out a cache of 0.0 GB in {tmp_path}/cache (File too large)"), done.stderr
     assert list((tmp_path / "cache").iterdir()) == []
 

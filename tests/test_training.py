@@ -18,7 +18,7 @@ from backbones import build_backbone
 from config.schema import load_config
 from data.make_synthetic import open_studio, write_pair_set, write_training_set
 from tests import rounding
-from tests.commands import ROOT, command, environment, run, run_until
+from tests.commands import LIMIT, ROOT, command, environment, run, run_until
 from train import setup
 from train.engine import learning_rate
 from train.setup import Run, check_settled, input_dtype
@@ -153,10 +153,10 @@ sys.argv[0] = {str(STANDALONE)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
     arguments = command(script, *options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1"), torchrun=True, restarts=1)
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Resumed at step 4" in done.stdout and (output / "9state.pth").exists()
-    again = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=240)
+    again = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert again.returncode != 0 and "Resumed" not in again.stdout, "a refused start must not resume the other run when it is restarted"
     assert again.stderr.count("already holds checkpoints") == 2
 
@@ -207,7 +207,7 @@ def test_two_ranks_verify_as_one_and_only_rank_0_writes(faces, teacher, tmp_path
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_an_error_on_one_rank_ends_all_with_its_message(step, faces, tmp_path):
-    text = run(INTERFERE, f"fail:{step}", STANDALONE, *options(faces, tmp_path / "run", "val_targets=[]"), ranks=2, expect="error", timeout=120)
+    text = run(INTERFERE, f"fail:{step}", STANDALONE, *options(faces, tmp_path / "run", "val_targets=[]"), ranks=2, expect="error")
     assert "error: rank 1 cannot go on" in text
 
 
@@ -362,14 +362,14 @@ def test_more_ranks_than_shares_of_classes(folder, tmp_path):
 def test_run_script_prints_one_line_for_bad_input_and_passes_signals_on(faces, tmp_path):
     """The shell script, torchrun and the training process together: no traceback under the message, and SIGUSR1 saves and exits with 0."""
     script = [str(ROOT / "run_standalone.sh")]
-    done = subprocess.run([*script, "losss=ArcFace"], env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*script, "losss=ArcFace"], env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 1 and done.stderr == "error: unknown configuration key 'losss', did you mean 'loss'?\n"
     process = subprocess.Popen([*script, *options(faces, tmp_path / "run", "val_targets=[]", "num_epoch=50")], env=environment(), stdout=subprocess.PIPE, text=True)
     while "Global Step: 3 " not in (tmp_path / "run" / "training.log").read_text() if (tmp_path / "run" / "training.log").exists() else True:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0 and "Stopped by a signal" in text and list((tmp_path / "run").glob("*state.pth"))
 
 
@@ -377,10 +377,10 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(faces, tmp_path):
     """ulimit -f stands for the full disk: the second checkpoint does not fit, the first can be resumed from."""
     output = tmp_path / "run"
     arguments = options(faces, output, "val_targets=[]", "state_every=4", "num_epoch=1")
-    run_until(STANDALONE, *arguments, log=output / "training.log", text="Global Step: 6 ")
+    run_until(INTERFERE, "hold:6", STANDALONE, *arguments, log=output / "training.log", text="Global Step: 6 ")
     before = {path.name: path.read_bytes() for path in output.glob("4*.pth")}
-    limited = " ".join(["ulimit -f 1000; exec", *command(STANDALONE, "--resume", *arguments)])
-    done = subprocess.run(["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=240)
+    limited = " ".join(["ulimit -f 1000; exec", *command(STANDALONE, "--resume", *arguments, fresh=True)])
+    done = subprocess.run(["bash", "-c", limited], env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 1 and "error: cannot save" in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in output.glob("*.pth*")} == before
     run(STANDALONE, "--resume", *arguments)

@@ -3,18 +3,22 @@
 import os
 import pickle
 import subprocess
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also started by torchrun, below
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from torch import nn
 
 from eval import verification
 from eval.embed import embed
 from eval.verification import evaluate, load_bin, load_targets
+from tests.commands import run
 from utils import distributed
 from utils.errors import InputError
 from utils.images import mirror, resize_and_crop, to_input
@@ -374,17 +378,17 @@ def test_embed_names_the_first_image_without_features():
         embed(NotANumber(), images, 4, precision="fp8")
 
 
-def _embed_on_rank(rank: int, world: int, folder: str) -> None:
+def embed_on_rank(folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    distributed.init("cpu")
     backbone = nn.parallel.DistributedDataParallel(small_backbone())
-    torch.save([embed(backbone, faces(count), 2) for count in (1, 2, 8)], f"{folder}/{rank}.pt")
+    torch.save([embed(backbone, faces(count), 2) for count in (1, 2, 8)], f"{folder}/{distributed.rank()}.pt")
     dist.barrier()      # no rank closes its connections while another one is still using them
     distributed.shutdown()
 
 
 def test_embed_on_three_ranks_equals_one(tmp_path):
-    multiprocessing.spawn(_embed_on_rank, (3, str(tmp_path)), nprocs=3)
+    run(Path(__file__), tmp_path, ranks=3)
     expected = [embed(small_backbone(), faces(count), 2) for count in (1, 2, 8)]
     for rank in range(3):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
@@ -427,3 +431,7 @@ def test_verification_of_a_network(tmp_path):
     accuracy = evaluate((total / total.norm(dim=1, keepdim=True)).numpy(), issame, 3)[2]
     norms = torch.cat([plain, mirrored]).norm(dim=1)
     assert result == pytest.approx({"Accuracy-Flip": accuracy.mean(), "Accuracy-Std": accuracy.std(), "XNorm": float(norms.mean())})
+
+
+if __name__ == "__main__":
+    embed_on_rank(sys.argv[1])

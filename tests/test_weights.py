@@ -8,6 +8,7 @@ from itertools import cycle
 import pytest
 import torch
 
+from tests import rounding
 from tests.teachers import IMAGES, config, network, prefixed, save
 from utils.errors import InputError
 from utils.teacher import load_teacher
@@ -324,7 +325,8 @@ def test_programs_are_to_be_exported_to_onnx(tmp_path, weights):
     found = OnnxNetwork(tmp_path / "face.onnx")
     with torch.no_grad():
         expected = plain(IMAGES)
-    atol = 1e-4 * float(expected.abs().max())
+    # onnxruntime adds in another order
+    atol = 2 * rounding.network(50) * float(expected.abs().max())
     torch.testing.assert_close(found(IMAGES), expected, rtol=0, atol=atol)
     assert found.batch == 0
     path.rename(tmp_path / "face.safetensors")
