@@ -142,7 +142,9 @@ def main():
     for _ in range(4):
         network(torch.randn(8, 64)).square().mean().backward()
         distributed.barrier()
-    print("rank", rank, "has finished")
+    # torchrun's -u has switched off the buffer of the stream
+    sys.stdout = open(1, "w", closefd=False)
+    print(f"rank {{rank}} has finished")
     if {fails} and rank == 1:
         raise InputError("rank 1 fails at the end")
     globals().update(network=network, temporary=temporary)
@@ -163,7 +165,7 @@ def test_a_finished_run_exits_with_0(tmp_path):
     written or registered is lost."""
     from tests.commands import run
     text = run(write_ending(tmp_path, fails=False), ranks=3)
-    assert all(f"rank {rank} has finished" in text for rank in range(3))
+    assert all(f"rank {rank} has finished" in text for rank in range(3)), text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["end.py", "rank 0", "rank 1", "rank 2"]
 
 
