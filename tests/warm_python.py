@@ -38,7 +38,16 @@ PRELOADED = [
     "tqdm",
 ]
 # read while libraries are loaded: with other values than the server's, a fresh Python is needed
-READ_AT_START = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTHONPATH")
+READ_AT_START = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "PYTHONPATH",
+    "PYTHONIOENCODING",
+    "PYTHONUTF8",
+    "LC_ALL",
+    "LC_CTYPE",
+    "LANG",
+)
 SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -197,9 +206,23 @@ def become(arguments: list[str], environment: dict[str, str], folder: str) -> No
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if arguments[0] == "-u":
-        sys.stdout = io.TextIOWrapper(open(1, "wb", 0), write_through=True)
+    unbuffered = arguments[0] == "-u"
+    if unbuffered:
         del arguments[0]
+    # the server's streams know of the files that it had
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        mode = "rb" if number == 0 else "wb"
+        binary = open(number, mode, 0 if unbuffered and number else -1, closefd=False)
+        stream = io.TextIOWrapper(
+            binary,
+            before.encoding,
+            before.errors,
+            line_buffering=number == 2 or os.isatty(number),
+            write_through=unbuffered and number > 0,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     if arguments[0] == "-m":
         sys.path[0], sys.argv = folder, arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
