@@ -31,19 +31,25 @@ _MOBILE = {
 NAMES = (*_MOBILE, *_IRESNETS, *_IRS)
 
 
-def build_backbone(name: str, embedding_size: int = 512, use_se: bool = False, dropout: float = 0.0) -> nn.Module:
+def build_backbone(
+    name: str, embedding_size: int = 512, use_se: bool = False, dropout: float = 0.0
+) -> nn.Module:
     """Build the network called ``name`` with freshly initialised weights.
 
-    The network maps (B, 3, 112, 112) RGB (AdaFace's released weights: BGR) in [-1, 1] to (B, embedding_size)
-    float32 features, not normalised, whatever the autocast precision. State-dict keys are those of the published
-    checkpoints: AdaDistill and InsightFace (iresnet*, mobilefacenet, mbf*), AdaFace and CVLFace (ir*).
-    ``use_se`` (squeeze-and-excitation) exists for iresnet*, ``dropout`` before the last layer for iresnet* and ir*.
-    Raises InputError for an unknown name or an option that the network does not have.
+    The network maps (B, 3, 112, 112) RGB (AdaFace's released weights: BGR) in [-1, 1] to (B,
+    embedding_size) float32 features, not normalised, whatever the autocast precision. State-dict
+    keys are those of the published checkpoints: AdaDistill and InsightFace (iresnet*,
+    mobilefacenet, mbf*), AdaFace and CVLFace (ir*). ``use_se`` (squeeze-and-excitation) exists for
+    iresnet*, ``dropout`` before the last layer for iresnet* and ir*. Raises InputError for an
+    unknown name or an option that the network does not have.
     """
     if name not in NAMES:
         raise InputError(_unknown(name))
     if use_se and name not in _IRESNETS:
-        raise InputError(f"network {name} has no squeeze-and-excitation variant (SE); only {', '.join(_IRESNETS)} have")
+        raise InputError(
+            f"network {name} has no squeeze-and-excitation variant (SE); only "
+            f"{', '.join(_IRESNETS)} have"
+        )
     if name in _IRESNETS:
         return IResNet(_IRESNETS[name], embedding_size, use_se=use_se, dropout=dropout)
     if name in _IRS:

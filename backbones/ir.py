@@ -1,7 +1,8 @@
 """IR: the improved ResNet as AdaFace and CVLFace release it (Kim et al. 2022, arXiv:2204.00964).
 
-The same design as ``backbones.iresnet``, with other keys, a max-pool shortcut where only the size changes, and no learned
-scale or shift on the embedding. AdaFace's own files expect BGR input, CVLFace's RGB.
+The same design as ``backbones.iresnet``, with other keys, a max-pool shortcut where only the size
+changes, and no learned scale or shift on the embedding. AdaFace's own files expect BGR input,
+CVLFace's RGB.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,9 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlockIR(nn.Module):
-    """BN, conv, BN, PReLU, strided conv, BN; added to the input, subsampled or projected to the same shape."""
+    """BN, conv, BN, PReLU, strided conv, BN; added to the input, subsampled or projected to the
+    same shape.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
@@ -39,14 +42,18 @@ class BasicBlockIR(nn.Module):
 
 
 class IR(nn.Module):
-    """Four stages of ``BasicBlockIR`` on 112x112 faces, then BN, dropout, linear, BN without weights.
+    """Four stages of ``BasicBlockIR`` on 112x112 faces, then BN, dropout, linear, BN without
+    weights.
 
-    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size) float32.
+    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size)
+    float32.
     """
 
     def __init__(self, blocks: Sequence[int], embedding_size: int, dropout: float = 0.0):
         super().__init__()
-        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
+        self.input_layer = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
+        )
         self.body = nn.Sequential(*_body(blocks))
         self.output_layer = nn.Sequential(
             nn.BatchNorm2d(512),

@@ -1,4 +1,6 @@
-"""IResNet: the ResNet of ArcFace, InsightFace and AdaDistill (improved residual unit, Duta et al. 2020, arXiv:2004.04989)."""
+"""IResNet: the ResNet of ArcFace, InsightFace and AdaDistill (improved residual unit, Duta et al.
+2020, arXiv:2004.04989).
+"""
 
 from collections.abc import Sequence
 
@@ -11,7 +13,9 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class SEModule(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507): scale each channel by a gate computed from all of them."""
+    """Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507): scale each channel by a gate
+    computed from all of them.
+    """
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -26,7 +30,9 @@ class SEModule(nn.Module):
 
 
 class IBasicBlock(nn.Module):
-    """BN, conv, BN, PReLU, strided conv, BN, optional SE; added to the input, or to its 1x1 projection where the shape changes."""
+    """BN, conv, BN, PReLU, strided conv, BN, optional SE; added to the input, or to its 1x1
+    projection where the shape changes.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int, use_se: bool, project: bool):
         super().__init__()
@@ -46,12 +52,16 @@ class IBasicBlock(nn.Module):
 
 
 class IResNet(nn.Module):
-    """Four stages of residual blocks on 112x112 faces, a linear layer on the 7x7 map, and a BatchNorm of unit scale.
+    """Four stages of residual blocks on 112x112 faces, a linear layer on the 7x7 map, and a
+    BatchNorm of unit scale.
 
-    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size) float32.
+    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size)
+    float32.
     """
 
-    def __init__(self, blocks: Sequence[int], embedding_size: int, use_se: bool = False, dropout: float = 0.0):
+    def __init__(
+        self, blocks: Sequence[int], embedding_size: int, use_se: bool = False, dropout: float = 0.0
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
@@ -64,7 +74,8 @@ class IResNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(512 * 7 * 7, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
-        # The scale of the embedding stays fixed, as published: margins look at directions, and it would only drift.
+        # The scale of the embedding stays fixed, as published: margins look at directions, and it
+        # would only drift.
         self.features.weight.requires_grad = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -79,8 +90,13 @@ class IResNet(nn.Module):
 
 def _stage(in_channels: int, channels: int, blocks: int, use_se: bool) -> nn.Sequential:
     first = IBasicBlock(in_channels, channels, 2, use_se, project=True)
-    return nn.Sequential(first, *(IBasicBlock(channels, channels, 1, use_se, project=False) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        first,
+        *(IBasicBlock(channels, channels, 1, use_se, project=False) for _ in range(blocks - 1)),
+    )
 
 
 def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+    )

@@ -1,4 +1,6 @@
-"""Images per second from a RecordIO file to a batch of normalised floats on the device, on one CPU core."""
+"""Images per second from a RecordIO file to a batch of normalised floats on the device, on one CPU
+core.
+"""
 
 import os
 
@@ -19,43 +21,68 @@ BATCH = 128
 
 
 def write_set(folder: str, images: int, num_classes: int, distinct: int = 512) -> None:
-    """A RecordIO set of 112x112 JPEGs of about 5.5 kB, MS1MV2's size: smooth shapes and some noise, of which ``distinct`` different ones repeat."""
+    """A RecordIO set of 112x112 JPEGs of about 5.5 kB, MS1MV2's size: smooth shapes and some noise,
+    of which ``distinct`` different ones repeat.
+    """
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(distinct):
-        image = cv2.resize(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
+        image = cv2.resize(
+            rng.integers(0, 256, (9, 9, 3), dtype=np.uint8),
+            (112, 112),
+            interpolation=cv2.INTER_CUBIC,
+        )
         image = np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
         encoded.append(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 93])[1].tobytes())
     os.makedirs(folder, exist_ok=True)
     with IndexedRecordIO(f"{folder}/train.idx", f"{folder}/train.rec", "w") as records:
         for key in range(images):
-            records.write_idx(key, pack(IRHeader(0, float(key * 7919 % num_classes), key, 0), encoded[key % distinct]))
+            records.write_idx(
+                key,
+                pack(IRHeader(0, float(key * 7919 % num_classes), key, 0), encoded[key % distinct]),
+            )
     write_property(folder, num_classes)
 
 
 class Way:
-    """Both read the whole set once, shuffled. workers: 1, a reading process that shares the core with the one that trains; 0, none."""
+    """Both read the whole set once, shuffled. workers: 1, a reading process that shares the core
+    with the one that trains; 0, none.
+    """
 
     def __init__(self, folder: str, device: str, workers: int, precision: str = "auto"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         cv2.setNumThreads(0)
-        self.folder, self.device = folder, torch.device(device)
-        self.dtype = PRECISIONS[choose_precision(precision, self.device)] or torch.float32         # ours: what training feeds its networks on this device
+        self.folder = folder
+        self.device = torch.device(device)
+        # ours: what training feeds its networks on this device
+        self.dtype = PRECISIONS[choose_precision(precision, self.device)] or torch.float32
         self.workers = workers
         self.loader = self.open()
 
     def step(self) -> dict:
-        """The sums of two pixels of all images, by channel: of both ends of a row, the same mirrored or not."""
+        """The sums of two pixels of all images, by channel: of both ends of a row, the same
+        mirrored or not.
+        """
         total, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
         for batch in self.loader:
-            total, count = total + self.images(batch)[:, :, 56, ::111].sum((0, 2), dtype=torch.float64), count + len(batch[0])
+            total, count = (
+                total + self.images(batch)[:, :, 56, ::111].sum((0, 2), dtype=torch.float64),
+                count + len(batch[0]),
+            )
         return dict(zip(("red", "green", "blue"), total.tolist()), images=count)
 
 
 class Plain(Way):
     def open(self):
-        return DataLoader(PlainSet(self.folder), BATCH, shuffle=True, num_workers=self.workers, persistent_workers=self.workers > 0, pin_memory=self.device.type == "cuda")
+        return DataLoader(
+            PlainSet(self.folder),
+            BATCH,
+            shuffle=True,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
 
     def images(self, batch):
         images, labels = batch
@@ -66,18 +93,32 @@ class Plain(Way):
 class Ours(Way):
     def open(self):
         self.dataset = MXFaceDataset(self.folder)
-        return open_loader(self.dataset, EpochBatches(len(self.dataset), BATCH, 0, 1, seed=0), BATCH, self.workers, self.device)
+        return open_loader(
+            self.dataset,
+            EpochBatches(len(self.dataset), BATCH, 0, 1, seed=0),
+            BATCH,
+            self.workers,
+            self.device,
+        )
 
     def images(self, batch):
         batch.labels.to(self.device, non_blocking=True)
         flip = mirrored(0, 0, 0, len(batch.images)).to(self.device)
-        return to_input(batch.images.to(self.device, non_blocking=True), flip, channels_last=True, dtype=self.dtype)
+        return to_input(
+            batch.images.to(self.device, non_blocking=True),
+            flip,
+            channels_last=True,
+            dtype=self.dtype,
+        )
 
     def limit(self) -> dict:
         """``cv2.imdecode`` alone, the bytes already in memory."""
         if not hasattr(self, "encoded"):
             records = IndexedRecordIO(f"{self.folder}/train.idx", f"{self.folder}/train.rec", "r")
-            self.encoded = [np.frombuffer(records.read_idx(key), np.uint8, offset=24) for key in range(len(self.dataset))]
+            self.encoded = [
+                np.frombuffer(records.read_idx(key), np.uint8, offset=24)
+                for key in range(len(self.dataset))
+            ]
         for encoded in self.encoded:
             cv2.imdecode(encoded, cv2.IMREAD_COLOR)
         return {}

@@ -1,4 +1,6 @@
-"""One step of a header at C = 85,742 classes: loss, gradient of the features, and the centres moved."""
+"""One step of a header at C = 85,742 classes: loss, gradient of the features, and the centres
+moved.
+"""
 
 import torch
 
@@ -13,13 +15,14 @@ class Step:
     """What both ways have in common: the same features, labels and centres."""
 
     def __init__(self, method: str, device: str):
-        self.adaptive, self.device = method == "AdaDistill", torch.device(device)
+        self.adaptive = method == "AdaDistill"
+        self.device = torch.device(device)
         generator = torch.Generator().manual_seed(0)
         self.features = torch.randn(B, D, generator=generator).to(device)
         self.teacher = self.features + 0.5 * torch.randn(B, D, generator=generator).to(device)
         self.labels = torch.randperm(C, generator=generator)[:B].to(device)
         self.kernel = 0.01 * torch.randn(D, C, generator=generator)
-        self.build(1000)                # libraries start before anything is measured
+        self.build(1000)  # libraries start before anything is measured
         self.step(self.labels % 1000)
         self.build(C)
         return_memory()
@@ -39,7 +42,9 @@ class Plain(Step):
         self.header = header(D, num_classes).to(self.device)
         self.header.kernel.data.copy_(self.kernel[:, :num_classes])
         self.loss = self.header
-        self.optimizer = torch.optim.SGD(self.header.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(
+            self.header.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4
+        )
 
     def move(self) -> None:
         if not self.adaptive:
@@ -49,7 +54,9 @@ class Plain(Step):
 
 class Ours(Step):
     def build(self, num_classes: int) -> None:
-        self.header = build_header("AdaDistill" if self.adaptive else "standalone", "ArcFace", D, num_classes).to(self.device)
+        self.header = build_header(
+            "AdaDistill" if self.adaptive else "standalone", "ArcFace", D, num_classes
+        ).to(self.device)
         self.header.load_kernel(self.kernel[:, :num_classes])
         self.header.centers.defer = True
 

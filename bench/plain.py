@@ -1,4 +1,6 @@
-"""The plain way: what a direct reading of the papers gives, as training scripts of this field are mostly written. For comparison only."""
+"""The plain way: what a direct reading of the papers gives, as training scripts of this field are
+mostly written. For comparison only.
+"""
 
 import cv2
 import numpy as np
@@ -11,32 +13,47 @@ from utils.recordio import IndexedRecordIO, unpack
 
 
 class PlainSet(torch.utils.data.Dataset):
-    """One image at a time, through PIL, to a normalised float tensor; the DataLoader's workers stack these and send them over."""
+    """One image at a time, through PIL, to a normalised float tensor; the DataLoader's workers
+    stack these and send them over.
+    """
 
     def __init__(self, root: str, mirrored: float = 0.5):
         self.records = IndexedRecordIO(f"{root}/train.idx", f"{root}/train.rec", "r")
-        self.transform = transforms.Compose([transforms.ToPILImage(), transforms.RandomHorizontalFlip(mirrored), transforms.ToTensor(),
-                                             transforms.Normalize(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])])
+        self.transform = transforms.Compose(
+            [
+                transforms.ToPILImage(),
+                transforms.RandomHorizontalFlip(mirrored),
+                transforms.ToTensor(),
+                transforms.Normalize(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5]),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.records.keys)
 
     def __getitem__(self, index: int):
         header, encoded = unpack(self.records.read_idx(index))
-        image = cv2.cvtColor(cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+        image = cv2.cvtColor(
+            cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
+        )
         return self.transform(image), torch.tensor(header.label, dtype=torch.long)
 
 
 class PlainArcFace(nn.Module):
-    """ArcFace on the whole (B, C) matrix, with a kernel (D, C) that autograd makes a gradient for, used or not."""
+    """ArcFace on the whole (B, C) matrix, with a kernel (D, C) that autograd makes a gradient for,
+    used or not.
+    """
 
     def __init__(self, embedding_size: int, num_classes: int, s: float = 64.0, m: float = 0.45):
         super().__init__()
         self.kernel = nn.Parameter(torch.empty(embedding_size, num_classes).normal_(0, 0.01))
-        self.s, self.m = s, m
+        self.s = s
+        self.m = m
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        cosine = (F.normalize(features) @ F.normalize(self.kernel, dim=0)).clamp(-1 + 1e-7, 1 - 1e-7)
+        cosine = (F.normalize(features) @ F.normalize(self.kernel, dim=0)).clamp(
+            -1 + 1e-7, 1 - 1e-7
+        )
         margin = torch.zeros_like(cosine).scatter_(1, labels[:, None], self.m)
         theta = cosine.clone().acos() + margin
         return F.cross_entropy(theta.cos() * self.s, labels)
@@ -55,15 +72,27 @@ class PlainAdaDistill(PlainArcFace):
 
 
 def plain_verification(embeddings: np.ndarray, issame: np.ndarray) -> dict:
-    """Ten folds; every one of 400 thresholds on every training fold, and of 4,000 for the true accept rate at FAR 1e-3."""
+    """Ten folds; every one of 400 thresholds on every training fold, and of 4,000 for the true
+    accept rate at FAR 1e-3.
+    """
     distances = np.sum(np.square(embeddings[0::2] - embeddings[1::2]), axis=1)
     pairs = np.arange(len(issame))
     accuracies, vals = [], []
     for fold in np.array_split(pairs, 10):
         training = np.setdiff1d(pairs, fold)
-        correct = [accuracy_at(threshold, distances[training], issame[training]) for threshold in np.arange(0, 4, 0.01)]
-        accuracies.append(accuracy_at(np.arange(0, 4, 0.01)[np.argmax(correct)], distances[fold], issame[fold]))
-        rates = np.array([far_at(threshold, distances[training], issame[training]) for threshold in np.arange(0, 4, 0.001)])
+        correct = [
+            accuracy_at(threshold, distances[training], issame[training])
+            for threshold in np.arange(0, 4, 0.01)
+        ]
+        accuracies.append(
+            accuracy_at(np.arange(0, 4, 0.01)[np.argmax(correct)], distances[fold], issame[fold])
+        )
+        rates = np.array(
+            [
+                far_at(threshold, distances[training], issame[training])
+                for threshold in np.arange(0, 4, 0.001)
+            ]
+        )
         threshold = np.arange(0, 4, 0.001)[np.nonzero(rates <= 1e-3)[0][-1]]
         vals.append(np.sum((distances[fold] < threshold) & issame[fold]) / np.sum(issame[fold]))
     return {"accuracy": np.array(accuracies), "val": np.mean(vals)}
@@ -77,4 +106,6 @@ def accuracy_at(threshold: float, distances: np.ndarray, issame: np.ndarray) -> 
 
 
 def far_at(threshold: float, distances: np.ndarray, issame: np.ndarray) -> float:
-    return np.sum(np.logical_and(distances < threshold, np.logical_not(issame))) / np.sum(np.logical_not(issame))
+    return np.sum(np.logical_and(distances < threshold, np.logical_not(issame))) / np.sum(
+        np.logical_not(issame)
+    )

@@ -1,10 +1,12 @@
-"""Two ways of doing one thing, each in a process of its own, called in turns by a third that compares them.
+"""Two ways of doing one thing, each in a process of its own, called in turns by a third that
+compares them.
 
     python bench/processes.py MODULE CLASS OPTIONS        # what the comparing process starts
 
-So neither profits from the other's memory or compiled code, and each has its own environment: ours that of the run scripts, the plain way the system's.
-A way is a class with methods that return a dict of figures; the process answers each call with seconds, the memory that the call needed at its peak
-beyond what was there before, and these figures.
+So neither profits from the other's memory or compiled code, and each has its own environment: ours
+that of the run scripts, the plain way the system's. A way is a class with methods that return a
+dict of figures; the process answers each call with seconds, the memory that the call needed at its
+peak beyond what was there before, and these figures.
 """
 
 import ctypes
@@ -17,16 +19,28 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")      # what launch/environment.sh sets for ours
+# what launch/environment.sh sets for ours
+ALLOCATOR = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 class Process:
-    """``Process("bench.header", "Ours", {...})``; the options are the class's keyword arguments. Ends with its ``with`` block."""
+    """``Process("bench.header", "Ours", {...})``; the options are the class's keyword arguments.
+
+    Ends with its ``with`` block.
+    """
 
     def __init__(self, module: str, name: str, options: dict):
         ours = name.startswith("Ours")
-        environment = {key: value for key, value in os.environ.items() if ours or key not in ALLOCATOR}
-        self.process = subprocess.Popen([sys.executable, __file__, module, name, json.dumps(options)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        environment = {
+            key: value for key, value in os.environ.items() if ours or key not in ALLOCATOR
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, module, name, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         self.name = f"{module}.{name}"
 
     def __enter__(self) -> "Process":
@@ -37,7 +51,10 @@ class Process:
         self.process.wait()
 
     def call(self, method: str) -> dict:
-        """{"seconds", "bytes", ...the method's figures}. Errors: RuntimeError if the process has ended; it has said why."""
+        """{"seconds", "bytes", ...the method's figures}.
+
+        Errors: RuntimeError if the process has ended; it has said why.
+        """
         self.process.stdin.write(method + "\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
@@ -47,8 +64,16 @@ class Process:
 
 
 def run_tool(script: str, *arguments) -> None:
-    """One of the project's commands, whose output nobody wants unless it fails. Errors: RuntimeError with that output."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """One of the project's commands, whose output nobody wants unless it fails.
+
+    Errors: RuntimeError with that output.
+    """
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         raise RuntimeError(f"{script} failed:\n{done.stdout}")
 
@@ -66,6 +91,7 @@ def serve(module: str, name: str, options: dict) -> None:
 
 def measured(method) -> dict:
     import torch
+
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     if cuda:
         torch.cuda.synchronize()
@@ -79,11 +105,19 @@ def measured(method) -> dict:
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return dict(seconds=seconds, bytes=(torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before) | figures
+    return (
+        dict(
+            seconds=seconds,
+            bytes=(torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before,
+        )
+        | figures
+    )
 
 
 def return_memory() -> None:
-    """Give freed memory back to the system, so that the peak counts what a call needs also where freed memory lay."""
+    """Give freed memory back to the system, so that the peak counts what a call needs also where
+    freed memory lay.
+    """
     ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -94,7 +128,11 @@ def start_peak() -> None:
 
 def resident(which: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    line = next(entry for entry in Path("/proc/self/status").read_text().splitlines() if entry.startswith(which))
+    line = next(
+        entry
+        for entry in Path("/proc/self/status").read_text().splitlines()
+        if entry.startswith(which)
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -1,4 +1,6 @@
-"""Whole AdaDistill training steps from a RecordIO file: iResNet-50 teacher, live or from cached features, MobileFaceNet student, 85,742 classes."""
+"""Whole AdaDistill training steps from a RecordIO file: iResNet-50 teacher, live or from cached
+features, MobileFaceNet student, 85,742 classes.
+"""
 
 import sys
 import time
@@ -24,22 +26,39 @@ D, C = 512, 85_742
 
 
 def prepare(folder: Path, images: int, device: str) -> None:
-    """A set, a teacher with random weights, and its features: they teach nothing and cost as much as any."""
+    """A set, a teacher with random weights, and its features: they teach nothing and cost as much
+    as any.
+    """
     write_set(folder, images, C)
     torch.manual_seed(0)
     teacher = build_backbone("iresnet50", D).train()
     for module in teacher.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.momentum = 1.0       # one look at images sets its statistics; with those it begins with, features overflow
+            # one look at images sets its statistics; with those it begins with, features overflow
+            module.momentum = 1.0
     with torch.no_grad():
         teacher(to_input(MXFaceDataset(str(folder)).__getitems__(range(32)).images))
     torch.save(teacher.state_dict(), folder / "teacher.pth")
-    run_tool("train/cache_teacher.py", f"rec={folder}", "num_image=0", f"pretrained_teacher_path={folder}/teacher.pth", f"device={device}", "--output", folder / "cache")
+    run_tool(
+        "train/cache_teacher.py",
+        f"rec={folder}",
+        "num_image=0",
+        f"pretrained_teacher_path={folder}/teacher.pth",
+        f"device={device}",
+        "--output",
+        folder / "cache",
+    )
 
 
 def gigaflops(batch: int, live: bool) -> float:
-    """Operations of one step's networks in 1e9, two for each multiply-add: student forward and backward, and teacher."""
-    student, teacher, images = build_backbone("mobilefacenet", D), build_backbone("iresnet50", D).eval(), torch.zeros(2, 3, 112, 112)
+    """Operations of one step's networks in 1e9, two for each multiply-add: student forward and
+    backward, and teacher.
+    """
+    student, teacher, images = (
+        build_backbone("mobilefacenet", D),
+        build_backbone("iresnet50", D).eval(),
+        torch.zeros(2, 3, 112, 112),
+    )
     with FlopCounterMode(display=False) as counter:
         student(images).sum().backward()
         if live:
@@ -49,15 +68,25 @@ def gigaflops(batch: int, live: bool) -> float:
 
 
 class Way:
-    """``steps``: training steps a call; the first call, in which everything compiles, is not counted by those who ask."""
+    """``steps``: training steps a call; the first call, in which everything compiles, is not
+    counted by those who ask.
+    """
 
-    def __init__(self, folder: str, device: str, batch: int, workers: int, steps: int, live: bool = True):
-        self.folder, self.device = Path(folder), torch.device(device)
-        self.batch, self.workers, self.steps, self.live = batch, workers, steps, live
+    def __init__(
+        self, folder: str, device: str, batch: int, workers: int, steps: int, live: bool = True
+    ):
+        self.folder = Path(folder)
+        self.device = torch.device(device)
+        self.batch = batch
+        self.workers = workers
+        self.steps = steps
+        self.live = live
         self.open()
 
     def compare(self) -> dict:
-        """Loss and length of the gradient of the first step, on the first images of the set, none mirrored."""
+        """Loss and length of the gradient of the first step, on the first images of the set, none
+        mirrored.
+        """
         loss = self.loss_of_first()
         loss.backward()
         length = torch.nn.utils.get_total_norm([p.grad for p in self.student.parameters()])
@@ -69,8 +98,11 @@ class Way:
         started = time.perf_counter()
         for _ in range(self.steps):
             losses.append(self.train_step())
-        float(losses[-1])       # a GPU is done then
-        return dict(waiting=self.waited / (time.perf_counter() - started), peak=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0)
+        float(losses[-1])  # a GPU is done then
+        return dict(
+            waiting=self.waited / (time.perf_counter() - started),
+            peak=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
+        )
 
 
 class Plain(Way):
@@ -80,12 +112,24 @@ class Plain(Way):
         self.teacher = build_backbone("iresnet50", D).to(self.device).eval()
         self.teacher.load_state_dict(torch.load(self.folder / "teacher.pth", weights_only=True))
         self.header = PlainAdaDistill(D, C).to(self.device)
-        self.optimizer = torch.optim.SGD(self.student.parameters(), lr=0.1 / 512 * self.batch, momentum=0.9, weight_decay=5e-4)
-        loader = DataLoader(PlainSet(self.folder), self.batch, shuffle=True, drop_last=True, num_workers=self.workers, pin_memory=self.device.type == "cuda")
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(), lr=0.1 / 512 * self.batch, momentum=0.9, weight_decay=5e-4
+        )
+        loader = DataLoader(
+            PlainSet(self.folder),
+            self.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+        )
         self.batches = iter(loader)
 
     def loss_of(self, images, labels):
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        images, labels = (
+            images.to(self.device, non_blocking=True),
+            labels.to(self.device, non_blocking=True),
+        )
         with torch.no_grad():
             features_t = self.teacher(images)
         return self.header(self.student(images), labels, features_t)
@@ -112,28 +156,46 @@ class Ours(Way):
     """The project's own engine, as run_AdaDistill.sh starts it."""
 
     def open(self):
-        sys.argv = ["train_AdaDistill.py", "dataset=emoreIresNet", f"rec={self.folder}", "num_image=0", "val_targets=[]", f"output={self.folder}/run_{self.live}",
-                    f"batch_size={self.batch}", f"num_workers={self.workers}", "compile=True", f"device={self.device.type}",
-                    f"pretrained_teacher_path={self.folder}/teacher.pth" if self.live else f"teacher_embeddings={self.folder}/cache"]
+        sys.argv = [
+            "train_AdaDistill.py",
+            "dataset=emoreIresNet",
+            f"rec={self.folder}",
+            "num_image=0",
+            "val_targets=[]",
+            f"output={self.folder}/run_{self.live}",
+            f"batch_size={self.batch}",
+            f"num_workers={self.workers}",
+            "compile=True",
+            f"device={self.device.type}",
+            f"pretrained_teacher_path={self.folder}/teacher.pth"
+            if self.live
+            else f"teacher_embeddings={self.folder}/cache",
+        ]
         cfg, _ = parse_arguments(__doc__, "AdaDistill")
         self.context = setup.start(cfg, False)
         run = self.context.__enter__()
         dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
         torch.manual_seed(0)
         student = setup.build_student(cfg)
-        header = build_header("AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        header = build_header(
+            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+        )
         teacher = setup.open_teacher(cfg, run, dataset)
 
         def loss_of(student, batch, epoch):
             return header(student(batch.images), batch.labels, teacher(batch), epoch)
+
         self.engine = Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation)
         self.engine.open_window()
         self.source = self.engine.read_batches()
-        self.student, self.alone = self.engine.backbone, None
+        self.student = self.engine.backbone
+        self.alone = None
 
     def loss_of_first(self):
         self.engine.cfg.flip = False
-        first = self.engine.inputs_of(self.engine.loader.dataset.dataset.__getitems__(range(self.batch)), 0)
+        first = self.engine.inputs_of(
+            self.engine.loader.dataset.dataset.__getitems__(range(self.batch)), 0
+        )
         self.engine.cfg.flip = True
         return self.engine.loss_of(self.engine.student, first, 0.0)[0]
 
@@ -147,7 +209,10 @@ class Ours(Way):
     def limit(self) -> dict:
         """The student's forward and backward pass alone, on one batch in place."""
         if self.alone is None:
-            images = torch.randn(self.batch, 3, 112, 112, device=self.device).to(setup.input_dtype(self.engine.cfg, self.engine.run), memory_format=torch.channels_last)
+            images = torch.randn(self.batch, 3, 112, 112, device=self.device).to(
+                setup.input_dtype(self.engine.cfg, self.engine.run),
+                memory_format=torch.channels_last,
+            )
             self.alone = images, torch.randn(self.batch, D, device=self.device)
         images, direction = self.alone
         for _ in range(self.steps):
@@ -171,5 +236,6 @@ class Ours(Way):
 
     def close(self):
         from utils.loading import end_workers
+
         end_workers(self.engine.reading)
         distributed.shutdown()

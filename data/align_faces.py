@@ -1,16 +1,20 @@
-"""Photographs to aligned faces: a folder of photographs per person becomes a folder of 112x112 crops per person, and a list of what was dropped and why.
+"""Photographs to aligned faces: a folder of photographs per person becomes a folder of 112x112
+crops per person, and a list of what was dropped and why.
 
     python data/align_faces.py --photos photographs --output faces
     python data/align_faces.py --photos photographs --output faces --points points.csv
 
 finds the face in ``photographs/<person>/<photo>`` with OpenCV's YuNet (its file,
 face_detection_yunet_2026may.onnx or, for OpenCV 4, face_detection_yunet_2023mar.onnx of the OpenCV
-Zoo, goes into deploy/, or is named with --detector), warps its five points onto those that face networks are trained on and writes ``faces/<person>/<photo>.jpg``. --points takes the points from elsewhere: a CSV
-file with the header photo,x1,y1,...,x5,y5 (and score, if known), a line a face: path below --photos; eyes, tip of the nose, corners of the mouth, left to right
-as seen, in pixels.
+Zoo, goes into deploy/, or is named with --detector), warps its five points onto those that face
+networks are trained on and writes ``faces/<person>/<photo>.jpg``. --points takes the points from
+elsewhere: a CSV file with the header photo,x1,y1,...,x5,y5 (and score, if known), a line a face:
+path below --photos; eyes, tip of the nose, corners of the mouth, left to right as seen, in pixels.
 
-Dropped is a photograph that lies in no sub-folder, is unreadable, has no face, no face with a score of --min-score, none of --min-size pixels, or several that are (--several largest takes the largest instead).
-``faces/report.csv`` says of every file what became of it: photo,crop,reason,detail. Then pack them with data/make_rec.py --images faces.
+Dropped is a photograph that lies in no sub-folder, is unreadable, has no face, no face with a score
+of --min-score, none of --min-size pixels, or several that are (--several largest takes the largest
+instead). ``faces/report.csv`` says of every file what became of it: photo,crop,reason,detail. Then
+pack them with data/make_rec.py --images faces.
 """
 
 import argparse
@@ -30,7 +34,16 @@ from tqdm import tqdm
 
 from utils.align import align
 from utils.dataset import IMAGE_SUFFIXES, decode
-from utils.detection import DETECTOR_HELP, LONGEST, MIN_SCORE, REASONS, Detector, Face, choose, from_left
+from utils.detection import (
+    DETECTOR_HELP,
+    LONGEST,
+    MIN_SCORE,
+    REASONS,
+    Detector,
+    Face,
+    choose,
+    from_left,
+)
 from utils.errors import InputError, run
 from utils.files import read_text, scratch
 from utils.loading import cores
@@ -39,11 +52,13 @@ from utils.workers import in_parallel
 
 COLUMNS = ["photo", *(f"{axis}{number}" for number in range(1, 6) for axis in "xy")]
 REPORT = "report.csv"
-MIN_SIZE = 40       # pixels: a smaller face would be enlarged to the crop almost threefold
+MIN_SIZE = 40  # pixels: a smaller face would be enlarged to the crop almost threefold
 
 
 class Task(NamedTuple):
-    """One file: its path below the photographs, that of its crop, and its faces where they are known (None: to be detected)."""
+    """One file: its path below the photographs, that of its crop, and its faces where they are
+    known (None: to be detected).
+    """
 
     photo: str
     crop: str
@@ -62,7 +77,7 @@ class Result(NamedTuple):
 def main() -> None:
     args = parse_arguments()
     if not args.points:
-        Detector(args.detector, args.detector_size)         # its errors are better told now
+        Detector(args.detector, args.detector_size)  # its errors are better told now
     points = read_points(args.points) if args.points else None
     tasks = list_tasks(args.photos, args.png, points)
     output = args.output.absolute()
@@ -73,18 +88,38 @@ def main() -> None:
         folder = temporary / "faces"
         folder.mkdir()
         work = Aligner(args, folder)
-        results = list(tqdm(in_parallel(work, tasks, min(args.workers, len(tasks)), chunk=16), "aligning", len(tasks), unit="img", disable=None))
+        results = list(
+            tqdm(
+                in_parallel(work, tasks, min(args.workers, len(tasks)), chunk=16),
+                "aligning",
+                len(tasks),
+                unit="img",
+                disable=None,
+            )
+        )
         counts = Counter(result.reason for result in results)
         if not counts[""]:
-            raise InputError(f"--photos: none of {len(results)} files in {args.photos} could be used ({describe(counts)}); the first: {results[0].photo}: {results[0].detail}")
+            raise InputError(
+                f"--photos: none of {len(results)} files in {args.photos} could be "
+                f"used ({describe(counts)}); the first: {results[0].photo}: {results[0].detail}"
+            )
         write_report(folder / REPORT, results)
         os.replace(folder, output)
     people = {os.path.dirname(result.photo) for result in results} - {""}
     unknown = sorted(set(points or ()) - {task.photo for task in tasks})
     kept = {os.path.dirname(result.crop) for result in results if result.crop}
-    print(f"{args.output}: {counts['']} crops of {len(kept)} people from {len(results)} files of {len(people)}\ndropped: {describe(counts) or 'none'}\n"
-          + "".join(f"nothing left of {person}\n" for person in sorted(people - kept))
-          + (f"points of {len(unknown)} files that are not there, the first: {unknown[0]}\n" if unknown else "") + f"what became of each: {args.output / REPORT}")
+    print(
+        f"{args.output}: {counts['']} crops of {len(kept)} people from {len(results)} files of "
+        f"{len(people)}\ndropped: {describe(counts) or 'none'}\n"
+        + "".join(f"nothing left of {person}\n" for person in sorted(people - kept))
+        + (
+            f"points of {len(unknown)} files that are not there, the first: {unknown[0]}\n"
+            if unknown
+            else ""
+        )
+        + "what "
+        f"became of each: {args.output / REPORT}"
+    )
 
 
 def describe(counts: Counter) -> str:
@@ -92,28 +127,63 @@ def describe(counts: Counter) -> str:
 
 
 def list_tasks(root: Path, png: bool, points: dict[str, list[Face]] | None) -> list[Task]:
-    """Every file of every person, hidden ones apart. Errors: InputError if there is no folder of people, no file, or the points are of other photographs."""
+    """Every file of every person, hidden ones apart.
+
+    Errors: InputError if there is no folder of people, no file, or the points are of other
+    photographs.
+    """
     if not root.is_dir():
-        raise InputError(f"--photos: no folder {root.absolute()}; it should hold one sub-folder of photographs per person")
+        raise InputError(
+            f"--photos: no folder {root.absolute()}; it should hold one sub-folder of "
+            "photographs per person"
+        )
     tasks = []
-    for person in sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+    for person in sorted(
+        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    ):
         taken = set()
-        for name in sorted(entry.name for entry in (root / person).iterdir() if not entry.name.startswith(".")):
-            stem = Path(name).stem if Path(name).stem not in taken else name        # a.jpg and a.png of one person
+        for name in sorted(
+            entry.name for entry in (root / person).iterdir() if not entry.name.startswith(".")
+        ):
+            # a.jpg and a.png of one person
+            stem = Path(name).stem if Path(name).stem not in taken else name
             taken.add(stem)
             photo = f"{person}/{name}"
-            tasks.append(Task(photo, f"{person}/{stem}.{'png' if png else 'jpg'}", None if points is None else points.get(photo, [])))
+            tasks.append(
+                Task(
+                    photo,
+                    f"{person}/{stem}.{'png' if png else 'jpg'}",
+                    None if points is None else points.get(photo, []),
+                )
+            )
     if not tasks:
-        raise InputError(f"--photos: no photographs in the sub-folders of {root.absolute()}; it should hold one sub-folder per person")
-    tasks += [Task(name, "", []) for name in sorted(entry.name for entry in root.iterdir()
-                                               if entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("."))]
+        raise InputError(
+            f"--photos: no photographs in the sub-folders of {root.absolute()}; it "
+            "should hold one sub-folder per person"
+        )
+    tasks += [
+        Task(name, "", [])
+        for name in sorted(
+            entry.name
+            for entry in root.iterdir()
+            if entry.is_file()
+            and entry.name.lower().endswith(IMAGE_SUFFIXES)
+            and not entry.name.startswith(".")
+        )
+    ]
     if points is not None and not any(task.faces for task in tasks):
-        raise InputError(f"--points: none of its photographs ({next(iter(points))}, ...) is in {root.absolute()} ({tasks[0].photo}, ...)")
+        raise InputError(
+            f"--points: none of its photographs ({next(iter(points))}, ...) is in "
+            f"{root.absolute()} ({tasks[0].photo}, ...)"
+        )
     return tasks
 
 
 def read_points(path: Path) -> dict[str, list[Face]]:
-    """{photo: its faces, from left to right}. Errors: InputError naming the file, and the line that is wrong."""
+    """{photo: its faces, from left to right}.
+
+    Errors: InputError naming the file, and the line that is wrong.
+    """
     if not path.is_file():
         raise InputError(f"--points: no file {path.absolute()}")
     found = {}
@@ -121,45 +191,77 @@ def read_points(path: Path) -> dict[str, list[Face]]:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            raise InputError(f"--points: {path} has no column {', '.join(missing)}: its first line must be {','.join(COLUMNS)} (and score, if known)")
+            raise InputError(
+                f"--points: {path} has no column {', '.join(missing)}: its first line "
+                f"must be {','.join(COLUMNS)} (and score, if known)"
+            )
         for row in reader:
             try:
                 numbers = np.array([float(row[column]) for column in COLUMNS[1:]]).reshape(5, 2)
                 score = float(row.get("score") or 1)
-            except (TypeError, ValueError) as error:        # TypeError: fewer fields
-                raise InputError(f"--points: {path}, line {reader.line_num}: ten numbers are needed for {row['photo']!r}, and a score that is a number or empty") from error
+            except (TypeError, ValueError) as error:  # TypeError: fewer fields
+                raise InputError(
+                    f"--points: {path}, line {reader.line_num}: ten numbers are "
+                    f"needed for {row['photo']!r}, and a score that is a number or empty"
+                ) from error
             corner = numbers.min(axis=0)
-            found.setdefault(os.path.normpath(row["photo"]), []).append(Face((*corner, *(numbers.max(axis=0) - corner)), numbers, score))
+            found.setdefault(os.path.normpath(row["photo"]), []).append(
+                Face((*corner, *(numbers.max(axis=0) - corner)), numbers, score)
+            )
     if not found:
         raise InputError(f"--points: {path} lists no photograph")
     return {photo: from_left(faces) for photo, faces in found.items()}
 
 
 class Aligner:
-    """Task -> Result; the crop is written. It travels to worker processes, each of which loads the detector when it first needs it."""
+    """Task -> Result; the crop is written.
+
+    It travels to worker processes, each of which loads the detector when it first needs it.
+    """
 
     def __init__(self, args: argparse.Namespace, folder: Path):
-        self.root, self.folder, self.quality = args.photos, folder, args.quality
-        self.detector_path, self.detector_size, self.detector = args.detector, args.detector_size, None
-        self.which, self.limits = "largest" if args.several == "largest" else "only", (args.min_score, args.min_size)
+        self.root = args.photos
+        self.folder = folder
+        self.quality = args.quality
+        self.detector_path = args.detector
+        self.detector_size = args.detector_size
+        self.detector = None
+        self.which = "largest" if args.several == "largest" else "only"
+        self.limits = (args.min_score, args.min_size)
 
     def __call__(self, task: Task) -> Result:
         if not task.crop:
             return Result(task.photo, "", "no person", "it lies in no person's sub-folder")
         if not task.photo.lower().endswith(IMAGE_SUFFIXES):
-            return Result(task.photo, "", "not an image", f"files are taken that end in {' '.join(IMAGE_SUFFIXES)}")
+            return Result(
+                task.photo,
+                "",
+                "not an image",
+                f"files are taken that end in {' '.join(IMAGE_SUFFIXES)}",
+            )
         try:
-            image = decode((self.root / task.photo).read_bytes())       # BGR, turned as the camera says
+            # BGR, turned as the camera says
+            image = decode((self.root / task.photo).read_bytes())
         except OSError as error:
             return Result(task.photo, "", "unreadable", str(error.strerror))
         except InputError as error:
             return Result(task.photo, "", "unreadable", str(error))
         try:
-            face = choose(self.detect(image) if task.faces is None else task.faces, self.which, *self.limits)
+            face = choose(
+                self.detect(image) if task.faces is None else task.faces, self.which, *self.limits
+            )
             check_place(face, image)
             crop = align(image, face.points)
         except InputError as error:
-            return Result(task.photo, "", next((reason for reason in REASONS if str(error).startswith(reason)), "unusable points"), str(error))
+            return Result(
+                task.photo,
+                "",
+                next(
+                    (reason for reason in REASONS if str(error).startswith(reason)),
+                    "unusable points",
+                ),
+                str(error),
+            )
         self.write(self.folder / task.crop, crop)
         return Result(task.photo, task.crop, "", f"{face.size:.0f} pixels, score {face.score:.2f}")
 
@@ -169,15 +271,25 @@ class Aligner:
 
     def write(self, path: Path, crop: np.ndarray) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(cv2.imencode(path.suffix, crop, [cv2.IMWRITE_JPEG_QUALITY, self.quality] if path.suffix == ".jpg" else [])[1].tobytes())
+        path.write_bytes(
+            cv2.imencode(
+                path.suffix,
+                crop,
+                [cv2.IMWRITE_JPEG_QUALITY, self.quality] if path.suffix == ".jpg" else [],
+            )[1].tobytes()
+        )
 
 
 def check_place(face: Face, image: np.ndarray) -> None:
-    """Errors: InputError if the face lies outside the photograph, as points do that were found in a larger copy of it: the crop would be black."""
+    """Errors: InputError if the face lies outside the photograph, as points do that were found in a
+    larger copy of it: the crop would be black.
+    """
     x, y = face.points.mean(axis=0)
     height, width = image.shape[:2]
     if not (0 <= x < width and 0 <= y < height):
-        raise InputError(f"points around ({x:.0f}, {y:.0f}), outside the photograph of {width}x{height}")
+        raise InputError(
+            f"points around ({x:.0f}, {y:.0f}), outside the photograph of {width}x{height}"
+        )
 
 
 def write_report(path: Path, results: list[Result]) -> None:
@@ -188,22 +300,76 @@ def write_report(path: Path, results: list[Result]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--photos", type=Path, required=True, metavar="DIR", help="one sub-folder of photographs per person")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the crops and report.csv")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--photos",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="one sub-folder of photographs per person",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="new folder for the crops and report.csv",
+    )
     parser.add_argument("--detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
-    parser.add_argument("--detector-size", type=int, default=LONGEST, metavar="N",
-                        help="pixels to which longer photographs are shrunk to look for faces; more finds smaller ones (%(default)s)")
-    parser.add_argument("--points", type=Path, metavar="FILE.csv", help="five points of each face, instead of a detector")
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="detector's score of a face that counts (%(default)s)")
-    parser.add_argument("--min-size", type=float, default=MIN_SIZE, metavar="N", help="side of the square, in the photograph's pixels, that becomes the crop (%(default)s)")
-    parser.add_argument("--several", choices=("drop", "largest"), default="drop", help="what to do with a photograph of several faces (%(default)s)")
-    parser.add_argument("--quality", type=int, default=95, metavar="N", help="of the JPEG files, 1 ... 100 (%(default)s)")
+    parser.add_argument(
+        "--detector-size",
+        type=int,
+        default=LONGEST,
+        metavar="N",
+        help="pixels to which longer photographs are shrunk to look for faces; "
+        "more finds smaller ones (%(default)s)",
+    )
+    parser.add_argument(
+        "--points",
+        type=Path,
+        metavar="FILE.csv",
+        help="five points of each face, instead of a detector",
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=MIN_SCORE,
+        metavar="S",
+        help="detector's score of a face that counts (%(default)s)",
+    )
+    parser.add_argument(
+        "--min-size",
+        type=float,
+        default=MIN_SIZE,
+        metavar="N",
+        help="side of the square, in the photograph's pixels, that becomes the crop (%(default)s)",
+    )
+    parser.add_argument(
+        "--several",
+        choices=("drop", "largest"),
+        default="drop",
+        help="what to do with a photograph of several faces (%(default)s)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        default=95,
+        metavar="N",
+        help="of the JPEG files, 1 ... 100 (%(default)s)",
+    )
     parser.add_argument("--png", action="store_true", help="write PNG files instead")
-    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), metavar="N", help="processes (%(default)s)"
+    )
     args = parser.parse_args()
     if not 1 <= args.quality <= 100 or args.workers < 1 or args.detector_size < 32:
-        raise InputError("--quality is 1 ... 100, --workers at least 1, --detector-size at least 32")
+        raise InputError(
+            "--quality is 1 ... 100, --workers at least 1, --detector-size at least 32"
+        )
     return args
 
 

@@ -1,4 +1,5 @@
-"""Read a whole training set before a run does: which images are unreadable, which labels empty, which images there twice, how large the identities are.
+"""Read a whole training set before a run does: which images are unreadable, which labels empty,
+which images there twice, how large the identities are.
 
     python data/check_rec.py data/faces_emore --sheet sheet.png --json check.json
 
@@ -46,10 +47,11 @@ from utils.record_set import has_records, split_paths
 from utils.recordio import RecordError, replacing
 from utils.workers import in_parallel
 
-PIECE = 1024            # records that a process reads at a time
-DIGEST = 16             # bytes: among six million images two different ones share it with a chance of 1e-25
-SHOWN = 1000            # of each finding at most so many are listed, all are counted
-STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)      # of the histogram of identity sizes
+PIECE = 1024  # records that a process reads at a time
+# bytes: among six million images two different ones share it with a chance of 1e-25
+DIGEST = 16
+SHOWN = 1000  # of each finding at most so many are listed, all are counted
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of the histogram of identity sizes
 ERRORS = ("unreadable", "cut", "labels", "gaps", "single", "shared")
 
 
@@ -94,9 +96,15 @@ def main() -> None:
         with replacing(str(args.json)) as file:
             file.write((dumps(findings, indent=2) + "\n").encode())
     if args.sheet:
-        draw_sheet(args.sheet, dataset, np.where(contents.readable, contents.labels, np.nan), duplicates)
+        draw_sheet(
+            args.sheet, dataset, np.where(contents.readable, contents.labels, np.nan), duplicates
+        )
         print(f"{args.sheet}: what they look like")
-    wrong = [f"{findings[name]['count']} {findings[name]['what']}" for name in ERRORS if findings[name]["count"] and name not in args.allow]
+    wrong = [
+        f"{findings[name]['count']} {findings[name]['what']}"
+        for name in ERRORS
+        if findings[name]["count"] and name not in args.allow
+    ]
     if wrong:
         raise InputError(f"{name}: {', '.join(wrong)}")
 
@@ -122,17 +130,23 @@ def open_set(words: list[str]) -> tuple[FaceImages, str]:
     return Records(paths, labels=labels), ", ".join(paths)
 
 
-# --- reading -------------------------------------------------------------------------------------------------------------------
+# --- reading
+# --------------------------------------------------
+
 
 def read_all(dataset: FaceImages, workers: int) -> Contents:
     """Every record of the set, in pieces, in as many processes."""
-    pieces = [range(first, min(first + PIECE, len(dataset))) for first in range(0, len(dataset), PIECE)]
+    pieces = [
+        range(first, min(first + PIECE, len(dataset))) for first in range(0, len(dataset), PIECE)
+    ]
     whole = nothing_read(len(dataset))
     with tqdm(desc="reading", total=len(dataset), unit="img", disable=None) as bar:
-        for piece, part in zip(pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))):
+        for piece, part in zip(
+            pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))
+        ):
             for column, values in zip(whole[:4], part[:4]):
-                column[piece.start:piece.stop] = values
-            whole.bad.extend(part.bad[:SHOWN - len(whole.bad)])
+                column[piece.start : piece.stop] = values
+            whole.bad.extend(part.bad[: SHOWN - len(whole.bad)])
             bar.update(len(piece))
     return whole
 
@@ -165,7 +179,9 @@ class Reading:
         return part
 
 
-# --- examining -----------------------------------------------------------------------------------------------------------------
+# --- examining
+# --------------------------------------------------
+
 
 def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndarray]]:
     """(all findings, as --json writes them; indices of images that two identities share, by image).
@@ -189,8 +205,13 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
     shared = [group for group in groups if len(np.unique(classes[group])) > 1]
     repeated = sum(map(len, groups)) - len(groups)
     findings = dict(
-        images=len(dataset), classes=dataset.num_classes,
-        unreadable=finding("unreadable records", [dict(record=dataset.name_of(index), reason=reason) for index, reason in contents.bad], int((~readable).sum())),
+        images=len(dataset),
+        classes=dataset.num_classes,
+        unreadable=finding(
+            "unreadable records",
+            [dict(record=dataset.name_of(index), reason=reason) for index, reason in contents.bad],
+            int((~readable).sum()),
+        ),
         cut=finding(
             "JPEGs that end early (no end marker: the rest is grey, or they cannot be read)",
             names_and_labels(dataset, classes, cut[:SHOWN]),
@@ -217,7 +238,8 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
             [names_and_labels(dataset, classes, group) for group in groups[:SHOWN]],
             repeated,
         ),
-        identity_sizes=describe_sizes(sizes))
+        identity_sizes=describe_sizes(sizes),
+    )
     return findings, shared
 
 
@@ -260,19 +282,33 @@ def group_equal(digests: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
     starts = np.flatnonzero(np.append(True, digests[order[1:]] != digests[order[:-1]]))
     ends = np.append(starts[1:], len(order))
     several = ends - starts > 1
-    return sorted((order[start:end] for start, end in zip(starts[several], ends[several])), key=lambda group: int(group[0]))
+    return sorted(
+        (order[start:end] for start, end in zip(starts[several], ends[several])),
+        key=lambda group: int(group[0]),
+    )
 
 
 def describe_sizes(sizes: np.ndarray) -> dict:
-    """Images of the classes that have any: least, median, mean, most, and how many classes have 1, 2 to 4, 5 to 9, ... of them."""
+    """Images of the classes that have any: least, median, mean, most, and how many classes have 1,
+    2 to 4, 5 to 9, ... of them.
+    """
     present = sizes[sizes > 0]
     if not len(present):
         return dict(classes=0)
     counts = np.histogram(present, [*STEPS, np.inf])[0]
-    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(STEPS, STEPS[1:])] + [f"{STEPS[-1]} and more"]
-    return dict(classes=len(present), least=int(present.min()), median=float(np.median(present)), mean=float(present.mean()), most=int(present.max()),
-                largest_class=int(sizes.argmax()), smallest_class=int(np.flatnonzero(sizes == present.min())[0]),
-                histogram={name: int(count) for name, count in zip(names, counts) if count})
+    names = [
+        f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(STEPS, STEPS[1:])
+    ] + [f"{STEPS[-1]} and more"]
+    return dict(
+        classes=len(present),
+        least=int(present.min()),
+        median=float(np.median(present)),
+        mean=float(present.mean()),
+        most=int(present.max()),
+        largest_class=int(sizes.argmax()),
+        smallest_class=int(np.flatnonzero(sizes == present.min())[0]),
+        histogram={name: int(count) for name, count in zip(names, counts) if count},
+    )
 
 
 def describe(name: str, findings: dict) -> str:
@@ -280,8 +316,12 @@ def describe(name: str, findings: dict) -> str:
     sizes = findings["identity_sizes"]
     lines = [f"{name}: {findings['images']:,} images, {findings['classes']:,} classes"]
     if sizes["classes"]:
-        lines += [f"images an identity: {sizes['least']} at least, {sizes['median']:g} median, {sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})",
-                  "identities by images: " + ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items())]
+        lines += [
+            f"images an identity: {sizes['least']} at least, {sizes['median']:g} median, "
+            f"{sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})",
+            "identities by images: "
+            + ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items()),
+        ]
     for kind in (*ERRORS, "duplicates"):
         count, listed = findings[kind]["count"], findings[kind]["listed"]
         what = findings[kind]["what"]
@@ -295,22 +335,42 @@ def describe(name: str, findings: dict) -> str:
 
 def show(entry) -> str:
     if isinstance(entry, dict):
-        return f"record {entry['record']}" + (f", {entry['reason']}" if "reason" in entry else f" with label {entry['label']:g}")
+        return f"record {entry['record']}" + (
+            f", {entry['reason']}" if "reason" in entry else f" with label {entry['label']:g}"
+        )
     return " = ".join(map(show, entry)) if isinstance(entry, list) else str(entry)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "set",
         nargs="+",
         metavar="SET",
         help="what rec= names (folders, .rec files), or a folder of identities",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write all findings there (of each kind the first {SHOWN} are listed)")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help=f"write all findings there (of each kind the first {SHOWN} are listed)",
+    )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet")
-    parser.add_argument("--allow", nargs="+", choices=ERRORS, default=(), metavar="WHAT", help=f"findings that are no error: {', '.join(ERRORS)}")
-    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="processes (%(default)s)")
+    parser.add_argument(
+        "--allow",
+        nargs="+",
+        choices=ERRORS,
+        default=(),
+        metavar="WHAT",
+        help=f"findings that are no error: {', '.join(ERRORS)}",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=cores(), metavar="N", help="processes (%(default)s)"
+    )
     args = parser.parse_args()
     if args.workers < 1:
         raise InputError("--workers must be at least 1")
@@ -318,7 +378,10 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError(f"--sheet: {args.sheet} must end in .png")
     for path, flag in ((args.json, "--json"), (args.sheet, "--sheet")):
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise InputError(f"{flag}: {path.absolute()} is a folder, or in none; name a file in a folder that is there")
+            raise InputError(
+                f"{flag}: {path.absolute()} is a folder, or in none; name a file in a "
+                "folder that is there"
+            )
     return args
 
 

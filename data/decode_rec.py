@@ -1,14 +1,19 @@
-"""Copy a RecordIO set with its images already decoded: seven times the disk for a data path three times as fast.
+"""Copy a RecordIO set with its images already decoded: seven times the disk for a data path three
+times as fast.
 
     python data/decode_rec.py data/faces_emore --output /local/faces_emore
     ./run_AdaDistill.sh rec=/local/faces_emore
 
-Decoding a JPEG takes more time than all else between the file and the network, anew in every epoch. The copy holds the pixels: each image as a PPM file (15 bytes that
-tell its size, then RGB), 37.7 kB where the JPEG had 5 to 7. That is 38 MB to read for 1,000 images, so it pays where the copy fits into memory or lies on a fast local disk.
-Keys, labels, layout, shards and the order in the files are those of the set, and training gives the same weights bit for bit. Cached teacher features know the files they were made
-from: make them from the copy. OpenCV and Pillow open such images, the OpenCV inside MXNet does not (with rec_backend=mxnet MXNet reads only the records, which works).
+Decoding a JPEG takes more time than all else between the file and the network, anew in every epoch.
+The copy holds the pixels: each image as a PPM file (15 bytes that tell its size, then RGB), 37.7 kB
+where the JPEG had 5 to 7. That is 38 MB to read for 1,000 images, so it pays where the copy fits
+into memory or lies on a fast local disk. Keys, labels, layout, shards and the order in the files
+are those of the set, and training gives the same weights bit for bit. Cached teacher features know
+the files they were made from: make them from the copy. OpenCV and Pillow open such images, the
+OpenCV inside MXNet does not (with rec_backend=mxnet MXNet reads only the records, which works).
 
-What was written is read back and compared before the copy gets its name. A set with damaged images is refused, for training replaces these: data/check_rec.py names them.
+What was written is read back and compared before the copy gets its name. A set with damaged images
+is refused, for training replaces these: data/check_rec.py names them.
 """
 
 import argparse
@@ -41,7 +46,8 @@ from utils.shared_batches import open_loader
 log = logging.getLogger(__name__)
 
 BATCH = 64
-RECORD = len(PIXELS) + 3 * IMAGE_SIZE[0] * IMAGE_SIZE[1] + 64      # bytes of a decoded one, at most: frame, header, a few labels and its line in the index
+# bytes of a decoded one, at most: frame, header, a few labels and its line in the index
+RECORD = len(PIXELS) + 3 * IMAGE_SIZE[0] * IMAGE_SIZE[1] + 64
 
 
 def main() -> None:
@@ -56,7 +62,10 @@ def main() -> None:
     remove_leftovers(output.parent, prefix)
     needed, free = len(dataset) * RECORD, shutil.disk_usage(output.parent).free
     if needed > free:
-        raise InputError(f"--output {output}: {len(dataset)} decoded images take {needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB left")
+        raise InputError(
+            f"--output {output}: {len(dataset)} decoded images take "
+            f"{needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB left"
+        )
     with scratch(prefix, output.parent) as folder, take_lock(str(folder / "lock")):
         copy = folder / "copy"
         copy.mkdir()
@@ -64,7 +73,10 @@ def main() -> None:
             ended_early = write_copy(dataset, source, copy, args.workers)
             os.rename(copy, output)
         except OSError as error:
-            raise InputError(f"--output {output}: {error.filename or 'a file of the copy'}: {error.strerror}; nothing is kept: make room, or name another folder") from error
+            raise InputError(
+                f"--output {output}: {error.filename or 'a file of the copy'}: "
+                f"{error.strerror}; nothing is kept: make room, or name another folder"
+            ) from error
     if ended_early:
         log.warning(
             "%d images are JPEGs that end early, and their rest is grey, in the copy as in %s; "
@@ -72,7 +84,10 @@ def main() -> None:
             ended_early,
             source,
         )
-    print(f"{output}: {len(dataset)} decoded images of {dataset.num_classes} identities, read back and equal")
+    print(
+        f"{output}: {len(dataset)} decoded images of {dataset.num_classes} identities, read back "
+        "and equal"
+    )
 
 
 def open_set(word: str) -> tuple[Path, MXFaceDataset]:
@@ -87,10 +102,19 @@ def open_set(word: str) -> tuple[Path, MXFaceDataset]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("set", help="folder of train.rec or of its shards, or a .rec")
     parser.add_argument("--output", type=Path, required=True, help="folder to be made")
-    parser.add_argument("--workers", type=int, default=cores(), help="processes that decode (default: as many as there are cores)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=cores(),
+        help="processes that decode (default: as many as there are cores)",
+    )
     args = parser.parse_args()
     if args.workers < 1:
         raise InputError(f"--workers is 1 or more, got {args.workers}")
@@ -112,12 +136,23 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
     record that reads back otherwise.
     """
     shards = dataset.shards()
-    orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]      # of all records, as they lie in the files
-    are_images = [(order >= shard.first) & (order < shard.first + shard.count) for shard, order in zip(shards, orders)]     # the others are InsightFace's index records
+    # of all records, as they lie in the files
+    orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]
+    # the others are InsightFace's index records
+    are_images = [
+        (order >= shard.first) & (order < shard.first + shard.count)
+        for shard, order in zip(shards, orders)
+    ]
     firsts = np.cumsum([0, *(shard.count for shard in shards)])
-    images = np.concatenate([first + order[is_image] - shard.first for shard, order, is_image, first in zip(shards, orders, are_images, firsts)])
+    images = np.concatenate(
+        [
+            first + order[is_image] - shard.first
+            for shard, order, is_image, first in zip(shards, orders, are_images, firsts)
+        ]
+    )
     written, ended_early = [], 0
-    # closing: also where the error is not one of reading, its workers are ended; they are deaf to signals
+    # closing: also where the error is not one of reading, its workers are ended; they are deaf to
+    # signals
     with closing(decoded(dataset, images, workers)) as pixels:
         for shard, order, is_image in zip(shards, orders, are_images):
             rec, sums = folder / Path(shard.path).name, np.empty(len(order), np.uint32)
@@ -127,7 +162,7 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
                     if is_image[number]:
                         encoded = unpack(record)[1]
                         ended_early += ends_early(encoded)
-                        header = record[:len(record) - len(encoded)]
+                        header = record[: len(record) - len(encoded)]
                         record = header + PIXELS + next(pixels)
                     sums[number] = zlib.crc32(record)
                     writer.write_idx(int(shard.index.key_array[position]), record)
@@ -140,14 +175,24 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
 
 
 def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterator[bytes]:
-    """The pixels of the images, in this order. Errors: InputError naming the first that is damaged."""
-    parts = (images[first:first + BATCH].tolist() for first in range(0, len(images), BATCH))
-    batches = iter(open_loader(dataset, parts, BATCH, min(workers, -(-len(images) // BATCH)), torch.device("cpu")))
+    """The pixels of the images, in this order.
+
+    Errors: InputError naming the first that is damaged.
+    """
+    parts = (images[first : first + BATCH].tolist() for first in range(0, len(images), BATCH))
+    batches = iter(
+        open_loader(
+            dataset, parts, BATCH, min(workers, -(-len(images) // BATCH)), torch.device("cpu")
+        )
+    )
     try:
         with tqdm(desc="decoding", total=len(images), unit="img", disable=None) as bar:
             while (batch := next_batch(batches)) is not None:
                 for name, reason in batch.bad:
-                    raise InputError(f"record {name} of {dataset.root_dir} is damaged ({reason}): data/check_rec.py lists all such; mend the set, or train from it as it is")
+                    raise InputError(
+                        f"record {name} of {dataset.root_dir} is damaged ({reason}): "
+                        "data/check_rec.py lists all such; mend the set, or train from it as it is"
+                    )
                 bar.update(len(batch.images))
                 yield from map(np.ndarray.tobytes, batch.images.numpy())
     finally:
@@ -155,15 +200,20 @@ def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterato
 
 
 def compare(rec: Path, sums: np.ndarray) -> None:
-    """Errors: InputError if a record of the written file, in the order of the file, has another CRC-32 than the one that was written."""
+    """Errors: InputError if a record of the written file, in the order of the file, has another
+    CRC-32 than the one that was written.
+    """
     keys, offsets = read_index(str(rec.with_suffix(".idx")))
     with open(rec, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)       # so that it is read back from the disk itself
+        # so that it is read back from the disk itself
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     records = RecordFile(str(rec))
     order = np.argsort(offsets, kind="stable")
     for number, at in enumerate(tqdm(order, desc="comparing", unit="img", disable=None)):
         if zlib.crc32(records.read(int(offsets[at]), keys[at])) != sums[number]:
-            raise InputError(f"{rec.name}: record {keys[at]} differs from what was written; check the disk")
+            raise InputError(
+                f"{rec.name}: record {keys[at]} differs from what was written; check the disk"
+            )
 
 
 if __name__ == "__main__":

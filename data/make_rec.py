@@ -1,20 +1,23 @@
 """Pack images into the files that training and verification read.
 
-    python data/make_rec.py --images DIR --output OUT               train.rec, train.idx, train.lst, property
+    python data/make_rec.py --images DIR --output OUT    # train.rec, .idx, .lst, property
     python data/make_rec.py --pairs pairs.txt --images DIR --output lfw.bin
 
-``DIR`` has one sub-folder per identity; sorted, they become the labels 0, 1, ... Images are aligned 112x112 crops; JPEG
-files of that size are copied byte for byte, all else is encoded as JPEG. ``--layout plain`` (the default) is im2rec's: every
-record an image, shuffled by ``--seed`` unless ``--no-shuffle``. ``--layout insightface`` keeps an identity's images
-together, as its index records require, in sorted order. The training scripts shuffle either layout every epoch. ``pairs.txt`` has lines ``path1 path2 0|1`` (1: same person), paths below DIR,
-tab-separated if they contain spaces; or it is LFW's own list (``pairs.txt``,
-``pairsDevTrain.txt``, ``pairsDevTest.txt``), whose ``Name 1`` is ``DIR/Name/Name_0001.jpg`` or
-``.png``. Pairs of one kind only are refused. What was written is read back and compared before it gets its name.
+``DIR`` has one sub-folder per identity; sorted, they become the labels 0, 1, ... Images are aligned
+112x112 crops; JPEG files of that size are copied byte for byte, all else is encoded as JPEG.
+``--layout plain`` (the default) is im2rec's: every record an image, shuffled by ``--seed`` unless
+``--no-shuffle``. ``--layout insightface`` keeps an identity's images together, as its index records
+require, in sorted order. The training scripts shuffle either layout every epoch. ``pairs.txt`` has
+lines ``path1 path2 0|1`` (1: same person), paths below DIR, tab-separated if they contain spaces;
+or it is LFW's own list (``pairs.txt``, ``pairsDevTrain.txt``, ``pairsDevTest.txt``), whose ``Name
+1`` is ``DIR/Name/Name_0001.jpg`` or ``.png``. Pairs of one kind only are refused. What was written
+is read back and compared before it gets its name.
 
 Files that cannot be read, and JPEGs that end early (whose rest decoders fill with grey), are
 refused; ``--skip-bad`` leaves them out of the records and lists them. An identity that has no
 others is left out, too.
 """
+
 import argparse
 import os
 import pickle
@@ -36,7 +39,16 @@ from data.pair_list import read_pairs
 from utils.dataset import IMAGE_SIZE, JPEG_START, decode, first_label, list_identities
 from utils.errors import InputError, run
 from utils.jpeg import ends_early
-from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack, replacing, unpack, write_insightface, write_property
+from utils.recordio import (
+    IndexedRecordIO,
+    IRHeader,
+    RecordError,
+    pack,
+    replacing,
+    unpack,
+    write_insightface,
+    write_property,
+)
 
 
 class BadImage(InputError):
@@ -65,17 +77,31 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="folder of identities, or the folder the pair list refers to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--images",
+        required=True,
+        help="folder of identities, or the folder the pair list refers to",
+    )
     parser.add_argument("--output", required=True, help="folder for the records, or the .bin file")
     parser.add_argument(
         "--pairs", help="pair list, our own or LFW's; writes a .bin instead of records"
     )
     parser.add_argument("--layout", choices=("insightface", "plain"), default="plain")
-    parser.add_argument("--shuffle", action=argparse.BooleanOptionalAction, help="order of the plain layout (default: shuffled)")
+    parser.add_argument(
+        "--shuffle",
+        action=argparse.BooleanOptionalAction,
+        help="order of the plain layout (default: shuffled)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled order")
     parser.add_argument("--quality", type=int, default=95, help="of re-encoded images, 1 ... 100")
-    parser.add_argument("--resize", action="store_true", help="scale images of another size to 112x112 (not an alignment)")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="scale images of another size to 112x112 (not an alignment)",
+    )
     parser.add_argument(
         "--skip-bad",
         action="store_true",
@@ -87,7 +113,10 @@ def parse_arguments() -> argparse.Namespace:
     if not 1 <= args.quality <= 100:
         raise InputError(f"--quality is 1 ... 100, got {args.quality}")
     if args.shuffle and args.layout == "insightface" and not args.pairs:
-        raise InputError("--shuffle would tear the identities of the insightface layout apart; add --layout plain")
+        raise InputError(
+            "--shuffle would tear the identities of the insightface layout apart; add "
+            "--layout plain"
+        )
     return args
 
 
@@ -96,6 +125,7 @@ def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], byte
 
     It raises BadImage naming an image that cannot be read, InputError for one of another size.
     """
+
     def encode(path: str) -> bytes:
         full = os.path.join(root, path)
         try:
@@ -110,11 +140,15 @@ def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], byte
             raise BadImage(f"cannot read the image {full}: {error}") from None
         if image.shape[:2] != IMAGE_SIZE:
             if not resize:
-                raise InputError(f"{full} is {image.shape[1]}x{image.shape[0]}, not 112x112; align and crop it, or add --resize")
+                raise InputError(
+                    f"{full} is {image.shape[1]}x{image.shape[0]}, not 112x112; align "
+                    "and crop it, or add --resize"
+                )
             image = cv2.resize(image, IMAGE_SIZE[::-1], interpolation=cv2.INTER_AREA)
         elif stored.startswith(JPEG_START):
             return stored
         return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
     return encode
 
 
@@ -140,7 +174,9 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
             entries, checksums = write_grouped(temporary, groups, encode)
         else:
             shuffle = args.shuffle is not False
-            entries, checksums = write_plain(temporary, groups, encode, args.seed if shuffle else None)
+            entries, checksums = write_plain(
+                temporary, groups, encode, args.seed if shuffle else None
+            )
         write_property(temporary, len(groups), IMAGE_SIZE)
         with replacing(os.path.join(temporary, "train.lst")) as file:
             # a file's name as its bytes, whatever its encoding, so that the list finds the file
@@ -180,26 +216,38 @@ def without_bad(
     return kept, left_out
 
 
-def write_grouped(folder: str, groups: list[list[str]], encode: Callable[[str], bytes]) -> tuple[list[Entry], list[int]]:
+def write_grouped(
+    folder: str, groups: list[list[str]], encode: Callable[[str], bytes]
+) -> tuple[list[Entry], list[int]]:
     """InsightFace's layout, keys 1 ...; returns the entries and the CRC-32 of each stored image."""
     entries = [Entry(key, *image) for key, image in enumerate(labelled(groups), start=1)]
     checksums = []
     with progress("writing", len(entries)) as bar:
+
         def images(group: list[str]) -> Iterator[bytes]:
             for path in group:
                 yield stored_image(path, encode, checksums)
                 bar.update()
+
         write_insightface(folder, map(images, groups), IMAGE_SIZE)
     return entries, checksums
 
 
-def write_plain(folder: str, groups: list[list[str]], encode: Callable[[str], bytes], seed: int | None) -> tuple[list[Entry], list[int]]:
-    """im2rec's layout, keys 0 ... in file order, shuffled by ``seed`` unless that is None; returns as ``write_grouped``."""
+def write_plain(
+    folder: str, groups: list[list[str]], encode: Callable[[str], bytes], seed: int | None
+) -> tuple[list[Entry], list[int]]:
+    """im2rec's layout, keys 0 ... in file order, shuffled by ``seed`` unless that is None; returns
+    as ``write_grouped``.
+    """
     images = labelled(groups)
-    order = range(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    order = (
+        range(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    )
     entries = [Entry(key, *images[at]) for key, at in enumerate(order)]
     checksums = []
-    with IndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w") as writer:
+    with IndexedRecordIO(
+        os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w"
+    ) as writer:
         for entry in progress("writing", len(entries), entries):
             image = stored_image(entry.path, encode, checksums)
             writer.write_idx(entry.key, pack(IRHeader(0, float(entry.label), entry.key, 0), image))
@@ -222,19 +270,31 @@ def stored_image(path: str, encode: Callable[[str], bytes], checksums: list[int]
 
 
 def check_records(folder: str, entries: list[Entry], checksums: list[int]) -> None:
-    """Read every image record back; InputError if the count, a label or the bytes of an image differ from what was written."""
-    with IndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "r") as reader:
+    """Read every image record back; InputError if the count, a label or the bytes of an image
+    differ from what was written.
+    """
+    with IndexedRecordIO(
+        os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "r"
+    ) as reader:
         images = sum(1 for key in reader.keys if reader.glance(int(key)).has_image)
         if images != len(entries):
-            raise InputError(f"{reader.rec_path} holds {images} images, {len(entries)} were written; check the disk")
+            raise InputError(
+                f"{reader.rec_path} holds {images} images, {len(entries)} were "
+                "written; check the disk"
+            )
         for entry, checksum in progress("checking", len(entries), zip(entries, checksums)):
             header, image = unpack(reader.read_idx(entry.key))
             if first_label(header) != entry.label or zlib.crc32(image) != checksum:
-                raise InputError(f"{reader.rec_path}: record {entry.key} ({entry.path}) differs from what was written; check the disk")
+                raise InputError(
+                    f"{reader.rec_path}: record {entry.key} ({entry.path}) differs "
+                    "from what was written; check the disk"
+                )
 
 
 def install(temporary: str, output: str) -> None:
-    """Move the checked files into ``output``; the record file last, so that it never meets another set's index."""
+    """Move the checked files into ``output``; the record file last, so that it never meets another
+    set's index.
+    """
     os.makedirs(output, exist_ok=True)
     if os.path.exists(os.path.join(output, "train.rec")):
         os.unlink(os.path.join(output, "train.rec"))
@@ -266,7 +326,9 @@ def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], outp
 
 def progress(what: str, total: int, items: Iterable | None = None) -> tqdm:
     """A progress bar, shown where a terminal watches."""
-    return tqdm(items, desc=what, total=total, unit="img" if what != "reading" else "pair", disable=None)
+    return tqdm(
+        items, desc=what, total=total, unit="img" if what != "reading" else "pair", disable=None
+    )
 
 
 if __name__ == "__main__":

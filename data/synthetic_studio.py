@@ -1,4 +1,7 @@
-"""Take synthetic photographs, in as many processes as there are. No command; make_synthetic.py and synthetic_benchmarks.py order them."""
+"""Take synthetic photographs, in as many processes as there are.
+
+No command; make_synthetic.py and synthetic_benchmarks.py order them.
+"""
 
 import multiprocessing
 from contextlib import contextmanager
@@ -15,7 +18,9 @@ CHUNK = 16  # images a worker takes at once: enough to hide the cost of passing 
 
 
 class Photograph(NamedTuple):
-    """Names one image of one person; with the seed and the nuisance scale this decides every byte of it."""
+    """Names one image of one person; with the seed and the nuisance scale this decides every byte
+    of it.
+    """
 
     split: int
     identity: int
@@ -33,13 +38,19 @@ def take(photograph: Photograph, seed: int, nuisance: float) -> bytes:
 
 @contextmanager
 def open_studio(workers: int, seed: int, nuisance: float):
-    """Yield ``studio(photographs, take=take)``: an iterator of what ``take`` makes of each, in order, using ``workers`` processes."""
+    """Yield ``studio(photographs, take=take)``: an iterator of what ``take`` makes of each, in
+    order, using ``workers`` processes.
+    """
     if workers == 1:
-        yield lambda photographs, take=take: map(partial(take, seed=seed, nuisance=nuisance), photographs)
+        yield lambda photographs, take=take: map(
+            partial(take, seed=seed, nuisance=nuisance), photographs
+        )
         return
     # spawn: a fork would copy the locks of whatever threads the caller runs
     with multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (0,)) as pool:
-        yield lambda photographs, take=take: pool.imap(partial(take, seed=seed, nuisance=nuisance), photographs, CHUNK)
+        yield lambda photographs, take=take: pool.imap(
+            partial(take, seed=seed, nuisance=nuisance), photographs, CHUNK
+        )
 
 
 def show_progress(faces, total: int, name: str):

@@ -1,11 +1,14 @@
-"""How large and how fast are these models on this machine? The table that papers print for students.
+"""How large and how fast are these models on this machine? The table that papers print for
+students.
 
-    python deploy/benchmark.py 600backbone.pth 600backbone.onnx 600backbone.int8.onnx --batch 32 --threads 1
+    python deploy/benchmark.py 600backbone.pth 600backbone.int8.onnx --batch 32 --threads 1
     python deploy/benchmark.py 600backbone.pth 600backbone.onnx --device cuda --batch 256
 
-prints for each model its network, the colour order it was trained on, numbers it computes with, parameters, multiply-adds (of convolutions and linear layers, for one image), size on disk, latency
-of one image (median) and images per second at the batch size. Checkpoints run in PyTorch, ONNX models in onnxruntime (requirements/onnx.txt). Images lie in memory,
-decoded and normalised; those that take uint8 are given it, which counts.
+prints for each model its network, the colour order it was trained on, numbers it computes with,
+parameters, multiply-adds (of convolutions and linear layers, for one image), size on disk, latency
+of one image (median) and images per second at the batch size. Checkpoints run in PyTorch, ONNX
+models in onnxruntime (requirements/onnx.txt). Images lie in memory, decoded and normalised; those
+that take uint8 are given it, which counts.
 """
 
 import argparse
@@ -36,29 +39,77 @@ def main() -> None:
     models = [load_model(path, "model", args.color_space) for path in args.models]
     for model in models:
         if device.type == "mps" and model.is_onnx:
-            raise InputError(f"{model.path}: onnxruntime does not compute on MPS: measure ONNX models with --device cpu")
+            raise InputError(
+                f"{model.path}: onnxruntime does not compute on MPS: measure ONNX "
+                "models with --device cpu"
+            )
     rows = {str(model.path): measure_model(model, args.batch, device) for model in models}
     threads = torch.get_num_threads()
-    print(f"{device_name(device)}, {threads} thread{'s'[:threads > 1]}\n{format_table(tabulate(rows, args.batch))}")
+    print(
+        f"{device_name(device)}, {threads} "
+        f"thread{'s'[: threads > 1]}\n{format_table(tabulate(rows, args.batch))}"
+    )
     if args.results_json:
-        write_json(args.results_json, dict(device=device_name(device), threads=threads, batch=args.batch, models=rows))
+        write_json(
+            args.results_json,
+            dict(device=device_name(device), threads=threads, batch=args.batch, models=rows),
+        )
 
 
 def measure_model(model: Model, batch: int, device: torch.device) -> dict:
     """All figures of a model, in the units of their names."""
     timing: Timing = measure(model.network.to(device), batch, device)
-    if device.type == "cuda" and model.is_onnx and CUDA not in model.network.session.get_providers():
-        raise InputError(f"{model.path}: onnxruntime has no working CUDA provider here: pip install onnxruntime-gpu in place of onnxruntime, or --device cpu")
-    return dict(network=model.name, color_space=model.color_space, numbers=model.network.about.get("numbers", "?") if model.is_onnx else "float32", embedding_size=model.embedding_size,
-                parameters=model.parameters, multiply_adds=multiply_adds(model), megabytes=megabytes(model.path),
-                latency_milliseconds=1000 * timing.latency, images_per_second=timing.throughput)
+    if (
+        device.type == "cuda"
+        and model.is_onnx
+        and CUDA not in model.network.session.get_providers()
+    ):
+        raise InputError(
+            f"{model.path}: onnxruntime has no working CUDA provider here: pip "
+            "install onnxruntime-gpu in place of onnxruntime, or --device cpu"
+        )
+    return dict(
+        network=model.name,
+        color_space=model.color_space,
+        numbers=model.network.about.get("numbers", "?") if model.is_onnx else "float32",
+        embedding_size=model.embedding_size,
+        parameters=model.parameters,
+        multiply_adds=multiply_adds(model),
+        megabytes=megabytes(model.path),
+        latency_milliseconds=1000 * timing.latency,
+        images_per_second=timing.throughput,
+    )
 
 
 def tabulate(rows: dict[str, dict], batch: int) -> Table:
-    columns = ["network", "colours", "numbers", "params (M)", "multiply-adds (M)", "size (MB)", "latency (ms)", f"images/s at {batch}"]
-    return Table("", "model", columns, {name: [
-        row["network"], row["color_space"], row["numbers"], f"{row['parameters'] / 1e6:.2f}", f"{row['multiply_adds'] / 1e6:.1f}", f"{row['megabytes']:.2f}",
-        f"{row['latency_milliseconds']:.2f}", f"{row['images_per_second']:.1f}"] for name, row in rows.items()})
+    columns = [
+        "network",
+        "colours",
+        "numbers",
+        "params (M)",
+        "multiply-adds (M)",
+        "size (MB)",
+        "latency (ms)",
+        f"images/s at {batch}",
+    ]
+    return Table(
+        "",
+        "model",
+        columns,
+        {
+            name: [
+                row["network"],
+                row["color_space"],
+                row["numbers"],
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['multiply_adds'] / 1e6:.1f}",
+                f"{row['megabytes']:.2f}",
+                f"{row['latency_milliseconds']:.2f}",
+                f"{row['images_per_second']:.1f}",
+            ]
+            for name, row in rows.items()
+        },
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -68,10 +119,31 @@ def device_name(device: torch.device) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="checkpoints (.pth, .ckpt, .safetensors) and ONNX models")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at a time of the throughput (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of PyTorch and onnxruntime (default: PyTorch's)")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="checkpoints (.pth, .ckpt, .safetensors) and ONNX models",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images at a time of the throughput (%(default)s)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads of PyTorch and onnxruntime (default: PyTorch's)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:N or mps")
     add_color_space(parser)
     parser.add_argument("--results-json", type=Path, metavar="FILE", help="write the figures there")

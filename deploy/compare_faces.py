@@ -1,15 +1,19 @@
 """Is this the same person? Two photographs, or one against a gallery.
 
     python deploy/compare_faces.py a.jpg b.jpg --model 600backbone.onnx --report report --far 1e-3
-    python deploy/compare_faces.py probe.jpg --gallery people --model 600backbone.onnx --threshold 0.3 --top 3
+    python deploy/compare_faces.py probe.jpg --gallery people --model 600backbone.onnx \\
+        --threshold 0.3 --top 3
     python deploy/compare_faces.py a.png b.png --model 600backbone.pth --aligned
 
-finds the face in each photograph (OpenCV's YuNet), aligns it by five points, embeds it and its mirror image as evaluation does and prints the cosine, and the decision at
-a threshold: of a false accept rate that the model had on a pair set (--report: the folder that eval/run_full_eval.py --report-dir wrote), or --threshold itself.
-YuNet's file, face_detection_yunet_2026may.onnx or, for OpenCV 4, face_detection_yunet_2023mar.onnx
-of the OpenCV Zoo, is not part of this repository: put it into deploy/, or name it with --detector. --aligned takes crops
-of 112x112 and needs none. A gallery is a folder of photographs, one a person, or of one folder a person, whose features are averaged. The threshold is that of
-one comparison: among many people, chance finds a look-alike more often.
+finds the face in each photograph (OpenCV's YuNet), aligns it by five points, embeds it and its
+mirror image as evaluation does and prints the cosine, and the decision at a threshold: of a false
+accept rate that the model had on a pair set (--report: the folder that eval/run_full_eval.py
+--report-dir wrote), or --threshold itself. YuNet's file, face_detection_yunet_2026may.onnx or, for
+OpenCV 4, face_detection_yunet_2023mar.onnx of the OpenCV Zoo, is not part of this repository: put
+it into deploy/, or name it with --detector. --aligned takes crops of 112x112 and needs none. A
+gallery is a folder of photographs, one a person, or of one folder a person, whose features are
+averaged. The threshold is that of one comparison: among many people, chance finds a look-alike more
+often.
 """
 
 import argparse
@@ -34,34 +38,50 @@ def main() -> None:
     args = parse_arguments()
     model = load_model(args.model, "--model", args.color_space)
     threshold, meaning = find_threshold(args, model)
-    read = Reader(None if args.aligned else Detector(args.detector, args.detector_size), args.face, args.min_score)
+    read = Reader(
+        None if args.aligned else Detector(args.detector, args.detector_size),
+        args.face,
+        args.min_score,
+    )
     faces = [read(path) for path in args.photographs]
     features = embed_faces(model, np.stack(faces))
     for path in args.photographs:
         print(f"{path}: {read.notes[path]}")
     if args.gallery:
         people = read_gallery(args.gallery, read, model)
-        print(f"{args.gallery}: {len(people.names)} people, {people.images} images" + "".join(f"\n  left out: {reason}" for reason in people.left_out))
+        print(
+            f"{args.gallery}: {len(people.names)} people, {people.images} images"
+            + "".join(f"\n  left out: {reason}" for reason in people.left_out)
+        )
         for path, feature in zip(args.photographs, features):
             print(f"\n{format_table(search(path, feature, people, args.top, threshold))}")
     else:
         cosine = float(features[0] @ features[1])
-        print(f"cosine {cosine:.4f}" + ("" if threshold is None else f": {decide(cosine, threshold)}"))
+        print(
+            f"cosine {cosine:.4f}" + ("" if threshold is None else f": {decide(cosine, threshold)}")
+        )
     print(f"{meaning}\n{model.describe()}")
 
 
 def find_threshold(args: argparse.Namespace, model) -> tuple[float | None, str]:
-    """(the cosine from which two faces count as the same person, None if it is not asked for; what it stands for)."""
+    """(the cosine from which two faces count as the same person, None if it is not asked for; what
+    it stands for).
+    """
     if args.threshold is not None:
         return args.threshold, f"threshold {args.threshold:.4f}, as given"
     if args.report is None:
-        return None, "no decision: a threshold is named with --threshold, or with --report and --far"
+        return None, (
+            "no decision: a threshold is named with --threshold, or with --report and --far"
+        )
     digests = {model.sha256: model.color_space}
     if model.is_onnx:
         digests[model.checkpoint_sha256] = model.network.about.get("checkpoint_color_space", "")
     found = read_threshold(args.report, FAR if args.far is None else args.far, args.set, digests)
-    return found.cosine, (f"threshold {found.cosine:.4f}: on {found.set} it accepts at most {100 * found.far:g}% of different people (FAR {found.far:g}) "
-                          f"and {100 * found.tar:.2f}% of pairs of the same person")
+    return found.cosine, (
+        f"threshold {found.cosine:.4f}: on {found.set} it accepts at most "
+        f"{100 * found.far:g}% of different people (FAR {found.far:g}) "
+        f"and {100 * found.tar:.2f}% of pairs of the same person"
+    )
 
 
 def decide(cosine: float, threshold: float) -> str:
@@ -73,33 +93,93 @@ def search(path: Path, feature: np.ndarray, people, top: int, threshold: float |
     cosines = people.features @ feature
     order = np.argsort(-cosines, kind="stable")[:top]
     columns = ["person", "cosine"] + ["decision"] * (threshold is not None)
-    rows = {f"{rank}": [people.names[at], f"{cosines[at]:.4f}"] + ([decide(cosines[at], threshold)] if threshold is not None else []) for rank, at in enumerate(order, 1)}
+    rows = {
+        f"{rank}": [people.names[at], f"{cosines[at]:.4f}"]
+        + ([decide(cosines[at], threshold)] if threshold is not None else [])
+        for rank, at in enumerate(order, 1)
+    }
     return Table("", f"{path}: rank", columns, rows)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("photographs", type=Path, nargs="+", metavar="PHOTO", help="two to compare, or with --gallery any number to search for")
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE", help="an ONNX model, or a checkpoint as deploy/export_onnx.py takes")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "photographs",
+        type=Path,
+        nargs="+",
+        metavar="PHOTO",
+        help="two to compare, or with --gallery any number to search for",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="an ONNX model, or a checkpoint as deploy/export_onnx.py takes",
+    )
     add_color_space(parser)
     parser.add_argument("--gallery", type=Path, metavar="DIR", help="people to search among")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="how many of them to show (%(default)s)")
-    parser.add_argument("--aligned", action="store_true", help="the images are aligned crops of 112x112")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="how many of them to show (%(default)s)"
+    )
+    parser.add_argument(
+        "--aligned", action="store_true", help="the images are aligned crops of 112x112"
+    )
     parser.add_argument("--detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
-    parser.add_argument("--detector-size", type=int, default=LONGEST, metavar="N", help="pixels to which longer photographs are shrunk; more finds smaller faces (%(default)s)")
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, metavar="S", help="detector's score of a face that counts (%(default)s)")
-    parser.add_argument("--face", default="only", metavar="WHICH", help="where there are several: largest, or 1, 2, ... from the left (default: they are an error)")
-    parser.add_argument("--threshold", type=float, metavar="COSINE", help="the same person from this cosine on")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="folder of eval/run_full_eval.py --report-dir, for the threshold")
-    parser.add_argument("--far", type=float, metavar="RATE", help=f"false accept rate of that threshold ({FAR})")
-    parser.add_argument("--set", metavar="NAME", help="the set that it was measured on, if the report has several")
+    parser.add_argument(
+        "--detector-size",
+        type=int,
+        default=LONGEST,
+        metavar="N",
+        help="pixels to "
+        "which longer photographs are shrunk; more finds smaller faces (%(default)s)",
+    )
+    parser.add_argument(
+        "--min-score",
+        type=float,
+        default=MIN_SCORE,
+        metavar="S",
+        help="detector's score of a face that counts (%(default)s)",
+    )
+    parser.add_argument(
+        "--face",
+        default="only",
+        metavar="WHICH",
+        help="where there are several: "
+        "largest, or 1, 2, ... from the left (default: they are an error)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="COSINE", help="the same person from this cosine on"
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="folder of eval/run_full_eval.py --report-dir, for the threshold",
+    )
+    parser.add_argument(
+        "--far", type=float, metavar="RATE", help=f"false accept rate of that threshold ({FAR})"
+    )
+    parser.add_argument(
+        "--set", metavar="NAME", help="the set that it was measured on, if the report has several"
+    )
     args = parser.parse_args()
     if not args.gallery and len(args.photographs) != 2:
-        raise InputError(f"{len(args.photographs)} photograph{'s'[:len(args.photographs) > 1]}: name two to compare, or people to search among with --gallery")
+        raise InputError(
+            f"{len(args.photographs)} photograph{'s'[: len(args.photographs) > 1]}: "
+            "name two to compare, or people to search among with --gallery"
+        )
     if args.threshold is not None and (args.report or not -1 <= args.threshold <= 1):
         raise InputError("--threshold is a cosine, -1 ... 1, and takes the place of --report")
     if not args.report and (args.far is not None or args.set):
-        raise InputError(f"--{'set' if args.far is None else 'far'} is of --report, the folder of a report that eval/run_full_eval.py --report-dir wrote")
+        raise InputError(
+            f"--{'set' if args.far is None else 'far'} is of --report, the folder of "
+            "a report that eval/run_full_eval.py --report-dir wrote"
+        )
     if args.face not in ("only", "largest") and not (args.face.isdecimal() and int(args.face)):
         raise InputError(f"--face {args.face}: largest, or a number from the left, 1, 2, ...")
     if args.top < 1 or args.detector_size < 32:

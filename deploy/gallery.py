@@ -1,4 +1,6 @@
-"""Photographs to aligned faces, and a folder of people to features: what deploy/compare_faces.py compares."""
+"""Photographs to aligned faces, and a folder of people to features: what deploy/compare_faces.py
+compares.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +16,18 @@ from utils.errors import InputError
 
 
 class Reader:
-    """path -> the aligned face (112, 112, 3) uint8 RGB that is meant; ``notes`` says what was found in each photograph.
+    """path -> the aligned face (112, 112, 3) uint8 RGB that is meant; ``notes`` says what was found
+    in each photograph.
 
-    detector: None for images that are aligned already. which, min_score: as ``utils.detection.choose``.
-    Errors: InputError naming the file if it is missing, no image, has no face, or several and ``which`` does not choose.
+    detector: None for images that are aligned already. which, min_score: as
+    ``utils.detection.choose``. Errors: InputError naming the file if it is missing, no image, has
+    no face, or several and ``which`` does not choose.
     """
 
     def __init__(self, detector: Detector | None, which: str, min_score: float):
-        self.detector, self.which, self.min_score = detector, which, min_score
+        self.detector = detector
+        self.which = which
+        self.min_score = min_score
         self.notes = {}
 
     def __call__(self, path: Path) -> np.ndarray:
@@ -33,14 +39,20 @@ class Reader:
             face = choose(self.detector(image), self.which, self.min_score)
             aligned = align(image, face.points)
         except InputError as error:
-            hint = "; choose one with --face largest or --face N" if str(error).startswith("several") else ""
+            hint = (
+                "; choose one with --face largest or --face N"
+                if str(error).startswith("several")
+                else ""
+            )
             raise InputError(f"{path}: {error}{hint}") from error
         self.notes[path] = f"face of {face.describe()}"
         return aligned
 
 
 class Gallery(NamedTuple):
-    """names of P people; features: (P, D) of unit length; images: that could be used; left_out: why others could not, a line each."""
+    """names of P people; features: (P, D) of unit length; images: that could be used; left_out: why
+    others could not, a line each.
+    """
 
     names: list[str]
     features: np.ndarray
@@ -49,7 +61,10 @@ class Gallery(NamedTuple):
 
 
 def read_gallery(folder: Path, read: Reader, model: Model) -> Gallery:
-    """The people of a folder. Errors: InputError if there is no such folder, or nobody in it whose face could be read."""
+    """The people of a folder.
+
+    Errors: InputError if there is no such folder, or nobody in it whose face could be read.
+    """
     people, left_out = {}, []
     for name, paths in list_people(folder).items():
         for path in paths:
@@ -60,16 +75,24 @@ def read_gallery(folder: Path, read: Reader, model: Model) -> Gallery:
                 continue
             people.setdefault(name, []).append(face)
     if not people:
-        why = f" ({len(left_out)} images left out, the first: {left_out[0]})" if left_out else f": it holds no image ({', '.join(IMAGE_SUFFIXES)})"
+        why = (
+            f" ({len(left_out)} images left out, the first: {left_out[0]})"
+            if left_out
+            else (f": it holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        )
         raise InputError(f"--gallery: no face in {folder.absolute()}{why}")
     features = embed_faces(model, np.concatenate([np.stack(faces) for faces in people.values()]))
     stops = np.cumsum([len(faces) for faces in people.values()])
     means = np.stack([part.mean(axis=0) for part in np.split(features, stops[:-1])])
-    return Gallery(list(people), means / np.linalg.norm(means, axis=1, keepdims=True), int(stops[-1]), left_out)
+    return Gallery(
+        list(people), means / np.linalg.norm(means, axis=1, keepdims=True), int(stops[-1]), left_out
+    )
 
 
 def list_people(folder: Path) -> dict[str, list[Path]]:
-    """{person: photographs}, by name: of sub-folders, and of images that lie in the folder itself, a person each."""
+    """{person: photographs}, by name: of sub-folders, and of images that lie in the folder itself,
+    a person each.
+    """
     if not folder.is_dir():
         raise InputError(f"--gallery: no folder {folder.absolute()}")
     found = {}
@@ -77,7 +100,9 @@ def list_people(folder: Path) -> dict[str, list[Path]]:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            found[entry.name] = [path for path in sorted(entry.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES]
+            found[entry.name] = [
+                path for path in sorted(entry.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES
+            ]
         elif entry.suffix.lower() in IMAGE_SUFFIXES:
             found[entry.name] = [entry]
     return found

@@ -1,6 +1,8 @@
-"""A network as an ONNX graph: traced by PyTorch, every BatchNorm folded into a layer beside it, described in its metadata. Needs requirements/onnx.txt.
+"""A network as an ONNX graph: traced by PyTorch, every BatchNorm folded into a layer beside it,
+described in its metadata. Needs requirements/onnx.txt.
 
-PyTorch's tracer is asked for (``dynamo=False``): its other exporter needs a package more and twenty times as long, and face networks have no control flow.
+PyTorch's tracer is asked for (``dynamo=False``): its other exporter needs a package more and twenty
+times as long, and face networks have no control flow.
 """
 
 import tempfile
@@ -15,10 +17,11 @@ from torch import nn
 from utils.files import printable
 from utils.onnx_network import require_onnx
 
-OPSET = 20                  # the newest that PyTorch's tracer writes; onnxruntime has read it since 1.17
-OLDEST_OPSET = 11           # what phones' and boards' runtimes of 2019 and after read
+# the newest that PyTorch's tracer writes; onnxruntime has read it since 1.17
+OPSET = 20
+OLDEST_OPSET = 11  # what phones' and boards' runtimes of 2019 and after read
 INPUT, OUTPUT = "input", "embedding"
-FLOAT, FLOAT16 = 1, 10      # onnx.TensorProto's numbers
+FLOAT, FLOAT16 = 1, 10  # onnx.TensorProto's numbers
 
 
 class FromBytes(nn.Module):
@@ -33,19 +36,32 @@ class FromBytes(nn.Module):
 
 
 def to_onnx(network: nn.Module, uint8: bool = False, opset: int = OPSET):
-    """The network in eval mode as an onnx.ModelProto with an open batch; no BatchNorm is left in it.
+    """The network in eval mode as an onnx.ModelProto with an open batch; no BatchNorm is left in
+    it.
 
-    network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32. uint8: the graph takes (B, 112, 112, 3) uint8 instead and normalises inside.
-    Errors: InputError if requirements/onnx.txt is not installed.
+    network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32. uint8: the graph takes (B, 112, 112,
+    3) uint8 instead and normalises inside. Errors: InputError if requirements/onnx.txt is not
+    installed.
     """
     onnx = require_onnx("deploy")
     network = (FromBytes(network) if uint8 else network).eval().cpu()
-    sample = torch.zeros(2, 112, 112, 3, dtype=torch.uint8) if uint8 else torch.zeros(2, 3, 112, 112)
+    sample = (
+        torch.zeros(2, 112, 112, 3, dtype=torch.uint8) if uint8 else torch.zeros(2, 3, 112, 112)
+    )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", ".*legacy TorchScript", DeprecationWarning)      # why it is taken all the same: see above
+        # why it is taken all the same: see above
+        warnings.filterwarnings("ignore", ".*legacy TorchScript", DeprecationWarning)
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(network, (sample,), path, dynamo=False, opset_version=opset, input_names=[INPUT],
-                          output_names=[OUTPUT], dynamic_axes={INPUT: {0: "N"}, OUTPUT: {0: "N"}})
+        torch.onnx.export(
+            network,
+            (sample,),
+            path,
+            dynamo=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "N"}, OUTPUT: {0: "N"}},
+        )
         model = onnx.load(path)
     fold_batchnorm(model)
     return model
@@ -62,14 +78,19 @@ def describe(model, **about) -> None:
     onnx.helper.set_model_props(model, {key: printable(str(value)) for key, value in about.items()})
 
 
-# --- folding -------------------------------------------------------------------------------------------------------------------
+# --- folding
+# --------------------------------------------------
+
 
 def fold_batchnorm(model) -> None:
-    """Fold every BatchNorm, y = a x + b with a and b for each channel, into the convolution or linear layer before or behind it.
+    """Fold every BatchNorm, y = a x + b with a and b for each channel, into the convolution or
+    linear layer before or behind it.
 
-    The tracer has done it for those right behind a convolution. What is left stands behind the last linear layer, before it (with a Flatten in between), or, in
-    iResNet and IR, before a 3x3 convolution: there a goes into the weights, and what b adds becomes a map behind the convolution,
-    for zeros beyond the border are not shifted by b, so that edges and corners get less of it than the middle.
+    The tracer has done it for those right behind a convolution. What is left stands behind the last
+    linear layer, before it (with a Flatten in between), or, in iResNet and IR, before a 3x3
+    convolution: there a goes into the weights, and what b adds becomes a map behind the
+    convolution, for zeros beyond the border are not shifted by b, so that edges and corners get
+    less of it than the middle.
     """
     edit = Edit(model)
     edit.drop_copies()
@@ -77,22 +98,40 @@ def fold_batchnorm(model) -> None:
     for node in [node for node in edit.nodes if node.op_type == "BatchNormalization"]:
         before, behind = edit.producer(node.input[0]), edit.consumer(node.output[0])
         a, b = edit.affine(node)
-        if before is not None and before.op_type in ("Conv", "Gemm") and edit.consumer(before.output[0]) is node:
+        if (
+            before is not None
+            and before.op_type in ("Conv", "Gemm")
+            and edit.consumer(before.output[0]) is node
+        ):
             edit.scale_outputs(before, a, b)
-        elif behind is not None and behind.op_type == "Flatten" and (linear := edit.consumer(behind.output[0])).op_type == "Gemm":
+        elif (
+            behind is not None
+            and behind.op_type == "Flatten"
+            and (linear := edit.consumer(behind.output[0])).op_type == "Gemm"
+        ):
             edit.scale_inputs(linear, a, b)
         elif behind is not None and behind.op_type == "Conv" and is_3x3(behind):
             edit.scale_and_shift_inputs(behind, a, b)
         else:
-            raise NotImplementedError(f"a BatchNorm ({node.name}) between {before and before.op_type} and {behind and behind.op_type}")
+            raise NotImplementedError(
+                f"a BatchNorm ({node.name}) between "
+                f"{before and before.op_type} and {behind and behind.op_type}"
+            )
         edit.bypass(node)
     edit.finish()
 
 
 def is_3x3(conv) -> bool:
-    """Whether a convolution is 3x3 with a zero border of 1, stride 1 and one group: the only kind that our networks have behind a BatchNorm."""
+    """Whether a convolution is 3x3 with a zero border of 1, stride 1 and one group: the only kind
+    that our networks have behind a BatchNorm.
+    """
     found = {attribute.name: list(attribute.ints) or attribute.i for attribute in conv.attribute}
-    return (found["kernel_shape"], found["pads"], found["strides"], found.get("group", 1)) == ([3, 3], [1] * 4, [1, 1], 1)
+    return (found["kernel_shape"], found["pads"], found["strides"], found.get("group", 1)) == (
+        [3, 3],
+        [1] * 4,
+        [1, 1],
+        1,
+    )
 
 
 class Edit:
@@ -100,9 +139,15 @@ class Edit:
 
     def __init__(self, model):
         self.onnx = require_onnx("deploy")
-        self.model, self.nodes, self.sizes = model, list(model.graph.node), sizes_of(model)
-        self.weights = {tensor.name: self.onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-        del model.graph.initializer[:]          # half a gigabyte in iresnet200, which whatever handles the model would copy
+        self.model = model
+        self.nodes = list(model.graph.node)
+        self.sizes = sizes_of(model)
+        self.weights = {
+            tensor.name: self.onnx.numpy_helper.to_array(tensor)
+            for tensor in model.graph.initializer
+        }
+        # half a gigabyte in iresnet200, which whatever handles the model would copy
+        del model.graph.initializer[:]
 
     def producer(self, value: str):
         return next((node for node in self.nodes if value in node.output), None)
@@ -113,13 +158,19 @@ class Edit:
         return found[0] if len(found) == 1 else None
 
     def drop_copies(self) -> None:
-        """Remove nodes that only rename (Identity, which the tracer puts where weights are equal, and casts of features to the float32 they are) or hold a weight."""
+        """Remove nodes that only rename (Identity, which the tracer puts where weights are equal,
+        and casts of features to the float32 they are) or hold a weight.
+        """
         for node in list(self.nodes):
             if node.op_type == "Constant":
                 self.weights[node.output[0]] = self.onnx.numpy_helper.to_array(node.attribute[0].t)
                 self.nodes.remove(node)
                 continue
-            copied = node.op_type == "Identity" or node.op_type == "Cast" and self.producer(node.input[0]) is not None
+            copied = (
+                node.op_type == "Identity"
+                or node.op_type == "Cast"
+                and self.producer(node.input[0]) is not None
+            )
             if copied and node.input[0] in self.weights:
                 self.weights[node.output[0]] = self.weights[node.input[0]]
                 self.nodes.remove(node)
@@ -127,15 +178,23 @@ class Edit:
                 self.bypass(node)
 
     def unify_linear(self) -> None:
-        """A MatMul with weights, which the tracer makes of a linear layer without bias, becomes a Gemm as the others are: weights (outputs, inputs)."""
+        """A MatMul with weights, which the tracer makes of a linear layer without bias, becomes a
+        Gemm as the others are: weights (outputs, inputs).
+        """
         for node in self.nodes:
             if node.op_type == "MatMul" and node.input[1] in self.weights:
                 name = f"{node.output[0]}_transposed"
                 self.weights[name] = np.ascontiguousarray(self.weights[node.input[1]].T)
-                node.CopyFrom(self.onnx.helper.make_node("Gemm", [node.input[0], name], list(node.output), node.name, transB=1))
+                node.CopyFrom(
+                    self.onnx.helper.make_node(
+                        "Gemm", [node.input[0], name], list(node.output), node.name, transB=1
+                    )
+                )
 
     def bypass(self, node) -> None:
-        """Remove a node of one input; who reads its output reads its input, and the graph's output keeps its name."""
+        """Remove a node of one input; who reads its output reads its input, and the graph's output
+        keeps its name.
+        """
         self.nodes.remove(node)
         source, gone = node.input[0], node.output[0]
         if gone == OUTPUT:
@@ -147,8 +206,12 @@ class Edit:
 
     def affine(self, node) -> tuple[np.ndarray, np.ndarray]:
         """a and b of a BatchNorm, (C,) float64."""
-        weight, bias, mean, variance = (self.weights[name].astype(np.float64) for name in node.input[1:5])
-        epsilon = next((attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5)
+        weight, bias, mean, variance = (
+            self.weights[name].astype(np.float64) for name in node.input[1:5]
+        )
+        epsilon = next(
+            (attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5
+        )
         a = weight / np.sqrt(variance + epsilon)
         return a, bias - mean * a
 
@@ -164,9 +227,11 @@ class Edit:
         self.replace(linear, weight * np.repeat(a, pixels), bias + weight @ np.repeat(b, pixels))
 
     def scale_and_shift_inputs(self, conv, a: np.ndarray, b: np.ndarray) -> None:
-        """conv(x) becomes conv(a x + b), with zeros around a x + b: conv' (x) + the map that the constant image b gives.
+        """conv(x) becomes conv(a x + b), with zeros around a x + b: conv' (x) + the map that the
+        constant image b gives.
 
-        The map has three kinds of rows and of columns, so it is kept as 3x3 and spread by two Gathers, which onnxruntime does once, when it loads the model.
+        The map has three kinds of rows and of columns, so it is kept as 3x3 and spread by two
+        Gathers, which onnxruntime does once, when it loads the model.
         """
         weight, bias = self.parameters(conv)
         self.replace(conv, weight * a[None, :, None, None], bias)
@@ -175,23 +240,36 @@ class Edit:
         value, plain = conv.output[0], f"{conv.output[0]}_plain"
         names = [f"{value}_{what}" for what in ("map", "rows", "columns", "tall", "wide")]
         height, width = self.sizes[value]
-        self.weights |= dict(zip(names, (corners.astype(np.float32), spread(height), spread(width))))
+        self.weights |= dict(
+            zip(names, (corners.astype(np.float32), spread(height), spread(width)))
+        )
         conv.output[0] = plain
         node = self.onnx.helper.make_node
         place = self.nodes.index(conv) + 1
-        self.nodes[place:place] = [node("Gather", [names[0], names[1]], [names[3]], axis=2), node("Gather", [names[3], names[2]], [names[4]], axis=3),
-                                   node("Add", [plain, names[4]], [value])]
+        self.nodes[place:place] = [
+            node("Gather", [names[0], names[1]], [names[3]], axis=2),
+            node("Gather", [names[3], names[2]], [names[4]], axis=3),
+            node("Add", [plain, names[4]], [value]),
+        ]
 
     def parameters(self, layer) -> tuple[np.ndarray, np.ndarray]:
         """(weight, bias) in float64, outputs first; zeros where a layer has no bias."""
-        if layer.op_type == "Gemm" and not any(attribute.name == "transB" and attribute.i for attribute in layer.attribute):
+        if layer.op_type == "Gemm" and not any(
+            attribute.name == "transB" and attribute.i for attribute in layer.attribute
+        ):
             raise NotImplementedError(f"{layer.name}: a Gemm whose weights are (inputs, outputs)")
         weight = self.weights[layer.input[1]].astype(np.float64)
-        bias = self.weights[layer.input[2]].astype(np.float64) if len(layer.input) > 2 else np.zeros(len(weight))
+        bias = (
+            self.weights[layer.input[2]].astype(np.float64)
+            if len(layer.input) > 2
+            else np.zeros(len(weight))
+        )
         return weight, bias
 
     def replace(self, layer, weight: np.ndarray, bias: np.ndarray) -> None:
-        """Give a layer weights of its own, for the tracer lets layers share those that are equal."""
+        """Give a layer weights of its own, for the tracer lets layers share those that are
+        equal.
+        """
         names = [f"{layer.output[0]}_weight", f"{layer.output[0]}_bias"]
         self.weights |= dict(zip(names, (weight.astype(np.float32), bias.astype(np.float32))))
         layer.input[1:] = names
@@ -200,8 +278,18 @@ class Edit:
         """Put the nodes and the weights that are still used back into the model."""
         used = {name for node in self.nodes for name in node.input}
         graph = self.model.graph
-        for field, content in (("node", self.nodes), ("value_info", []),
-                               ("initializer", [self.onnx.numpy_helper.from_array(value, name) for name, value in self.weights.items() if name in used])):
+        for field, content in (
+            ("node", self.nodes),
+            ("value_info", []),
+            (
+                "initializer",
+                [
+                    self.onnx.numpy_helper.from_array(value, name)
+                    for name, value in self.weights.items()
+                    if name in used
+                ],
+            ),
+        ):
             del getattr(graph, field)[:]
             getattr(graph, field).extend(content)
 
@@ -209,10 +297,20 @@ class Edit:
 def sizes_of(model) -> dict[str, list[int]]:
     """{value: [height, width]} of all feature maps, inferred without the weights themselves."""
     onnx = require_onnx("deploy")
-    weights = [onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in model.graph.initializer]
-    graph = onnx.helper.make_graph(model.graph.node, "sizes", [*model.graph.input, *weights], model.graph.output)
-    inferred = onnx.shape_inference.infer_shapes(onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version))
-    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][2:] for value in inferred.graph.value_info}
+    weights = [
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in model.graph.initializer
+    ]
+    graph = onnx.helper.make_graph(
+        model.graph.node, "sizes", [*model.graph.input, *weights], model.graph.output
+    )
+    inferred = onnx.shape_inference.infer_shapes(
+        onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    )
+    return {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][2:]
+        for value in inferred.graph.value_info
+    }
 
 
 def spread(size: int) -> np.ndarray:
@@ -220,12 +318,16 @@ def spread(size: int) -> np.ndarray:
     return np.array([0] + [1] * (size - 2) + [2], np.int64)
 
 
-# --- half precision ------------------------------------------------------------------------------------------------------------
+# --- half precision
+# --------------------------------------------------
+
 
 def to_fp16(model):
-    """A copy that computes with float16 weights and features; its input and output stay as they are.
+    """A copy that computes with float16 weights and features; its input and output stay as they
+    are.
 
-    A weight too large for float16 becomes infinite there, and so does what is computed from it: the check against PyTorch shows it.
+    A weight too large for float16 becomes infinite there, and so does what is computed from it: the
+    check against PyTorch shows it.
     """
     onnx = require_onnx("deploy")
     half = onnx.ModelProto()
@@ -234,12 +336,16 @@ def to_fp16(model):
     for tensor in graph.initializer:
         if tensor.data_type == FLOAT:
             with np.errstate(over="ignore"):
-                tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+                tensor.CopyFrom(
+                    onnx.numpy_helper.from_array(
+                        onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name
+                    )
+                )
     for node in graph.node:
         node.input[:] = [f"{INPUT}_half" if value == INPUT else value for value in node.input]
         node.output[:] = [f"{OUTPUT}_half" if value == OUTPUT else value for value in node.output]
     casts = [node for node in graph.node if node.op_type == "Cast"]
-    if casts:       # uint8 pixels: the cast that is there gives float16 instead
+    if casts:  # uint8 pixels: the cast that is there gives float16 instead
         casts[0].attribute[0].i, casts[0].input[0] = FLOAT16, INPUT
     else:
         graph.node.insert(0, onnx.helper.make_node("Cast", [INPUT], [f"{INPUT}_half"], to=FLOAT16))

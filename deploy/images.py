@@ -1,4 +1,6 @@
-"""Aligned faces to check, calibrate and measure a model with: of a training set, a folder, a pair set, or drawn."""
+"""Aligned faces to check, calibrate and measure a model with: of a training set, a folder, a pair
+set, or drawn.
+"""
 
 import os
 from pathlib import Path
@@ -16,21 +18,31 @@ from utils.record_set import has_records
 def read_images(path: str | Path | list[str], count: int, flag: str) -> np.ndarray:
     """At most ``count`` images, spread evenly over what is there: (N, 112, 112, 3) uint8 RGB.
 
-    path: a folder with train.rec or its shards, a .rec file or a list of such, a folder of identities, a folder of aligned images, or a pair set <name>.bin.
-    flag: the command line's word for it.
-    Errors: InputError if there is no such thing, no image in it, or one that is damaged or not 112x112.
+    path: a folder with train.rec or its shards, a .rec file or a list of such, a folder of
+    identities, a folder of aligned images, or a pair set <name>.bin. flag: the command line's word
+    for it.
+    Errors: InputError if there is no such thing, no image in it, or one that is damaged or not
+    112x112.
     """
     if isinstance(path, list) or Path(path).suffix == ".rec" and Path(path).is_file():
-        return read_set(MXFaceDataset(path, labels="shared"), count)       # whom they show does not matter here
+        # whom they show does not matter here
+        return read_set(MXFaceDataset(path, labels="shared"), count)
     path = Path(path)
     if path.is_file() and path.suffix == ".bin":
         images, _ = load_bin(path)
         return images[sampled(len(images), count)]
     if not path.is_dir():
-        raise InputError(f"{flag}: no folder {path.absolute()} (nor a pair set .bin); name a folder with train.rec or of aligned faces")
+        raise InputError(
+            f"{flag}: no folder {path.absolute()} (nor a pair set .bin); name a "
+            "folder with train.rec or of aligned faces"
+        )
     if has_records(path):
         return read_set(MXFaceDataset(str(path)), count)
-    files = sorted(entry.name for entry in os.scandir(path) if entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES))
+    files = sorted(
+        entry.name
+        for entry in os.scandir(path)
+        if entry.is_file() and entry.name.lower().endswith(IMAGE_SUFFIXES)
+    )
     if not files:
         return read_set(FaceDatasetFolder(str(path)), count)
     return np.stack([read_aligned(path / files[index]) for index in sampled(len(files), count)])
@@ -41,7 +53,10 @@ def read_set(dataset, count: int) -> np.ndarray:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, turned as the camera says. Errors: InputError naming the file if it is missing or no image."""
+    """(H, W, 3) uint8 RGB, turned as the camera says.
+
+    Errors: InputError naming the file if it is missing or no image.
+    """
     try:
         return decode(Path(path).read_bytes())
     except OSError as error:
@@ -51,13 +66,21 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_aligned(path: str | Path) -> np.ndarray:
-    """An aligned crop. Errors: InputError naming the file as ``read_image``, or if it is not 112x112."""
+    """An aligned crop.
+
+    Errors: InputError naming the file as ``read_image``, or if it is not 112x112.
+    """
     image = read_image(path)
     if image.shape[:2] != IMAGE_SIZE:
-        raise InputError(f"{path}: {image.shape[1]}x{image.shape[0]} is no aligned crop of 112x112; data/align_faces.py makes them")
+        raise InputError(
+            f"{path}: {image.shape[1]}x{image.shape[0]} is no aligned crop of "
+            "112x112; data/align_faces.py makes them"
+        )
     return image
 
 
 def draw_images(count: int) -> np.ndarray:
     """Drawn faces, for want of photographs, another person on each."""
-    return np.stack([decode(take(Photograph(0, person, 1), seed=0, nuisance=1.0)) for person in range(count)])
+    return np.stack(
+        [decode(take(Photograph(0, person, 1), seed=0, nuisance=1.0)) for person in range(count)]
+    )

@@ -1,4 +1,6 @@
-"""What a deployed model is judged by: agreement with the network it was made from, multiply-adds, size, latency, throughput."""
+"""What a deployed model is judged by: agreement with the network it was made from, multiply-adds,
+size, latency, throughput.
+"""
 
 import time
 from pathlib import Path
@@ -14,14 +16,30 @@ from utils.files import utf8_path
 from utils.onnx_network import OnnxNetwork, inputs_of, require_onnx, weight_files
 
 IMAGE = (3, 112, 112)
-# operators that multiply by weights, and which of their inputs those are; the eight-bit ones are of other quantisers
-WEIGHTS = dict(Conv=1, Gemm=1, MatMul=1, ConvInteger=1, MatMulInteger=1, QLinearConv=3, QLinearMatMul=3, QGemm=3, FusedConv=1, FusedGemm=1, FusedMatMul=1,
-               MatMulIntegerToFloat=1, DynamicQuantizeMatMul=1)
-RUNS = 10           # of each timing, at least
+# operators that multiply by weights, and which of their inputs those are; the eight-bit ones are of
+# other quantisers
+WEIGHTS = dict(
+    Conv=1,
+    Gemm=1,
+    MatMul=1,
+    ConvInteger=1,
+    MatMulInteger=1,
+    QLinearConv=3,
+    QLinearMatMul=3,
+    QGemm=3,
+    FusedConv=1,
+    FusedGemm=1,
+    FusedMatMul=1,
+    MatMulIntegerToFloat=1,
+    DynamicQuantizeMatMul=1,
+)
+RUNS = 10  # of each timing, at least
 
 
 class Agreement(NamedTuple):
-    """How alike the features of two models are: largest difference of two numbers, largest number, cosines of images (least and mean)."""
+    """How alike the features of two models are: largest difference of two numbers, largest number,
+    cosines of images (least and mean).
+    """
 
     difference: float
     largest: float
@@ -38,16 +56,33 @@ class Timing(NamedTuple):
 
 
 def agreement(found: np.ndarray, wanted: np.ndarray) -> Agreement:
-    """Compare features (N, D), raw as the networks give them. Errors: InputError if they are of another shape."""
+    """Compare features (N, D), raw as the networks give them.
+
+    Errors: InputError if they are of another shape.
+    """
     if found.shape != wanted.shape:
         raise InputError(f"features of shape {found.shape} where {wanted.shape} are expected")
-    cosines = np.einsum("nd,nd->n", found, wanted, dtype=np.float64) / (np.linalg.norm(found.astype(np.float64), axis=1) * np.linalg.norm(wanted.astype(np.float64), axis=1))
-    return Agreement(float(np.abs(found - wanted).max()), float(np.abs(wanted).max()), float(cosines.min()), float(cosines.mean()))
+    cosines = np.einsum("nd,nd->n", found, wanted, dtype=np.float64) / (
+        np.linalg.norm(found.astype(np.float64), axis=1)
+        * np.linalg.norm(wanted.astype(np.float64), axis=1)
+    )
+    return Agreement(
+        float(np.abs(found - wanted).max()),
+        float(np.abs(wanted).max()),
+        float(cosines.min()),
+        float(cosines.mean()),
+    )
 
 
 def multiply_adds(model: Model) -> int:
-    """Multiplications of convolutions and linear layers for one image, which papers call multiply-adds (half of the FLOPs). Biases and activations are not counted."""
-    return count_in_graph(model.path) if isinstance(model.network, OnnxNetwork) else count_in_network(model.network)
+    """Multiplications of convolutions and linear layers for one image, which papers call
+    multiply-adds (half of the FLOPs). Biases and activations are not counted.
+    """
+    return (
+        count_in_graph(model.path)
+        if isinstance(model.network, OnnxNetwork)
+        else count_in_network(model.network)
+    )
 
 
 def count_in_network(network: nn.Module) -> int:
@@ -58,7 +93,11 @@ def count_in_network(network: nn.Module) -> int:
         nonlocal total
         total += output.numel() * layer.weight[0].numel()
 
-    hooks = [layer.register_forward_hook(count) for layer in network.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    hooks = [
+        layer.register_forward_hook(count)
+        for layer in network.modules()
+        if isinstance(layer, (nn.Conv2d, nn.Linear))
+    ]
     try:
         with torch.inference_mode():
             network(torch.zeros(1, *IMAGE, device=next(network.parameters()).device))
@@ -69,22 +108,34 @@ def count_in_network(network: nn.Module) -> int:
 
 
 def count_in_graph(path: Path) -> int:
-    """The same from the shapes in an ONNX graph, quantised or not. Errors: InputError if it does not tell them."""
+    """The same from the shapes in an ONNX graph, quantised or not.
+
+    Errors: InputError if it does not tell them.
+    """
     onnx = require_onnx("model")
     model = onnx.load(utf8_path(path))
     inputs_of(model.graph)[0].type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (*inferred.value_info, *inferred.input)}
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.input)
+    }
     shapes |= {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
-    shapes |= {value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim] for value in inferred.output}
+    shapes |= {
+        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
+        for value in inferred.output
+    }
     total = 0
     for node in inferred.node:
         if node.op_type not in WEIGHTS:
             continue
         output, weight = shapes.get(node.output[0]), shapes.get(node.input[WEIGHTS[node.op_type]])
         if not output or not weight or not all(output + weight):
-            raise InputError(f"{path}: the graph does not tell the shapes of its {node.op_type} {node.name}, so its multiply-adds cannot be counted")
+            raise InputError(
+                f"{path}: the graph does not tell the shapes of its {node.op_type} "
+                f"{node.name}, so its multiply-adds cannot be counted"
+            )
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         each = weight[1:] if "Conv" in node.op_type or transposed else weight[-2:-1]
         total += int(np.prod(output)) * int(np.prod(each))
@@ -98,7 +149,9 @@ def megabytes(path: Path) -> float:
 
 
 def measure(network: nn.Module, batch: int, device: torch.device, seconds: float = 1.0) -> Timing:
-    """Latency and throughput on random images that lie on the device, medians over at least ``seconds``; the number of threads is PyTorch's, which ONNX models take over."""
+    """Latency and throughput on random images that lie on the device, medians over at least
+    ``seconds``; the number of threads is PyTorch's, which ONNX models take over.
+    """
     single = float(np.median(run_times(network, 1, device, seconds)))
     together = float(np.median(run_times(network, batch, device, seconds))) if batch > 1 else single
     return Timing(single, batch / together, batch)
@@ -106,7 +159,12 @@ def measure(network: nn.Module, batch: int, device: torch.device, seconds: float
 
 def run_times(network: nn.Module, batch: int, device: torch.device, seconds: float) -> list[float]:
     """Seconds of each run, after two that are not counted."""
-    images = torch.rand(batch, *IMAGE, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(device)
+    images = (
+        torch.rand(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
+        .mul_(2)
+        .sub_(1)
+        .to(device)
+    )
     times = []
     with torch.inference_mode():
         for _ in range(2):

@@ -1,4 +1,7 @@
-"""Eight-bit models: onnxruntime's static quantisation, ranges of activations from real images. Needs requirements/onnx.txt."""
+"""Eight-bit models: onnxruntime's static quantisation, ranges of activations from real images.
+
+Needs requirements/onnx.txt.
+"""
 
 import logging
 import tempfile
@@ -11,32 +14,45 @@ from deploy.graph import INPUT
 from utils.images import to_input
 from utils.onnx_network import require_onnx
 
-CALIBRATION_BATCH = 16      # images
+CALIBRATION_BATCH = 16  # images
 # the first operator set whose QuantizeLinear has a scale for each channel
 LEAST_OPSET = 13
 
 
 def to_int8(model, images: np.ndarray, uint8: bool = False):
-    """A quantised copy of a float model: int8 weights with a scale for each output channel, int8 activations, as QuantizeLinear and DequantizeLinear nodes.
+    """A quantised copy of a float model: int8 weights with a scale for each output channel, int8
+    activations, as QuantizeLinear and DequantizeLinear nodes.
 
-    model: as ``deploy.graph.to_onnx`` gives it. images: (N, 112, 112, 3) uint8 RGB, like those it will see. uint8: the model takes them as they are.
+    model: as ``deploy.graph.to_onnx`` gives it. images: (N, 112, 112, 3) uint8 RGB, like those it
+    will see. uint8: the model takes them as they are.
     """
     onnx = require_onnx("deploy")
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder, quiet():
-        plain, prepared, quantised = (str(Path(folder) / name) for name in ("plain.onnx", "prepared.onnx", "quantised.onnx"))
+        plain, prepared, quantised = (
+            str(Path(folder) / name) for name in ("plain.onnx", "prepared.onnx", "quantised.onnx")
+        )
         onnx.save(model, plain)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
-        quantization.quantize_static(prepared, quantised, reader(images, uint8), quant_format=quantization.QuantFormat.QDQ, per_channel=True,
-                                     activation_type=quantization.QuantType.QInt8, weight_type=quantization.QuantType.QInt8,
-                                     calibrate_method=quantization.CalibrationMethod.MinMax)
+        quantization.quantize_static(
+            prepared,
+            quantised,
+            reader(images, uint8),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+        )
         return onnx.load(quantised)
 
 
 def reader(images: np.ndarray, uint8: bool):
-    """The images in onnxruntime's form: an object whose ``get_next`` gives a batch, and None at the end."""
+    """The images in onnxruntime's form: an object whose ``get_next`` gives a batch, and None at the
+    end.
+    """
     import torch
     from onnxruntime.quantization import CalibrationDataReader
 
@@ -48,7 +64,7 @@ def reader(images: np.ndarray, uint8: bool):
             start = next(self.batches, None)
             if start is None:
                 return None
-            batch = images[start:start + CALIBRATION_BATCH]
+            batch = images[start : start + CALIBRATION_BATCH]
             return {INPUT: batch if uint8 else to_input(torch.from_numpy(batch)).numpy()}
 
     return Reader()

@@ -1,8 +1,10 @@
-"""Read the pickles that pair sets (``lfw.bin``, …) are, without running anything that such a file could ask for.
+"""Read the pickles that pair sets (``lfw.bin``, …) are, without running anything that such a file
+could ask for.
 
-A pickle names functions and calls them. Only the names below are admitted, and none of them leads to the real function:
-each is answered by a small stand-in that handles the one thing a pair set needs - bytes, and flat numpy arrays and scalars of
-integers and booleans. So nothing in a file reaches numpy's own state setters, which trust what they are given.
+A pickle names functions and calls them. Only the names below are admitted, and none of them leads
+to the real function: each is answered by a small stand-in that handles the one thing a pair set
+needs - bytes, and flat numpy arrays and scalars of integers and booleans. So nothing in a file
+reaches numpy's own state setters, which trust what they are given.
 """
 
 import os
@@ -28,19 +30,33 @@ LONGEST_NAME = 4096
 # of a text that stands where an image should, in messages
 SHOWN = 80
 MEND = (
-    "pickle plain lists, (list of encoded images as bytes, list of booleans), or pack the files with"
+    "pickle plain lists, (list of encoded images as bytes, list of booleans), or pack the files "
+    "with"
     " data/make_rec.py --pairs"
 )
 
-# A damaged stream makes the unpickler raise any of these (the pickle documentation promises no complete list).
-_DAMAGED = (pickle.UnpicklingError, EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError, MemoryError)
+# A damaged stream makes the unpickler raise any of these (the pickle documentation promises no
+# complete list).
+_DAMAGED = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
 
 
 def load_pickle(path: Path):
-    """Load a pickle of plain containers, strings, numbers, bytes and numpy arrays or scalars of simple types.
+    """Load a pickle of plain containers, strings, numbers, bytes and numpy arrays or scalars of
+    simple types.
 
-    Protocols 0 to 5, of Python 2 (whose strings become bytes) and 3. Arrays come back flat, one-dimensional.
-    Raises InputError naming the file for a missing, damaged or truncated pickle and for any other global.
+    Protocols 0 to 5, of Python 2 (whose strings become bytes) and 3. Arrays come back flat,
+    one-dimensional. Raises InputError naming the file for a missing, damaged or truncated pickle
+    and for any other global.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
@@ -48,7 +64,9 @@ def load_pickle(path: Path):
         try:
             return _Unpickler(file, encoding="bytes").load()
         except _DAMAGED as error:
-            raise InputError(f"{path}: not a readable pair set: {type(error).__name__}: {_one_line(error)}") from error
+            raise InputError(
+                f"{path}: not a readable pair set: {type(error).__name__}: {_one_line(error)}"
+            ) from error
 
 
 def as_plain(value):
@@ -106,14 +124,17 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> "_Admitted":
         if (module, name) not in _ADMITTED:
             raise pickle.UnpicklingError(
-                f"refused {module}.{name}: a pair set holds only bytes, booleans and numpy arrays of"
+                f"refused {module}.{name}: a pair set holds only bytes, booleans and numpy arrays "
+                "of"
                 f" them; {MEND}"
             )
         return _ADMITTED[module, name]
 
 
 class _Admitted:
-    """A callable that a pickle can call and cannot change: the BUILD opcode writes attributes of whatever it is given."""
+    """A callable that a pickle can call and cannot change: the BUILD opcode writes attributes of
+    whatever it is given.
+    """
 
     __slots__ = ("_function",)
 
@@ -158,7 +179,9 @@ class _Array:
 
 def _from_buffer(raw, dtype) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
-        raise pickle.UnpicklingError("refused a numpy array that is not made of a simple dtype and bytes")
+        raise pickle.UnpicklingError(
+            "refused a numpy array that is not made of a simple dtype and bytes"
+        )
     return np.frombuffer(raw, dtype.name)
 
 
@@ -205,12 +228,21 @@ def _one_line(error: Exception) -> str:
 
 _ADMITTED = {
     ("_codecs", "encode"): _Admitted(_encode),
-    **{(module, name): _Admitted(_bytes) for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")},
+    **{
+        (module, name): _Admitted(_bytes)
+        for module in ("builtins", "__builtin__")
+        for name in ("bytes", "bytearray")
+    },
     ("numpy", "dtype"): _Admitted(_Dtype),
-    ("numpy", "ndarray"): _Admitted(_reconstruct),      # an argument of the next; harmless when called
-    **{(f"numpy.{core}.{module}", name): _Admitted(function) for core in ("core", "_core") for module, name, function in (
-        ("multiarray", "_reconstruct", _reconstruct),
-        ("multiarray", "scalar", _scalar),
-        ("numeric", "_frombuffer", _frombuffer),
-    )},
+    # an argument of the next; harmless when called
+    ("numpy", "ndarray"): _Admitted(_reconstruct),
+    **{
+        (f"numpy.{core}.{module}", name): _Admitted(function)
+        for core in ("core", "_core")
+        for module, name, function in (
+            ("multiarray", "_reconstruct", _reconstruct),
+            ("multiarray", "scalar", _scalar),
+            ("numeric", "_frombuffer", _frombuffer),
+        )
+    },
 }

@@ -1,4 +1,6 @@
-"""Curves that several benchmarks share: ROC of pairs (1:1 verification), ranks and CMC of probes (1:N identification)."""
+"""Curves that several benchmarks share: ROC of pairs (1:1 verification), ranks and CMC of probes
+(1:N identification).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,9 +11,9 @@ import numpy as np
 from utils.errors import InputError
 
 FPRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-PROBES_AT_A_TIME = 256      # against TinyFace's 157,871 gallery images: 160 MB of scores
+PROBES_AT_A_TIME = 256  # against TinyFace's 157,871 gallery images: 160 MB of scores
 # What float32 features resolve of a cosine: two that differ by no more are equal.
-TIE = 2.0 ** -23
+TIE = 2.0**-23
 # Scores whose standard deviation is less than so many times their rounding, as those of an
 # untrained network are, are all computed in float64: most would have to be computed again.
 CROWDED = 32
@@ -20,83 +22,116 @@ GALLERY_AT_A_TIME = 8192
 
 
 class Roc(NamedTuple):
-    """(K,) float64 each, FPR rising: the share of impostor and of genuine pairs with score >= threshold; starts with (0, 0, inf)."""
+    """(K,) float64 each, FPR rising: the share of impostor and of genuine pairs with score >=
+    threshold; starts with (0, 0, inf).
+    """
 
     fpr: np.ndarray
     tpr: np.ndarray
     thresholds: np.ndarray
-    genuine: int        # pairs of the same person
+    genuine: int  # pairs of the same person
     impostor: int
 
 
 class Separation(NamedTuple):
     """How far apart the scores of genuine and impostor pairs lie."""
 
-    edges: np.ndarray           # (B + 1,) of the histogram's bins, from the lowest to the highest score
-    genuine: np.ndarray         # (B,) pairs in each bin
-    impostor: np.ndarray        # (B,)
-    false_accepts: np.ndarray   # (<= k,) indices of the impostor pairs with the highest scores, highest first
-    false_rejects: np.ndarray   # (<= k,) indices of the genuine pairs with the lowest scores, lowest first
+    # (B + 1,) of the histogram's bins, from the lowest to the highest score
+    edges: np.ndarray
+    genuine: np.ndarray  # (B,) pairs in each bin
+    impostor: np.ndarray  # (B,)
+    # (<= k,) indices of the impostor pairs with the highest scores, highest first
+    false_accepts: np.ndarray
+    # (<= k,) indices of the genuine pairs with the lowest scores, lowest first
+    false_rejects: np.ndarray
 
 
 class Search(NamedTuple):
-    """What each probe found in a gallery, (P,) each; a mate is a gallery entry of the probe's subject."""
+    """What each probe found in a gallery, (P,) each; a mate is a gallery entry of the probe's
+    subject.
+    """
 
-    ranks: np.ndarray           # of the best mate, 1 = first: 1 + the non-mates that score at least as high; G + 1 where the gallery has no mate
-    mates: np.ndarray           # gallery index of the best mate, -1 where the gallery has none
-    mate_scores: np.ndarray     # -inf where the gallery has none
-    others: np.ndarray          # gallery index of the best non-mate, -1 where the gallery has none
-    other_scores: np.ndarray    # -inf where the gallery has none
+    # of the best mate, 1 = first: 1 + the non-mates that score at least as high; G + 1 where the
+    # gallery has no mate
+    ranks: np.ndarray
+    mates: np.ndarray  # gallery index of the best mate, -1 where the gallery has none
+    mate_scores: np.ndarray  # -inf where the gallery has none
+    others: np.ndarray  # gallery index of the best non-mate, -1 where the gallery has none
+    other_scores: np.ndarray  # -inf where the gallery has none
 
 
-# --- pairs ------------------------------------------------------------------------------------------------------------------
+# --- pairs
+# --------------------------------------------------
+
 
 def roc_curve(scores: np.ndarray, label: np.ndarray) -> Roc:
-    """ROC of P pairs: the points that ``sklearn.metrics.roc_curve(label, scores)`` keeps with its defaults.
+    """ROC of P pairs: the points that ``sklearn.metrics.roc_curve(label, scores)`` keeps with its
+    defaults.
 
-    ``scores``: (P,), higher for more alike; ``label``: (P,) 1 (or True) for the same person, else 0.
-    There is a point for each distinct score, except where the curve runs straight on from the point before to the one after.
-    Raises InputError for unequal lengths, other labels, a score that is not finite, no genuine or no impostor pair.
+    ``scores``: (P,), higher for more alike; ``label``: (P,) 1 (or True) for the same person, else
+    0. There is a point for each distinct score, except where the curve runs straight on from the
+    point before to the one after. Raises InputError for unequal lengths, other labels, a score that
+    is not finite, no genuine or no impostor pair.
     """
     scores, same = _check_pairs(scores, label)
     thresholds, true_accepts, false_accepts = _count_accepts(scores, same)
     kept = np.ones(len(thresholds), bool)
     kept[1:-1] = (np.diff(true_accepts, 2) != 0) | (np.diff(false_accepts, 2) != 0)
     genuine, impostor = int(true_accepts[-1]), int(false_accepts[-1])
-    return Roc(np.append(0.0, false_accepts[kept] / impostor), np.append(0.0, true_accepts[kept] / genuine),
-               np.append(np.inf, thresholds[kept].astype(np.float64)), genuine, impostor)
+    return Roc(
+        np.append(0.0, false_accepts[kept] / impostor),
+        np.append(0.0, true_accepts[kept] / genuine),
+        np.append(np.inf, thresholds[kept].astype(np.float64)),
+        genuine,
+        impostor,
+    )
 
 
 def tpr_at(roc: Roc, fprs: tuple[float, ...] = FPRS) -> tuple[np.ndarray, np.ndarray]:
-    """TPR (fractions) and threshold, (F,) each, at the points of the curve whose FPR is nearest to ``fprs``; of equally near ones the larger TPR.
+    """TPR (fractions) and threshold, (F,) each, at the points of the curve whose FPR is nearest to
+    ``fprs``; of equally near ones the larger TPR.
 
     A threshold is infinite where nothing is accepted at that point.
     """
     last = len(roc.fpr) - 1
-    nearest = [last - int(np.argmin(np.abs(roc.fpr[::-1] - fpr))) for fpr in fprs]     # backwards: the first of equals has the largest TPR
+    # backwards: the first of equals has the largest TPR
+    nearest = [last - int(np.argmin(np.abs(roc.fpr[::-1] - fpr))) for fpr in fprs]
     return roc.tpr[nearest], roc.thresholds[nearest]
 
 
 def resolves(fpr: float, impostor: int) -> bool:
     """Whether ``impostor`` pairs can show this FPR: at least one false accept is expected at it."""
-    return fpr * impostor > 1 - 1e-9        # 1, but for rounding
+    return fpr * impostor > 1 - 1e-9  # 1, but for rounding
 
 
 def separate(scores: np.ndarray, label: np.ndarray, k: int = 12, bins: int = 100) -> Separation:
-    """Histograms of the genuine and the impostor scores, and the k pairs of each kind that are hardest to tell apart.
+    """Histograms of the genuine and the impostor scores, and the k pairs of each kind that are
+    hardest to tell apart.
 
-    Arguments and errors as in ``roc_curve``. Of equal scores the pair that comes first counts as harder.
+    Arguments and errors as in ``roc_curve``. Of equal scores the pair that comes first counts as
+    harder.
     """
     scores, same = _check_pairs(scores, label)
     low, high = scores.min(), scores.max()
-    edges = np.linspace(*((low, high) if low < high else (low - 0.5, high + 0.5)), bins + 1, dtype=scores.dtype)
+    edges = np.linspace(
+        *((low, high) if low < high else (low - 0.5, high + 0.5)), bins + 1, dtype=scores.dtype
+    )
     genuine, impostor = np.flatnonzero(same), np.flatnonzero(~same)
-    return Separation(edges, _histogram(scores[genuine], edges), _histogram(scores[impostor], edges),
-                      impostor[_smallest(-scores[impostor], k)], genuine[_smallest(scores[genuine], k)])
+    return Separation(
+        edges,
+        _histogram(scores[genuine], edges),
+        _histogram(scores[impostor], edges),
+        impostor[_smallest(-scores[impostor], k)],
+        genuine[_smallest(scores[genuine], k)],
+    )
 
 
 def check_labels(label: np.ndarray, pairs: int) -> np.ndarray:
-    """(P,) bool. Errors: InputError if there are not as many labels as pairs, if one is not 0 or 1, or if one of the two kinds is absent."""
+    """(P,) bool.
+
+    Errors: InputError if there are not as many labels as pairs, if one is not 0 or 1, or if one of
+    the two kinds is absent.
+    """
     label = np.asarray(label)
     if label.shape != (pairs,):
         raise InputError(f"{pairs} pairs, but labels of shape {label.shape}: one a pair is needed")
@@ -104,10 +139,15 @@ def check_labels(label: np.ndarray, pairs: int) -> np.ndarray:
     known = same | (label == 0)
     if not known.all():
         first = int(np.argmin(known))
-        raise InputError(f"the label of pair {first} is {label[first]}: 1 (same person) or 0 is needed")
+        raise InputError(
+            f"the label of pair {first} is {label[first]}: 1 (same person) or 0 is needed"
+        )
     if not same.any() or same.all():
         kind = "impostor" if same.any() else "genuine"
-        raise InputError(f"no {kind} pair among {pairs}: a ROC needs pairs of the same person (label 1) and of different people (label 0)")
+        raise InputError(
+            f"no {kind} pair among {pairs}: a ROC needs pairs of the same person "
+            "(label 1) and of different people (label 0)"
+        )
     return same
 
 
@@ -119,14 +159,21 @@ def _check_pairs(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.
     same = check_labels(label, len(scores))
     finite = np.isfinite(scores)
     if not finite.all():
-        raise InputError(f"the score of pair {int(np.argmin(finite))} is not finite (NaN or infinite)")
+        raise InputError(
+            f"the score of pair {int(np.argmin(finite))} is not finite (NaN or infinite)"
+        )
     return scores, same
 
 
-def _count_accepts(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The K distinct scores, falling, and how many genuine and how many impostor pairs score at least that much, (K,) each."""
+def _count_accepts(
+    scores: np.ndarray, same: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The K distinct scores, falling, and how many genuine and how many impostor pairs score at
+    least that much, (K,) each.
+    """
     rising = np.sort(scores)
-    first = np.flatnonzero(np.append(True, rising[1:] != rising[:-1]))     # where each distinct score begins
+    # where each distinct score begins
+    first = np.flatnonzero(np.append(True, rising[1:] != rising[:-1]))
     distinct = rising[first]
     genuine = np.bincount(np.searchsorted(distinct, np.sort(scores[same])), minlength=len(distinct))
     true_accepts = np.cumsum(genuine[::-1])
@@ -136,20 +183,29 @@ def _count_accepts(scores: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np
 def _histogram(scores: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """``np.histogram(scores, edges)[0]`` by sorting, which is quicker for millions of float32."""
     below = np.searchsorted(np.sort(scores), edges)
-    below[-1] = len(scores)         # the last bin holds its upper edge
+    below[-1] = len(scores)  # the last bin holds its upper edge
     return np.diff(below)
 
 
 def _smallest(values: np.ndarray, k: int) -> np.ndarray:
-    """Indices of the k smallest values (all if there are fewer), smallest first, of equals the first ones."""
+    """Indices of the k smallest values (all if there are fewer), smallest first, of equals the
+    first ones.
+    """
     k = min(k, len(values))
     candidates = np.flatnonzero(values <= np.partition(values, k - 1)[k - 1]) if k else np.arange(0)
     return candidates[np.argsort(values[candidates], kind="stable")][:k]
 
 
-# --- probes -----------------------------------------------------------------------------------------------------------------
+# --- probes
+# --------------------------------------------------
 
-def search(probes: np.ndarray, gallery: np.ndarray, probe_subjects: np.ndarray, gallery_subjects: np.ndarray) -> Search:
+
+def search(
+    probes: np.ndarray,
+    gallery: np.ndarray,
+    probe_subjects: np.ndarray,
+    gallery_subjects: np.ndarray,
+) -> Search:
     """Compare every probe with every gallery entry by cosine.
 
     ``probes``: (P, D) and ``gallery``: (G, D) float32, of unit length; subjects: (P,) and (G,) int.
@@ -163,23 +219,34 @@ def search(probes: np.ndarray, gallery: np.ndarray, probe_subjects: np.ndarray, 
     slack = 2 * probes.shape[1] * float(np.finfo(np.float32).eps)
     found = []
     for start in range(0, len(probes), PROBES_AT_A_TIME):
-        block = probes[start:start + PROBES_AT_A_TIME]
+        block = probes[start : start + PROBES_AT_A_TIME]
         scores = block @ gallery.T
         crowded = scores[0].std() < CROWDED * slack
         if crowded:
             scores = _cosines(block, gallery)
         for probe, row, subject in zip(block, scores, probe_subjects[start:]):
             exactly = row.take if crowded else partial(_cosines_with, probe, gallery)
-            found.append(_rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly))
+            found.append(
+                _rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly)
+            )
     return Search(*map(np.array, zip(*found)))
 
 
 def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:
-    """Cumulative match characteristic, (up_to,): the fraction of probes whose mate is at rank 1, … up_to or better."""
-    return np.bincount(np.minimum(ranks, up_to + 1), minlength=up_to + 1)[1:up_to + 1].cumsum() / len(ranks)
+    """Cumulative match characteristic, (up_to,): the fraction of probes whose mate is at rank 1, …
+    up_to or better.
+    """
+    return np.bincount(np.minimum(ranks, up_to + 1), minlength=up_to + 1)[
+        1 : up_to + 1
+    ].cumsum() / len(ranks)
 
 
-def _rank(scores: np.ndarray, is_mate: np.ndarray, slack: float, exactly: Callable[[np.ndarray], np.ndarray]) -> tuple[int, int, float, int, float]:
+def _rank(
+    scores: np.ndarray,
+    is_mate: np.ndarray,
+    slack: float,
+    exactly: Callable[[np.ndarray], np.ndarray],
+) -> tuple[int, int, float, int, float]:
     """The fields of Search for one probe.
 
     ``scores``: (G,), overwritten, two of which compare rightly if they differ by more than
@@ -205,7 +272,9 @@ def _close(scores: np.ndarray, slack: float) -> np.ndarray:
 
 
 def _best(close: np.ndarray, exactly: Callable[[np.ndarray], np.ndarray]) -> tuple[int, float]:
-    """(the first of the gallery indices ``close`` with the highest score, that score in float64)."""
+    """(the first of the gallery indices ``close`` with the highest score, that score in
+    float64).
+    """
     exact = exactly(close)
     highest = float(exact.max())
     return close[np.argmax(exact >= highest - TIE)], highest
@@ -231,17 +300,30 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 
 def check_norms(features: np.ndarray) -> np.ndarray:
-    """L2 norm of each row, (N,). Raises InputError, naming the image, for one that is zero or not finite: it was not embedded, or wrongly."""
+    """L2 norm of each row, (N,).
+
+    Raises InputError, naming the image, for one that is zero or not finite: it was not embedded, or
+    wrongly.
+    """
     norms = np.sqrt(np.einsum("nd,nd->n", features, features))
     wrong = ~np.isfinite(norms) | (norms == 0)
     if wrong.any():
         first = int(np.argmax(wrong))
         kind = "zero" if norms[first] == 0 else "not finite (NaN or infinite)"
-        raise InputError(f"the feature of image {first} is {kind}: no usable feature for {np.count_nonzero(wrong)} of {len(norms)} images")
+        raise InputError(
+            f"the feature of image {first} is {kind}: no usable feature for "
+            f"{np.count_nonzero(wrong)} of {len(norms)} images"
+        )
     return norms
 
 
 def to_whole(values: np.ndarray) -> np.ndarray | None:
-    """Whole numbers as int64, also those that are stored as floats; None if there are other values."""
-    is_whole = values.dtype.kind in "biu" or values.dtype.kind == "f" and bool(((np.abs(values) <= 2 ** 53) & (values == np.rint(values))).all())
+    """Whole numbers as int64, also those that are stored as floats; None if there are other
+    values.
+    """
+    is_whole = (
+        values.dtype.kind in "biu"
+        or values.dtype.kind == "f"
+        and bool(((np.abs(values) <= 2**53) & (values == np.rint(values))).all())
+    )
     return values.astype(np.int64, copy=False) if is_whole else None

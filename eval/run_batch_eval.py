@@ -1,12 +1,16 @@
 """Evaluate all checkpoints of a run, or of every run in a folder, and compare them.
 
-    python eval/run_batch_eval.py --checkpoint-dir output/demo --checkpoint-suffix backbone.pth --save-json
-    torchrun --nproc_per_node 4 eval/run_batch_eval.py --checkpoint-dir output/demo --share-checkpoints      # one GPU for each checkpoint
+    python eval/run_batch_eval.py --checkpoint-dir output/demo --save-json
+    # one GPU for each checkpoint
+    torchrun --nproc_per_node 4 eval/run_batch_eval.py --checkpoint-dir output/demo \\
+        --share-checkpoints
 
-prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports, <name>_metrics.csv (and <name>.json) for each and
-summary.csv, summary.md, summary.png and metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone for the run in the sub-folder student.
---checkpoint-suffix .onnx takes the ONNX models of deploy/export_onnx.py: 600backbone.onnx, 600backbone.int8.onnx.
-A checkpoint whose report is there, newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
+prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports,
+<name>_metrics.csv (and <name>.json) for each and summary.csv, summary.md, summary.png and
+metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone
+for the run in the sub-folder student. --checkpoint-suffix .onnx takes the ONNX models of
+deploy/export_onnx.py: 600backbone.onnx, 600backbone.int8.onnx. A checkpoint whose report is there,
+newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
 """
 
 import argparse
@@ -32,7 +36,7 @@ def main() -> None:
     jobs = plan(evaluator, checkpoints, reports)
     if arguments.share_checkpoints:
         group = distributed.patient_group()
-        mine = jobs[distributed.rank()::distributed.world_size()]
+        mine = jobs[distributed.rank() :: distributed.world_size()]
         with distributed.alone():
             evaluate_all(evaluator, mine, reports)
         reports.merge(distributed.all_gather_object((reports.rows, reports.failures), group))
@@ -43,11 +47,30 @@ def main() -> None:
 
 
 def find_checkpoints(folder: Path, suffix: str) -> list[Path]:
-    """The files in the folder and its direct sub-folders (one a run) whose names end so, by run and step; those without a step come last."""
-    found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.name.endswith(suffix) and path.is_file()]
+    """The files in the folder and its direct sub-folders (one a run) whose names end so, by run and
+    step; those without a step come last.
+    """
+    found = [
+        path
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+        if path.name.endswith(suffix) and path.is_file()
+    ]
     if not found:
-        raise InputError(f"--checkpoint-dir: no file *{suffix} in {folder.absolute()} or its direct sub-folders; other endings: --checkpoint-suffix")
-    return sorted(found, key=lambda path: (path.parent != folder, path.parent.name, step_of(path) is None, step_of(path) or 0, path.name))
+        raise InputError(
+            f"--checkpoint-dir: no file *{suffix} in {folder.absolute()} or its "
+            "direct sub-folders; other endings: --checkpoint-suffix"
+        )
+    return sorted(
+        found,
+        key=lambda path: (
+            path.parent != folder,
+            path.parent.name,
+            step_of(path) is None,
+            step_of(path) or 0,
+            path.name,
+        ),
+    )
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -55,8 +78,11 @@ def step_of(checkpoint: Path) -> int | None:
     return int(number[0]) if number else None
 
 
-def plan(evaluator: evaluate.Evaluator, checkpoints: list[Path], reports: "Reports") -> list[evaluate.Job]:
-    """The evaluations to do: a checkpoint with a report is skipped, one whose configuration or sets are unusable is a failure of its own.
+def plan(
+    evaluator: evaluate.Evaluator, checkpoints: list[Path], reports: "Reports"
+) -> list[evaluate.Job]:
+    """The evaluations to do: a checkpoint with a report is skipped, one whose configuration or sets
+    are unusable is a failure of its own.
 
     Errors: InputError if the same reason keeps all of them from being evaluated.
     """
@@ -76,8 +102,12 @@ def plan(evaluator: evaluate.Evaluator, checkpoints: list[Path], reports: "Repor
     return jobs
 
 
-def evaluate_all(evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], reports: "Reports") -> None:
-    """Evaluate and report one checkpoint after another; one that cannot be evaluated does not stop the others."""
+def evaluate_all(
+    evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], reports: "Reports"
+) -> None:
+    """Evaluate and report one checkpoint after another; one that cannot be evaluated does not stop
+    the others.
+    """
     for job in jobs:
         try:
             results = evaluator.evaluate_checkpoint(job)
@@ -88,18 +118,27 @@ def evaluate_all(evaluator: evaluate.Evaluator, jobs: list[evaluate.Job], report
 
 
 class Reports:
-    """What is written about each checkpoint and about all, by the first rank, or by each about its own where checkpoints are shared out."""
+    """What is written about each checkpoint and about all, by the first rank, or by each about its
+    own where checkpoints are shared out.
+    """
 
     def __init__(self, folder: Path, arguments: argparse.Namespace, evaluator: evaluate.Evaluator):
-        self.folder, self.arguments, self.evaluator = folder, arguments, evaluator
-        self.rows, self.failures = {}, {}
+        self.folder = folder
+        self.arguments = arguments
+        self.evaluator = evaluator
+        self.rows = {}
+        self.failures = {}
 
     def add(self, job: evaluate.Job, results: dict) -> None:
         name = self.add_row(job.checkpoint, tables.flatten(results))
-        if self.arguments.sort_by:      # a name that means nothing: said at the first checkpoint, not after the last
+        # a name that means nothing: said at the first checkpoint, not after the last
+        if self.arguments.sort_by:
             tables.find_metric(self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures))
         if distributed.is_main():
-            print(f"{name} ({self.evaluator.describe(job)})\n{tables.format_results(results)}\n", flush=True)
+            print(
+                f"{name} ({self.evaluator.describe(job)})\n{tables.format_results(results)}\n",
+                flush=True,
+            )
             self.settings_of(name).parent.mkdir(exist_ok=True)
             report.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
             if self.arguments.save_json:
@@ -107,13 +146,23 @@ class Reports:
             report.write_json(self.settings_of(name), self.evaluator.settings(job))
 
     def add_earlier(self, job: evaluate.Job) -> bool:
-        """Take the figures of an earlier report if it is newer than the checkpoint and was made with the same settings."""
+        """Take the figures of an earlier report if it is newer than the checkpoint and was made
+        with the same settings.
+        """
         name = name_of(job.checkpoint, self.arguments.checkpoint_dir)
-        written = [self.metrics_of(name), self.settings_of(name)] + [self.folder / f"{name}.json"] * self.arguments.save_json
-        if self.arguments.force or not all(path.is_file() and path.stat().st_mtime_ns >= job.checkpoint.stat().st_mtime_ns for path in written):
+        written = [self.metrics_of(name), self.settings_of(name)] + [
+            self.folder / f"{name}.json"
+        ] * self.arguments.save_json
+        if self.arguments.force or not all(
+            path.is_file() and path.stat().st_mtime_ns >= job.checkpoint.stat().st_mtime_ns
+            for path in written
+        ):
             return False
         try:
-            settings, figures = report.read_json(self.settings_of(name)), report.read_metrics(self.metrics_of(name))
+            settings, figures = (
+                report.read_json(self.settings_of(name)),
+                report.read_metrics(self.metrics_of(name)),
+            )
         except InputError as error:
             print(f"{name}: evaluated again, for its report is damaged: {error}")
             return False
@@ -144,33 +193,85 @@ class Reports:
         return self.folder / "settings" / f"{name}.json"
 
     def close(self, checkpoints: list[Path]) -> None:
-        """Write the comparison of all. Errors: InputError that names the checkpoints that could not be evaluated."""
-        distributed.main_computes(lambda: self.compare([self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows], len(checkpoints)))
-        if self.failures:       # after the comparison is written: this ends the other ranks
-            raise InputError(f"{len(self.failures)} of {len(checkpoints)} checkpoints could not be evaluated: " + "; ".join(self.failures.values()))
+        """Write the comparison of all.
+
+        Errors: InputError that names the checkpoints that could not be evaluated.
+        """
+        distributed.main_computes(
+            lambda: self.compare(
+                [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows],
+                len(checkpoints),
+            )
+        )
+        if self.failures:  # after the comparison is written: this ends the other ranks
+            raise InputError(
+                f"{len(self.failures)} of {len(checkpoints)} checkpoints could not be "
+                "evaluated: " + "; ".join(self.failures.values())
+            )
 
     def compare(self, rows: list[report.Row], checkpoints: int) -> None:
         if rows:
             report.write_summary(self.folder, rows, self.arguments.sort_by)
-            print(f"{report.format_skipped(self.evaluator.skipped)}{len(rows)} of {checkpoints} checkpoints evaluated: "
-                  f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf", flush=True)
+            print(
+                f"{report.format_skipped(self.evaluator.skipped)}{len(rows)} of {checkpoints} "
+                "checkpoints evaluated: "
+                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf",
+                flush=True,
+            )
 
 
 def name_of(checkpoint: Path, folder: Path) -> str:
-    """``600backbone`` for a file in the folder itself, ``<run>_600backbone`` for one in a sub-folder; ONNX models keep their ending beside the checkpoint they were made from."""
+    """``600backbone`` for a file in the folder itself, ``<run>_600backbone`` for one in a
+    sub-folder; ONNX models keep their ending beside the checkpoint they were made from.
+    """
     name = checkpoint.name if checkpoint.suffix == ".onnx" else checkpoint.stem
     return name if checkpoint.parent == folder else f"{checkpoint.parent.name}_{name}"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--checkpoint-dir", type=Path, required=True, metavar="DIR", help="a run's folder, or a folder of runs")
-    parser.add_argument("--checkpoint-suffix", default="backbone.pth", metavar="TEXT", help="ends of the names of checkpoints (%(default)s); .onnx for ONNX models")
-    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="where the reports go (<checkpoint-dir>/reports)")
-    parser.add_argument("--save-json", action="store_true", help="write <name>.json beside each <name>_metrics.csv")
-    parser.add_argument("--sort-by", metavar="METRIC", help="order of the summaries, best first: a metric's name or the end of one, e.g. lfw.Accuracy-Flip, rank-1")
-    parser.add_argument("--force", action="store_true", help="evaluate also the checkpoints whose report is there and newer")
-    parser.add_argument("--share-checkpoints", action="store_true", help="under torchrun: every process (GPU) evaluates checkpoints of its own")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint-dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a run's folder, or a folder of runs",
+    )
+    parser.add_argument(
+        "--checkpoint-suffix",
+        default="backbone.pth",
+        metavar="TEXT",
+        help="ends of the names of checkpoints (%(default)s); .onnx for ONNX models",
+    )
+    parser.add_argument(
+        "--report-dir",
+        type=Path,
+        metavar="DIR",
+        help="where the reports go (<checkpoint-dir>/reports)",
+    )
+    parser.add_argument(
+        "--save-json", action="store_true", help="write <name>.json beside each <name>_metrics.csv"
+    )
+    parser.add_argument(
+        "--sort-by",
+        metavar="METRIC",
+        help="order of the summaries, best first: a "
+        "metric's name or the end of one, e.g. lfw.Accuracy-Flip, rank-1",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="evaluate also the checkpoints whose report is there and newer",
+    )
+    parser.add_argument(
+        "--share-checkpoints",
+        action="store_true",
+        help="under torchrun: every process (GPU) evaluates checkpoints of its own",
+    )
     evaluate.add_arguments(parser)
     return parser.parse_intermixed_args()
 

@@ -1,13 +1,18 @@
-"""Evaluate one checkpoint on everything that is there: pair sets (LFW, CFP-FP, AgeDB-30, ...), IJB-B and IJB-C, TinyFace.
+"""Evaluate one checkpoint on everything that is there: pair sets (LFW, CFP-FP, AgeDB-30, ...),
+IJB-B and IJB-C, TinyFace.
 
-    python eval/run_full_eval.py --checkpoint output/AdaDistill/600backbone.pth --config config/config.py --results-json results.json --report-dir report
+    python eval/run_full_eval.py --checkpoint output/AdaDistill/600backbone.pth \\
+        --results-json results.json --report-dir report
 
-prints the network and how it was run, for each pair set accuracy ± standard deviation over the ten folds (in %) and the mean norm of the
-features, for IJB the true accept rates at six false accept rates and the 1:N figures, for TinyFace the rank-k rates, and
-"skipped <set>: no <path>" for each set that only the configuration names and that is not there. --report-dir adds report.html, and thresholds.json: the
-cosine to ask for at a false accept rate, which deploy/compare_faces.py decides by. A checkpoint may be an ONNX model (requirements/onnx.txt), so that what is deployed is measured.
+prints the network and how it was run, for each pair set accuracy ± standard deviation over the ten
+folds (in %) and the mean norm of the features, for IJB the true accept rates at six false accept
+rates and the 1:N figures, for TinyFace the rank-k rates, and "skipped <set>: no <path>" for each
+set that only the configuration names and that is not there. --report-dir adds report.html, and
+thresholds.json: the cosine to ask for at a false accept rate, which deploy/compare_faces.py decides
+by. A checkpoint may be an ONNX model (requirements/onnx.txt), so that what is deployed is measured.
 
-A set that the command line names must be there; so must the folder. On several ranks: torchrun --nproc_per_node 4 eval/run_full_eval.py ...
+A set that the command line names must be there; so must the folder. On several ranks: torchrun
+--nproc_per_node 4 eval/run_full_eval.py ...
 """
 
 import argparse
@@ -38,23 +43,65 @@ def main() -> None:
     results = evaluator.evaluate_checkpoint(job, exhibits)
     if distributed.is_main():
         skipped = report.format_skipped(evaluator.skipped)
-        print(f"{arguments.checkpoint} ({evaluator.describe(job)})\n{tables.format_results(results)}\n{skipped}", end="")
+        print(
+            f"{arguments.checkpoint} "
+            f"({evaluator.describe(job)})\n{tables.format_results(results)}\n{skipped}",
+            end="",
+        )
         if arguments.results_json:
             report.write_json(arguments.results_json, results)
         if arguments.report_dir:
-            settings = {"checkpoint": str(arguments.checkpoint.absolute()), "SHA-256": job.sha256(), **evaluator.settings(job), "color_space": evaluator.order(job)}
-            settings = {"Evaluation": settings, "Run": evaluator.run_configuration(arguments.checkpoint)}
-            title = f"{arguments.checkpoint.name}\n{arguments.checkpoint.absolute().parent}\n{evaluator.describe(job)}"
-            write_page(arguments.report_dir / "report.html", title, results, exhibits, settings, skipped.splitlines())
-            write_thresholds(arguments.report_dir / "thresholds.json", arguments.checkpoint, job.sha256(), evaluator.order(job), exhibits)
+            settings = {
+                "checkpoint": str(arguments.checkpoint.absolute()),
+                "SHA-256": job.sha256(),
+                **evaluator.settings(job),
+                "color_space": evaluator.order(job),
+            }
+            settings = {
+                "Evaluation": settings,
+                "Run": evaluator.run_configuration(arguments.checkpoint),
+            }
+            path = arguments.checkpoint.absolute()
+            title = f"{path.name}\n{path.parent}\n{evaluator.describe(job)}"
+            write_page(
+                arguments.report_dir / "report.html",
+                title,
+                results,
+                exhibits,
+                settings,
+                skipped.splitlines(),
+            )
+            write_thresholds(
+                arguments.report_dir / "thresholds.json",
+                arguments.checkpoint,
+                job.sha256(),
+                evaluator.order(job),
+                exhibits,
+            )
     distributed.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="<step>backbone.pth, a published .pth, .ckpt or .safetensors, or an ONNX model")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="<step>backbone.pth, a published .pth, .ckpt or .safetensors, or an ONNX model",
+    )
     parser.add_argument("--results-json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--report-dir", type=Path, metavar="DIR", help="write report.html there (tables, curves, histograms and the hardest pairs on one page) and thresholds.json")
+    parser.add_argument(
+        "--report-dir",
+        type=Path,
+        metavar="DIR",
+        help="write report.html there "
+        "(tables, curves, histograms and the hardest pairs on one page) and thresholds.json",
+    )
     evaluate.add_arguments(parser)
     return parser.parse_intermixed_args()
 

@@ -1,4 +1,6 @@
-"""Folders that hold a benchmark set: where it is, which files it has, and its image files as a Dataset."""
+"""Folders that hold a benchmark set: where it is, which files it has, and its image files as a
+Dataset.
+"""
 
 import hashlib
 import logging
@@ -17,33 +19,50 @@ from utils.errors import InputError
 from utils.images import decode
 from utils.loading import cores, end_workers, next_batch, start_worker
 
-BLOCK = 1 << 20     # bytes read at a time: the files of pairs have hundreds of megabytes
+BLOCK = 1 << 20  # bytes read at a time: the files of pairs have hundreds of megabytes
 CHECKED_AT_A_TIME = 64
 
 log = logging.getLogger(__name__)
 
 
 def find_set(root: str | Path, target: str, suffix: str) -> Path:
-    """The folder ``root/target``, or else ``root/target + suffix``, as CVLFace names it. Errors: InputError listing the folders that are there."""
+    """The folder ``root/target``, or else ``root/target + suffix``, as CVLFace names it.
+
+    Errors: InputError listing the folders that are there.
+    """
     root = Path(root)
     names = [target] if target.endswith(suffix) else [target, target + suffix]
     for name in names:
         if (root / name).is_dir():
             return root / name
-    there = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else None
-    found = "which is no folder itself" if there is None else f"folders there: {', '.join(there[:20]) or 'none'}"
+    there = (
+        sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else None
+    )
+    found = (
+        "which is no folder itself"
+        if there is None
+        else (f"folders there: {', '.join(there[:20]) or 'none'}")
+    )
     raise InputError(f"{target}: no folder {' or '.join(names)} in {root.absolute()}, {found}")
 
 
 def scan(folder: Path) -> dict[str, tuple[int, int]]:
-    """Name -> (bytes, modification time in ns) of all files in a folder, without those hidden by a leading dot."""
+    """Name -> (bytes, modification time in ns) of all files in a folder, without those hidden by a
+    leading dot.
+    """
     with os.scandir(folder) as entries:
-        stats = {entry.name: entry.stat() for entry in entries if entry.is_file() and not entry.name.startswith(".")}
+        stats = {
+            entry.name: entry.stat()
+            for entry in entries
+            if entry.is_file() and not entry.name.startswith(".")
+        }
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def fingerprint(files: Iterable[Path], listing: Iterable[tuple]) -> str:
-    """SHA-256 (hex) over the bytes of ``files`` and over ``listing``, what is known of files that are too many to be read."""
+    """SHA-256 (hex) over the bytes of ``files`` and over ``listing``, what is known of files that
+    are too many to be read.
+    """
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
@@ -59,7 +78,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def first_of(items: list, noun: str) -> str:
-    """"3 images, the first a.jpg", "1 image, a.jpg": how messages name many things."""
+    """ "3 images, the first a.jpg", "1 image, a.jpg": how messages name many things."""
     return f"{counted(len(items), noun)}, {'the first ' if len(items) > 1 else ''}{items[0]}"
 
 
@@ -70,20 +89,46 @@ def warn(message: str) -> None:
 
 
 def warn_if_not_as_published(name: str, found: dict[str, int], published: dict[str, int]) -> None:
-    """Say so if a set has other sizes than the papers' (both: noun -> number): a download that ended early, or a stand-in."""
+    """Say so if a set has other sizes than the papers' (both: noun -> number): a download that
+    ended early, or a stand-in.
+    """
     if found != published:
-        here, there = (", ".join(counted(count, noun) for noun, count in sizes.items()) for sizes in (found, published))
-        warn(f"{name} has {here}, the published set {there}: its figures cannot be compared with papers")
+        here, there = (
+            ", ".join(counted(count, noun) for noun, count in sizes.items())
+            for sizes in (found, published)
+        )
+        warn(
+            f"{name} has {here}, the published set {there}: its figures cannot be compared with "
+            "papers"
+        )
 
 
 def check_images(images: Dataset, num_workers: int, name: str) -> None:
-    """Read every image once, in at most ``num_workers`` processes, so that one that is unreadable is noticed now and not when it is measured.
+    """Read every image once, in at most ``num_workers`` processes, so that one that is unreadable
+    is noticed now and not when it is measured.
 
-    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Errors: InputError naming the first unreadable image.
+    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Errors: InputError
+    naming the first unreadable image.
     """
-    batches = iter(DataLoader(images, CHECKED_AT_A_TIME, collate_fn=len, num_workers=min(num_workers, cores()), worker_init_fn=start_worker,
-                              generator=torch.Generator()))     # its own, so that a training run draws the same random numbers as without this
-    bar = tqdm(total=len(images), desc=name, unit="img", leave=False, disable=None if distributed.is_main() else True)
+    batches = iter(
+        DataLoader(
+            images,
+            CHECKED_AT_A_TIME,
+            collate_fn=len,
+            num_workers=min(num_workers, cores()),
+            worker_init_fn=start_worker,
+            # its own, so that a training run draws the same random numbers as
+            # without this
+            generator=torch.Generator(),
+        )
+    )
+    bar = tqdm(
+        total=len(images),
+        desc=name,
+        unit="img",
+        leave=False,
+        disable=None if distributed.is_main() else True,
+    )
     try:
         while count := next_batch(batches):
             bar.update(count)
@@ -93,22 +138,33 @@ def check_images(images: Dataset, num_workers: int, name: str) -> None:
 
 
 def check_aligned(image: np.ndarray, name: str) -> np.ndarray:
-    """Return (112, 112, 3) ``image``. Errors: InputError naming an image of another size, for scaling it would give plausible, wrong features."""
+    """Return (112, 112, 3) ``image``.
+
+    Errors: InputError naming an image of another size, for scaling it would give plausible, wrong
+    features.
+    """
     height, width = image.shape[:2]
     if (height, width) != (SIZE, SIZE):
-        raise InputError(f"{name}: the image is {width}x{height}; the images of this set must be aligned to {SIZE}x{SIZE} first")
+        raise InputError(
+            f"{name}: the image is {width}x{height}; the images of this set must be "
+            f"aligned to {SIZE}x{SIZE} first"
+        )
     return image
 
 
 class ImageFiles(Dataset):
-    """Images in files: ``ds[i]`` -> (112, 112, 3) uint8 RGB, decoded and, with points, aligned by whoever asks: the DataLoader's workers.
+    """Images in files: ``ds[i]`` -> (112, 112, 3) uint8 RGB, decoded and, with points, aligned by
+    whoever asks: the DataLoader's workers.
 
-    ``names``: N paths relative to ``folder``. ``points``: (N, 5, 2) float32, (x, y) in pixels of the file's image, or None: all are aligned.
-    Raises InputError naming the file if it cannot be read, is no image, has another size, or its points do not suit.
+    ``names``: N paths relative to ``folder``. ``points``: (N, 5, 2) float32, (x, y) in pixels of
+    the file's image, or None: all are aligned. Raises InputError naming the file if it cannot be
+    read, is no image, has another size, or its points do not suit.
     """
 
     def __init__(self, folder: Path, names: list[str], points: np.ndarray | None = None):
-        self.folder, self.names, self.points = folder, names, points
+        self.folder = folder
+        self.names = names
+        self.points = points
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,6 +1,8 @@
-"""Results as tables: which figure stands where, in which unit, with how many decimals. The terminal, summary.md and report.html show the same.
+"""Results as tables: which figure stands where, in which unit, with how many decimals. The
+terminal, summary.md and report.html show the same.
 
-A "result" is the dict of ``Evaluator.evaluate_checkpoint``; flat, its keys are dotted: ``verification.lfw.Accuracy-Flip``.
+A "result" is the dict of ``Evaluator.evaluate_checkpoint``; flat, its keys are dotted:
+``verification.lfw.Accuracy-Flip``.
 """
 
 import re
@@ -12,15 +14,20 @@ from utils.errors import InputError
 from utils.files import printable
 
 MARK = "†"
-EXPLANATION = (f"{MARK} finer than the data can resolve: fewer than one false accept is expected there among the impostor pairs (1:N: the probes without a mate), "
-               "so the figure is that of the nearest point")
+EXPLANATION = (
+    f"{MARK} finer than the data can resolve: fewer than one false accept is expected "
+    "there among the impostor pairs (1:N: the probes without a mate), "
+    "so the figure is that of the nearest point"
+)
 
 KINDS = ("verification", "ijb", "tinyface")
-FRACTIONS = re.compile(r"verification\..+\.Accuracy-(Flip|Std)|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)")
+FRACTIONS = re.compile(
+    r"verification\..+\.Accuracy-(Flip|Std)|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)"
+)
 PERCENTAGES = re.compile(r"ijb\..+_tpr_at_fpr_.+|tinyface\..+\.rank-\d+")
 COUNTS = re.compile(r"ijb\..+\.(genuine_pairs|impostor_pairs|mated|non_mated)")
 
-HEADLINES = (       # the figures that papers compare, and what the heads of columns call them
+HEADLINES = (  # the figures that papers compare, and what the heads of columns call them
     (r"verification\.(.+)\.Accuracy-Flip", r"\1"),
     (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_0\.0001", r"\1 1e-4"),
     (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_1e-05", r"\1 1e-5"),
@@ -30,7 +37,9 @@ HEADLINES = (       # the figures that papers compare, and what the heads of col
 
 
 class Table(NamedTuple):
-    """title, remark: for the page; corner: the head of the first column; rows: {name: cells}; minor: thresholds, which the terminal leaves out."""
+    """title, remark: for the page; corner: the head of the first column; rows: {name: cells};
+    minor: thresholds, which the terminal leaves out.
+    """
 
     title: str
     corner: str
@@ -40,7 +49,9 @@ class Table(NamedTuple):
     minor: bool = False
 
 
-# --- all figures of one checkpoint ---------------------------------------------------------------------------------------------
+# --- all figures of one checkpoint
+# --------------------------------------------------
+
 
 def format_results(results: dict) -> str:
     """The tables for the terminal, and the meaning of the mark where one stands."""
@@ -50,15 +61,26 @@ def format_results(results: dict) -> str:
 
 def format_table(table: Table) -> str:
     lines = [(table.corner, table.columns), *table.rows.items()]
-    if any(MARK in cell for _, cells in lines for cell in cells):       # a place for the mark, so that decimals stand below each other
-        lines = [(name, [cell if cell.endswith(MARK) else f"{cell} " for cell in cells]) for name, cells in lines]
+    # a place for the mark, so that decimals stand below each other
+    if any(MARK in cell for _, cells in lines for cell in cells):
+        lines = [
+            (name, [cell if cell.endswith(MARK) else f"{cell} " for cell in cells])
+            for name, cells in lines
+        ]
     width = max(len(name) for name, _ in lines)
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines))]
-    return "\n".join((f"{name:{width}}" + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths))).rstrip() for name, cells in lines)
+    return "\n".join(
+        (
+            f"{name:{width}}" + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths))
+        ).rstrip()
+        for name, cells in lines
+    )
 
 
 def tabulate(results: dict) -> list[Table]:
-    """All tables of a result; a figure whose false accept rate the data cannot resolve ends in MARK."""
+    """All tables of a result; a figure whose false accept rate the data cannot resolve ends in
+    MARK.
+    """
     tables = [pair_table(results["verification"])] if results["verification"] else []
     for name, figures in results["ijb"].items():
         tables += ijb_tables(name, figures)
@@ -66,53 +88,117 @@ def tabulate(results: dict) -> list[Table]:
 
 
 def pair_table(sets: dict) -> Table:
-    rows = {name: [f"{100 * figures['Accuracy-Flip']:.2f} ± {100 * figures['Accuracy-Std']:4.2f}", f"{figures['XNorm']:.4g}"] for name, figures in sets.items()}
+    rows = {
+        name: [
+            f"{100 * figures['Accuracy-Flip']:.2f} ± {100 * figures['Accuracy-Std']:4.2f}",
+            f"{figures['XNorm']:.4g}",
+        ]
+        for name, figures in sets.items()
+    }
     return Table("Pair sets", "pair set", ["Accuracy-Flip ± Std (%)", "XNorm"], rows)
 
 
 def ijb_tables(name: str, figures: dict) -> list[Table]:
     """1:1 as weighting x FPR, then, if there are galleries, 1:N as gallery x rank and FPIR."""
-    impostors = figures.get("impostor_pairs")       # a result of eval.ijb alone has no counts: nothing is marked
-    size = "" if impostors is None else f"{figures['genuine_pairs']:,.0f} genuine and {impostors:,.0f} impostor pairs"
+    # a result of eval.ijb alone has no counts: nothing is marked
+    impostors = figures.get("impostor_pairs")
+    size = (
+        ""
+        if impostors is None
+        else (f"{figures['genuine_pairs']:,.0f} genuine and {impostors:,.0f} impostor pairs")
+    )
     tpr, thresholds = {}, {}
     for rows, what, form in ((tpr, "tpr", "{:.2f}"), (thresholds, "thresh", "{:.4f}")):
         for key, value in figures.items():
             if match := re.fullmatch(rf"(.+)_{what}_at_fpr_(.+)", key):
-                rows.setdefault(match[1], {})[float(match[2])] = form.format(value) + mark(float(match[2]), impostors)
-    galleries = {key.removeprefix("1N_"): inner for key, inner in figures.items() if key.startswith("1N_")}
-    return [Table(f"{name}: 1:1 verification, TPR in % at FPR", f"{name} TPR (%) at FPR", *grid(tpr), remark=size),
-            Table(f"{name}: thresholds at FPR", f"{name} threshold at FPR", *grid(thresholds), minor=True),
-            *(identification_tables(name, galleries) if galleries else [])]
+                rows.setdefault(match[1], {})[float(match[2])] = form.format(value) + mark(
+                    float(match[2]), impostors
+                )
+    galleries = {
+        key.removeprefix("1N_"): inner for key, inner in figures.items() if key.startswith("1N_")
+    }
+    return [
+        Table(
+            f"{name}: 1:1 verification, TPR in % at FPR",
+            f"{name} TPR (%) at FPR",
+            *grid(tpr),
+            remark=size,
+        ),
+        Table(
+            f"{name}: thresholds at FPR", f"{name} threshold at FPR", *grid(thresholds), minor=True
+        ),
+        *(identification_tables(name, galleries) if galleries else []),
+    ]
 
 
 def identification_tables(name: str, galleries: dict) -> list[Table]:
     ranks, rates, thresholds = {}, {}, {}
     for gallery, figures in galleries.items():
         non_mated = figures["non_mated"]
-        ranks[gallery] = {rank: f"{100 * value:.2f}" for rank, value in numbered(figures, "top").items()}
-        rates[gallery] = {far: f"{100 * value:.2f}{mark(far, non_mated)}" for far, value in numbered(figures, "tpir_at_fpir_").items()}
-        thresholds[gallery] = {far: f"{value:.4f}{mark(far, non_mated)}" for far, value in numbered(figures, "threshold_at_fpir_").items()}
-    (rank_columns, rank_rows), (rate_columns, rate_rows) = grid(ranks, "rank-{:.0f}".format), grid(rates, lambda far: f"TPIR@{short(far)}")
-    sizes = "; ".join(f"{gallery}: {figures['mated']:,.0f} probes with and {figures['non_mated']:,.0f} without a mate" for gallery, figures in galleries.items())
-    return [Table(f"{name}: 1:N identification, rank-k rate and TPIR at FPIR in %", f"{name} 1:N (%)", rank_columns + rate_columns,
-                  {gallery: rank_rows[gallery] + rate_rows[gallery] for gallery in galleries}, remark=sizes),
-            Table(f"{name}: thresholds at FPIR", f"{name} threshold at FPIR", *grid(thresholds), minor=True)]
+        ranks[gallery] = {
+            rank: f"{100 * value:.2f}" for rank, value in numbered(figures, "top").items()
+        }
+        rates[gallery] = {
+            far: f"{100 * value:.2f}{mark(far, non_mated)}"
+            for far, value in numbered(figures, "tpir_at_fpir_").items()
+        }
+        thresholds[gallery] = {
+            far: f"{value:.4f}{mark(far, non_mated)}"
+            for far, value in numbered(figures, "threshold_at_fpir_").items()
+        }
+    (rank_columns, rank_rows), (rate_columns, rate_rows) = (
+        grid(ranks, "rank-{:.0f}".format),
+        grid(rates, lambda far: f"TPIR@{short(far)}"),
+    )
+    sizes = "; ".join(
+        f"{gallery}: {figures['mated']:,.0f} probes with and "
+        f"{figures['non_mated']:,.0f} without a mate"
+        for gallery, figures in galleries.items()
+    )
+    return [
+        Table(
+            f"{name}: 1:N identification, rank-k rate and TPIR at FPIR in %",
+            f"{name} 1:N (%)",
+            rank_columns + rate_columns,
+            {gallery: rank_rows[gallery] + rate_rows[gallery] for gallery in galleries},
+            remark=sizes,
+        ),
+        Table(
+            f"{name}: thresholds at FPIR",
+            f"{name} threshold at FPIR",
+            *grid(thresholds),
+            minor=True,
+        ),
+    ]
 
 
 def tinyface_table(sets: dict) -> Table:
-    rows = {name: {rank: f"{value:.2f}" for rank, value in numbered(figures, "rank-").items()} for name, figures in sets.items()}
-    return Table("TinyFace: identification rate in %", "TinyFace (%)", *grid(rows, "rank-{:.0f}".format))
+    rows = {
+        name: {rank: f"{value:.2f}" for rank, value in numbered(figures, "rank-").items()}
+        for name, figures in sets.items()
+    }
+    return Table(
+        "TinyFace: identification rate in %", "TinyFace (%)", *grid(rows, "rank-{:.0f}".format)
+    )
 
 
 def numbered(figures: dict, prefix: str) -> dict[float, float]:
     """{number: figure} of the keys that are the prefix and a number."""
-    return {float(key.removeprefix(prefix)): value for key, value in figures.items() if key.startswith(prefix)}
+    return {
+        float(key.removeprefix(prefix)): value
+        for key, value in figures.items()
+        if key.startswith(prefix)
+    }
 
 
 def grid(rows: dict[str, dict[float, str]], head=None) -> tuple[list[str], dict[str, list[str]]]:
-    """Columns for all numbers that occur, ascending, and the cells of each row, empty where it lacks one."""
+    """Columns for all numbers that occur, ascending, and the cells of each row, empty where it
+    lacks one.
+    """
     numbers = sorted({number for cells in rows.values() for number in cells})
-    return [(head or short)(number) for number in numbers], {name: [cells.get(number, "") for number in numbers] for name, cells in rows.items()}
+    return [(head or short)(number) for number in numbers], {
+        name: [cells.get(number, "") for number in numbers] for name, cells in rows.items()
+    }
 
 
 def mark(rate: float, impostors: float | None) -> str:
@@ -125,7 +211,9 @@ def short(rate: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}" if int(exponent) else f"{rate:g}"
 
 
-# --- single figures of many checkpoints, by their dotted keys ------------------------------------------------------------------------
+# --- single figures of many checkpoints, by their dotted keys
+# --------------------------------------------------
+
 
 def flatten(results: dict) -> dict[str, float]:
     """Nested figures with dotted keys, sorted."""
@@ -142,8 +230,12 @@ def flatten(results: dict) -> dict[str, float]:
 
 def headlines(keys) -> dict[str, str]:
     """{key: label} of the figures that summaries show, by kind and set."""
-    found = [(KINDS.index(kind_of(key)), match[1], number, key, match.expand(label))
-             for key in keys for number, (pattern, label) in enumerate(HEADLINES) if (match := re.fullmatch(pattern, key))]
+    found = [
+        (KINDS.index(kind_of(key)), match[1], number, key, match.expand(label))
+        for key in keys
+        for number, (pattern, label) in enumerate(HEADLINES)
+        if (match := re.fullmatch(pattern, key))
+    ]
     return {key: label for *_, key, label in sorted(found)}
 
 
@@ -156,7 +248,9 @@ def kind_of(key: str) -> str:
 
 
 def set_of(key: str) -> str:
-    """kind.set of a dotted key; the name of a set and the rate at the end can hold dots themselves."""
+    """kind.set of a dotted key; the name of a set and the rate at the end can hold dots
+    themselves.
+    """
     return re.fullmatch(r"(.+?\..+?)\.(1N_.+|[^.]+_at_fpr_.+|[^.]+)", key)[1]
 
 
@@ -179,7 +273,9 @@ def scaled(key: str, value: float) -> float:
 
 
 def show(key: str, figures: dict[str, float]) -> str:
-    """One figure of a checkpoint as a cell: rates in percent with two decimals, marked if need be; "" if the checkpoint lacks it."""
+    """One figure of a checkpoint as a cell: rates in percent with two decimals, marked if need be;
+    "" if the checkpoint lacks it.
+    """
     if key not in figures:
         return ""
     if is_count(key):
@@ -190,26 +286,46 @@ def show(key: str, figures: dict[str, float]) -> str:
 
 def mark_of(key: str, figures: dict[str, float]) -> str:
     match = re.fullmatch(r"(ijb\..+\.)[^.]+_at_fpi?r_(.+)", key)
-    return mark(float(match[2]), figures.get(match[1] + ("non_mated" if "_at_fpir_" in key else "impostor_pairs"))) if match else ""
+    return (
+        mark(
+            float(match[2]),
+            figures.get(match[1] + ("non_mated" if "_at_fpir_" in key else "impostor_pairs")),
+        )
+        if match
+        else ""
+    )
 
 
 def find_metric(name: str, keys) -> str:
-    """The key that a person means: the key itself, the label of a headline (lfw, IJBC 1e-4), a set with one headline, or the end of one key (lfw.XNorm).
+    """The key that a person means: the key itself, the label of a headline (lfw, IJBC 1e-4), a set
+    with one headline, or the end of one key (lfw.XNorm).
 
-    Errors: InputError that lists the nearest keys if there is none, and the candidates if there are several.
+    Errors: InputError that lists the nearest keys if there is none, and the candidates if there are
+    several.
     """
     labels = headlines(keys)
     if name in keys:
         return name
-    found = [key for key, label in labels.items() if label == name] or [key for key in keys if key.endswith(name) and key[-len(name) - 1] in "._:"]
+    found = [key for key, label in labels.items() if label == name] or [
+        key for key in keys if key.endswith(name) and key[-len(name) - 1] in "._:"
+    ]
     found = found or [key for key in labels if key.split(".", 1)[1].startswith(f"{name}.")]
     if len(found) == 1:
         return found[0]
     if found:
         raise InputError(f"--sort-by {name!r} is ambiguous: {listing(found)}")
-    lower = {candidate.lower(): key for key in keys for candidate in (key, *key.split("."), label_of(key))}
-    near = list(dict.fromkeys(lower[match] for match in get_close_matches(name.lower(), lower, 5, 0.4)))
-    raise InputError(f"--sort-by {name!r}: no such figure; " + (f"the nearest: {listing(near)}" if near else f"there are: {listing(list(keys))}"))
+    lower = {
+        candidate.lower(): key
+        for key in keys
+        for candidate in (key, *key.split("."), label_of(key))
+    }
+    near = list(
+        dict.fromkeys(lower[match] for match in get_close_matches(name.lower(), lower, 5, 0.4))
+    )
+    raise InputError(
+        f"--sort-by {name!r}: no such figure; "
+        + (f"the nearest: {listing(near)}" if near else f"there are: {listing(list(keys))}")
+    )
 
 
 def listing(keys: list[str], most: int = 8) -> str:

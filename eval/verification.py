@@ -1,4 +1,6 @@
-"""1:1 verification on pair sets (LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, …): InsightFace's ``.bin`` files and ten-fold protocol."""
+"""1:1 verification on pair sets (LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, …): InsightFace's ``.bin``
+files and ten-fold protocol.
+"""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +15,22 @@ from eval.pair_pickle import as_plain, encoded_image, load_pickle, refuse_one_ki
 from utils.errors import InputError
 from utils.images import decode, resize_and_crop
 
-ACCURACY_THRESHOLDS = np.arange(0, 4, 0.01)     # squared L2 distance of unit vectors lies in 0…4
+ACCURACY_THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of unit vectors lies in 0…4
 VAL_THRESHOLDS = np.arange(0, 4, 0.001)
 VAL_FAR = 1e-3
 FOLDS = 10
 
-DataSet = tuple[np.ndarray, np.ndarray]         # images (2N, H, W, 3) uint8 RGB, issame (N,) bool
+DataSet = tuple[np.ndarray, np.ndarray]  # images (2N, H, W, 3) uint8 RGB, issame (N,) bool
 
 
 def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> DataSet:
-    """Read a pair set: a pickle of (2N encoded images, N booleans), as InsightFace and AdaDistill ship them.
+    """Read a pair set: a pickle of (2N encoded images, N booleans), as InsightFace and AdaDistill
+    ship them.
 
-    ``image_size``: (height, width); other images are resized by the short side and cropped in the centre.
-    Returns uint8 RGB images (2N, H, W, 3), of which 2i and 2i+1 are a pair, and bools (N,), True for the same person.
-    Raises InputError naming the file when it is missing, damaged, asks for anything but plain data,
-    does not fit together, or holds pairs of one kind only.
+    ``image_size``: (height, width); other images are resized by the short side and cropped in the
+    centre. Returns uint8 RGB images (2N, H, W, 3), of which 2i and 2i+1 are a pair, and bools (N,),
+    True for the same person. Raises InputError naming the file when it is missing, damaged, asks
+    for anything but plain data, does not fit together, or holds pairs of one kind only.
     """
     path = Path(path)
     buffers, issame = _load_pairs(path)
@@ -41,7 +44,8 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
             raise InputError(f"{where}: {error}") from error
 
     images = np.empty((len(buffers), *image_size, 3), np.uint8)
-    with ThreadPoolExecutor() as pool:                  # OpenCV decodes outside the interpreter's lock
+    # OpenCV decodes outside the interpreter's lock
+    with ThreadPoolExecutor() as pool:
         for index, image in enumerate(pool.map(load_image, range(len(buffers)))):
             images[index] = image
     return images, issame
@@ -52,11 +56,15 @@ def find_bin(root: str | Path, name: str) -> Path:
     path = Path(root) / f"{name}.bin"
     if not path.is_file():
         present = ", ".join(sorted(other.name for other in Path(root).glob("*.bin"))) or "none"
-        raise InputError(f"validation set {name}: {path.resolve()} not found; .bin files there: {present}")
+        raise InputError(
+            f"validation set {name}: {path.resolve()} not found; .bin files there: {present}"
+        )
     return path
 
 
-def load_targets(root: str | Path, names: Sequence[str], image_size: tuple[int, int] = (112, 112)) -> dict[str, DataSet]:
+def load_targets(
+    root: str | Path, names: Sequence[str], image_size: tuple[int, int] = (112, 112)
+) -> dict[str, DataSet]:
     """Read ``<root>/<name>.bin`` for every name; see ``load_bin``.
 
     Raises InputError when one is missing, saying where it was looked for and which sets are there.
@@ -65,23 +73,49 @@ def load_targets(root: str | Path, names: Sequence[str], image_size: tuple[int, 
     sets = {name: load_bin(path, image_size) for name, path in paths.items()}
     for name, (_, issame) in sets.items():
         if len(issame) < FOLDS:
-            raise InputError(f"{paths[name]} has {len(issame)} pairs, fewer than the {FOLDS} folds of the protocol")
+            raise InputError(
+                f"{paths[name]} has {len(issame)} pairs, fewer than the {FOLDS} folds "
+                "of the protocol"
+            )
     return sets
 
 
-def test(data_set: DataSet, backbone: nn.Module, batch_size: int, nfolds: int = FOLDS, *, device: torch.device | str | None = None,
-         precision: str = "fp32", channels_last: bool = False) -> dict[str, float]:
-    """Verification accuracy of a network on a pair set, images and mirror images added; all ranks call it together.
+def test(
+    data_set: DataSet,
+    backbone: nn.Module,
+    batch_size: int,
+    nfolds: int = FOLDS,
+    *,
+    device: torch.device | str | None = None,
+    precision: str = "fp32",
+    channels_last: bool = False,
+) -> dict[str, float]:
+    """Verification accuracy of a network on a pair set, images and mirror images added; all ranks
+    call it together.
 
-    ``data_set``: as ``load_bin`` returns it; the keyword arguments are those of ``eval.embed.embed``. Returns fractions
-    "Accuracy-Flip" and "Accuracy-Std" (mean and standard deviation over the folds) and "XNorm", the mean L2 norm of the
-    features before adding and normalising.
+    ``data_set``: as ``load_bin`` returns it; the keyword arguments are those of
+    ``eval.embed.embed``. Returns fractions "Accuracy-Flip" and "Accuracy-Std" (mean and standard
+    deviation over the folds) and "XNorm", the mean L2 norm of the features before adding and
+    normalising.
     """
     images, issame = data_set
-    return figures(embed(backbone, images, batch_size, device=device, precision=precision, channels_last=channels_last), issame, nfolds)
+    return figures(
+        embed(
+            backbone,
+            images,
+            batch_size,
+            device=device,
+            precision=precision,
+            channels_last=channels_last,
+        ),
+        issame,
+        nfolds,
+    )
 
 
-def figures(flips: tuple[torch.Tensor, torch.Tensor], issame: np.ndarray, nfolds: int = FOLDS) -> dict[str, float]:
+def figures(
+    flips: tuple[torch.Tensor, torch.Tensor], issame: np.ndarray, nfolds: int = FOLDS
+) -> dict[str, float]:
     """The dict of ``test`` from the features (2N, D) of the images and of their mirror images."""
     accuracy = evaluate(add_flips(flips), issame, nfolds)[2]
     return {
@@ -96,38 +130,50 @@ def add_flips(flips: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
     return nn.functional.normalize(flips[0] + flips[1]).numpy()
 
 
-def evaluate(embeddings: np.ndarray, actual_issame: np.ndarray, nrof_folds: int = FOLDS
-             ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float, float]:
+def evaluate(
+    embeddings: np.ndarray, actual_issame: np.ndarray, nrof_folds: int = FOLDS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float, float]:
     """Ten-fold verification as in InsightFace's and FaceNet's ``verification.py``.
 
-    ``embeddings``: (2N, D) L2-normalised, rows 2i and 2i+1 a pair; ``actual_issame``: (N,) bool. Folds are contiguous; a pair is
-    accepted when its squared L2 distance is below the threshold, which is chosen on the other folds.
-    Returns (tpr (400,), fpr (400,), accuracy (folds,), val, val_std, far): the ROC over thresholds 0…4 averaged over folds, the
-    accuracy of each fold, and the true accept rate (mean, std) and false accept rate at a training FAR of at most 1e-3.
-    Unlike published code, which interpolates between tied FARs, val uses the largest such threshold.
-    Raises InputError for fewer pairs than folds, embeddings that do not fit the labels or are not finite.
+    ``embeddings``: (2N, D) L2-normalised, rows 2i and 2i+1 a pair; ``actual_issame``: (N,) bool.
+    Folds are contiguous; a pair is accepted when its squared L2 distance is below the threshold,
+    which is chosen on the other folds. Returns (tpr (400,), fpr (400,), accuracy (folds,), val,
+    val_std, far): the ROC over thresholds 0…4 averaged over folds, the accuracy of each fold, and
+    the true accept rate (mean, std) and false accept rate at a training FAR of at most 1e-3. Unlike
+    published code, which interpolates between tied FARs, val uses the largest such threshold.
+    Raises InputError for fewer pairs than folds, embeddings that do not fit the labels or are not
+    finite.
     """
     issame = np.asarray(actual_issame, bool)
     embeddings = np.asarray(embeddings)
     _check(embeddings, issame, nrof_folds)
     distances = np.square(embeddings[0::2] - embeddings[1::2]).sum(axis=1)
-    folds = np.repeat(np.arange(nrof_folds), [len(part) for part in np.array_split(issame, nrof_folds)])
+    folds = np.repeat(
+        np.arange(nrof_folds), [len(part) for part in np.array_split(issame, nrof_folds)]
+    )
     tpr, fpr, accuracy = _roc(distances, issame, folds, nrof_folds)
     val, far = _val(distances, issame, folds, nrof_folds)
     return tpr, fpr, accuracy, float(val.mean()), float(val.std()), float(far.mean())
 
 
-def _roc(distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_folds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _roc(
+    distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_folds: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     accepts, totals = _count_accepts(distances, issame, folds, nrof_folds, ACCURACY_THRESHOLDS)
     correct = accepts[:, 1] + totals[:, 0, None] - accepts[:, 0]
-    best = (correct.sum(axis=0) - correct).argmax(axis=1)       # on all other folds; the first of equals
+    # on all other folds; the first of equals
+    best = (correct.sum(axis=0) - correct).argmax(axis=1)
     accuracy = correct[np.arange(nrof_folds), best] / totals.sum(axis=1)
     false_rates, true_rates = _rates(accepts, totals).swapaxes(0, 1)
     return true_rates.mean(axis=0), false_rates.mean(axis=0), accuracy
 
 
-def _val(distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_folds: int) -> tuple[np.ndarray, np.ndarray]:
-    """True and false accept rate of each fold, (folds,) each, at the threshold that the other folds give for VAL_FAR."""
+def _val(
+    distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_folds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """True and false accept rate of each fold, (folds,) each, at the threshold that the other folds
+    give for VAL_FAR.
+    """
     accepts, totals = _count_accepts(distances, issame, folds, nrof_folds, VAL_THRESHOLDS)
     training_far = _rates(accepts.sum(axis=0) - accepts, totals.sum(axis=0) - totals)[:, 0]
     # FAR grows with the threshold and is 0 at threshold 0, so one is always admissible.
@@ -136,9 +182,16 @@ def _val(distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_fold
     return rates[:, 1], rates[:, 0]
 
 
-def _count_accepts(distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_folds: int,
-                   thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs with distance < threshold, (folds, 2, thresholds), and all pairs, (folds, 2); the middle axis is different, same."""
+def _count_accepts(
+    distances: np.ndarray,
+    issame: np.ndarray,
+    folds: np.ndarray,
+    nrof_folds: int,
+    thresholds: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs with distance < threshold, (folds, 2, thresholds), and all pairs, (folds, 2); the
+    middle axis is different, same.
+    """
     first_accepting = np.searchsorted(thresholds, distances, side="right")
     shape = (nrof_folds, 2, len(thresholds) + 1)
     cell = np.ravel_multi_index((folds, issame.astype(int), first_accepting), shape)
@@ -153,9 +206,14 @@ def _rates(accepts: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 def _check(embeddings: np.ndarray, issame: np.ndarray, nrof_folds: int) -> None:
     if len(embeddings) != 2 * len(issame):
-        raise InputError(f"{len(embeddings)} embeddings do not fit {len(issame)} pairs: two for each are needed")
+        raise InputError(
+            f"{len(embeddings)} embeddings do not fit {len(issame)} pairs: two for each are needed"
+        )
     if not 2 <= nrof_folds <= len(issame):
-        raise InputError(f"{len(issame)} pairs cannot be split into {nrof_folds} folds (at least 2 folds, a pair in each)")
+        raise InputError(
+            f"{len(issame)} pairs cannot be split into {nrof_folds} folds (at least 2 "
+            "folds, a pair in each)"
+        )
     finite = np.isfinite(embeddings).all(axis=1)
     if not finite.all():
         raise InputError(f"embedding {int(np.argmin(finite))} is not finite (NaN or infinite)")
@@ -168,9 +226,13 @@ def _load_pairs(path: Path) -> tuple[list, np.ndarray]:
         raise InputError(f"{path}: not a pair set, which is a pickle of (images, issame)")
     buffers, labels = content[0], as_plain(content[1])
     if not isinstance(buffers, (tuple, list)) or not isinstance(labels, (tuple, list, np.ndarray)):
-        raise InputError(f"{path}: not a pair set, which is a pickle of a list of images and a list of booleans")
+        raise InputError(
+            f"{path}: not a pair set, which is a pickle of a list of images and a list of booleans"
+        )
     if len(buffers) != 2 * len(labels) or not len(labels):
-        raise InputError(f"{path}: {len(buffers)} images do not fit {len(labels)} pairs: two for each are needed")
+        raise InputError(
+            f"{path}: {len(buffers)} images do not fit {len(labels)} pairs: two for each are needed"
+        )
     if not all(label in (0, 1) for label in labels):
         raise InputError(f"{path}: the labels of a pair set are booleans")
     # a single pair is of one kind, and no accuracy can be measured on it

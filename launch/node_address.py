@@ -1,6 +1,8 @@
-"""Print under which address, and at which network interface, this machine reaches the first one: ``node_address.py MASTER_ADDR MASTER_PORT [NODE_ADDR]``.
+"""Print under which address, and at which network interface, this machine reaches the first one:
+``node_address.py MASTER_ADDR MASTER_PORT [NODE_ADDR]``.
 
-Host names will not do: many machines' own names lead to 127.0.1.1 or nowhere. The interface's line is empty where it has no IPv4 address.
+Host names will not do: many machines' own names lead to 127.0.1.1 or nowhere. The interface's line
+is empty where it has no IPv4 address.
 """
 
 import fcntl
@@ -8,7 +10,7 @@ import socket
 import struct
 import sys
 
-SIOCGIFADDR = 0x8915        # linux/sockios.h
+SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def own_address(host: str, port: int) -> str:
@@ -25,7 +27,7 @@ def interface_of(address: str) -> str:
         for _, name in socket.if_nameindex():
             try:
                 found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:         # an interface without an IPv4 address
+            except OSError:  # an interface without an IPv4 address
                 continue
             if socket.inet_ntoa(found[20:24]) == address:
                 return name
@@ -36,7 +38,10 @@ if __name__ == "__main__":
     try:
         address = sys.argv[3] if len(sys.argv) > 3 else own_address(sys.argv[1], int(sys.argv[2]))
     except (OSError, ValueError) as error:
-        sys.exit(f"error: MASTER_ADDR={sys.argv[1]} MASTER_PORT={sys.argv[2]} cannot be reached from this machine ({error}); MASTER_ADDR is the first machine's "
-                 "name or address in the network")
+        sys.exit(
+            f"error: MASTER_ADDR={sys.argv[1]} MASTER_PORT={sys.argv[2]} cannot be reached "
+            f"from this machine ({error}); MASTER_ADDR is the first machine's "
+            "name or address in the network"
+        )
     print(address)
     print(interface_of(address))

@@ -1,7 +1,9 @@
-"""Proves that MXNet and utils.recordio read each other's files. Run by tests/test_mxnet.py inside .venv-mxnet (no torch there):
+"""Proves that MXNet and utils.recordio read each other's files. Run by tests/test_mxnet.py inside
+.venv-mxnet (no torch there):
 
     .venv-mxnet/bin/python tests/mxnet_interop.py SCRATCH_FOLDER
 """
+
 import os
 import shutil
 import sys
@@ -23,7 +25,10 @@ def payloads(count):
     rng = np.random.default_rng(11)
     for _ in range(count):
         pieces = rng.integers(0, 5, rng.integers(0, 12))
-        yield b"".join(recordio.MAGIC_BYTES if piece == 0 else rng.bytes(int(rng.integers(0, 9))) for piece in pieces)
+        yield b"".join(
+            recordio.MAGIC_BYTES if piece == 0 else rng.bytes(int(rng.integers(0, 9)))
+            for piece in pieces
+        )
 
 
 def headers():
@@ -55,7 +60,9 @@ def check_headers():
         packed = recordio.pack(recordio.IRHeader(*header), b"image")
         assert packed == mxnet.recordio.pack(mxnet.recordio.IRHeader(*header), b"image")
         ours, theirs = recordio.unpack(packed), mxnet.recordio.unpack(packed)
-        assert ours[1] == theirs[1] and ours[0].flag == theirs[0].flag and ours[0].id == theirs[0].id
+        assert (
+            ours[1] == theirs[1] and ours[0].flag == theirs[0].flag and ours[0].id == theirs[0].id
+        )
         assert np.array_equal(ours[0].label, theirs[0].label)
 
 
@@ -75,7 +82,9 @@ def check_insightface_layout(scratch):
     folder = os.path.join(scratch, "insightface")
     groups = golden_images()
     count = recordio.write_insightface(folder, groups)
-    file = mxnet.recordio.MXIndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "r")
+    file = mxnet.recordio.MXIndexedRecordIO(
+        os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "r"
+    )
     header, _ = mxnet.recordio.unpack(file.read_idx(0))
     assert header.flag == 2 and tuple(header.label) == (count + 1, count + 1 + len(groups))
     expected = [(label, image) for label, group in enumerate(groups) for image in group]
@@ -98,7 +107,10 @@ def check_backends(scratch):
     folder = os.path.join(scratch, "damaged")
     copy_golden("plain", folder)
     damage(folder)
-    native, other = (MXFaceDataset(folder, backend=backend).read_batch(range(30)) for backend in ("native", "mxnet"))
+    native, other = (
+        MXFaceDataset(folder, backend=backend).read_batch(range(30))
+        for backend in ("native", "mxnet")
+    )
     assert np.array_equal(native[0], other[0]) and np.array_equal(native[1], other[1])
     assert [key for key, _ in native[2]] == [key for key, _ in other[2]] == [1, 2, 29]
 
@@ -108,9 +120,16 @@ def check_decoded(scratch):
     encoded = MXFaceDataset(os.path.join(scratch, "backend_plain"))
     folder = os.path.join(scratch, "decoded")
     os.makedirs(folder)
-    with recordio.IndexedRecordIO(os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w") as writer:
+    with recordio.IndexedRecordIO(
+        os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w"
+    ) as writer:
         for index in range(3):
-            writer.write_idx(index, recordio.pack(recordio.IRHeader(0, 1.0, index, 0), PIXELS + encoded[index][0].tobytes()))
+            writer.write_idx(
+                index,
+                recordio.pack(
+                    recordio.IRHeader(0, 1.0, index, 0), PIXELS + encoded[index][0].tobytes()
+                ),
+            )
     for backend in ("native", "mxnet"):
         dataset = MXFaceDataset(folder, backend=backend)
         assert all(np.array_equal(dataset[index][0], encoded[index][0]) for index in range(3))
@@ -137,8 +156,12 @@ def damage(folder):
 def main():
     scratch = sys.argv[1]
     cv2.setNumThreads(1)
-    ours = assert_same_records(recordio.IndexedRecordIO, mxnet.recordio.MXIndexedRecordIO, scratch, "ours")
-    theirs = assert_same_records(mxnet.recordio.MXIndexedRecordIO, recordio.IndexedRecordIO, scratch, "theirs")
+    ours = assert_same_records(
+        recordio.IndexedRecordIO, mxnet.recordio.MXIndexedRecordIO, scratch, "ours"
+    )
+    theirs = assert_same_records(
+        mxnet.recordio.MXIndexedRecordIO, recordio.IndexedRecordIO, scratch, "theirs"
+    )
     assert ours == theirs
     check_headers()
     check_insightface_layout(scratch)

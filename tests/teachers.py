@@ -24,7 +24,16 @@ def network(name="ir18", size=SIZE, seed=0, **options):
 
 
 def config(teacher="ir18", path="", **others) -> EasyDict:
-    return EasyDict({"teacher": teacher, "pretrained_teacher_path": str(path), "teacher_repo_id": "", "teacher_cache": "", "color_space": "auto"} | others)
+    return EasyDict(
+        {
+            "teacher": teacher,
+            "pretrained_teacher_path": str(path),
+            "teacher_repo_id": "",
+            "teacher_cache": "",
+            "color_space": "auto",
+        }
+        | others
+    )
 
 
 def prefixed(weights, prefix, **others):
@@ -40,18 +49,37 @@ def save(content, path: Path) -> Path:
     return path
 
 
-STATED = {"color_space": "RGB", "freeze": False, "input_size": [3, 112, 112], "name": "ir18", "output_dim": SIZE, "start_from": "",
-          "yaml_path": "models/iresnet/configs/v1_ir18.yaml"}
+STATED = {
+    "color_space": "RGB",
+    "freeze": False,
+    "input_size": [3, 112, 112],
+    "name": "ir18",
+    "output_dim": SIZE,
+    "start_from": "",
+    "yaml_path": "models/iresnet/configs/v1_ir18.yaml",
+}
 
 
-def repository(folder: Path, weights, file="model.safetensors", yaml: dict | None = STATED, conf: dict | None = STATED) -> Path:
+def repository(
+    folder: Path,
+    weights,
+    file="model.safetensors",
+    yaml: dict | None = STATED,
+    conf: dict | None = STATED,
+) -> Path:
     """A repository as CVLFace publishes them; its code would end the process."""
     save(prefixed(weights, "net." if file.endswith(".pt") else "model.net."), folder / file)
     (folder / "pretrained_model").mkdir(exist_ok=True)
     if yaml is not None:
-        (folder / "pretrained_model" / "model.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in yaml.items()))
+        (folder / "pretrained_model" / "model.yaml").write_text(
+            "".join(f"{key}: {json.dumps(value)}\n" for key, value in yaml.items())
+        )
     if conf is not None:
-        content = {"architectures": ["CVLFaceRecognitionModel"], "auto_map": {"AutoModel": "wrapper.CVLFaceRecognitionModel"}, "conf": conf}
+        content = {
+            "architectures": ["CVLFaceRecognitionModel"],
+            "auto_map": {"AutoModel": "wrapper.CVLFaceRecognitionModel"},
+            "conf": conf,
+        }
         (folder / "config.json").write_text(json.dumps(content | {"torch_dtype": "float32"}))
     (folder / "wrapper.py").write_text("raise SystemExit('code of the repository was run')\n")
     return folder

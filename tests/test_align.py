@@ -1,4 +1,6 @@
-"""The five-point similarity against scikit-image's and a plain search, and the warp against plain bilinear interpolation."""
+"""The five-point similarity against scikit-image's and a plain search, and the warp against plain
+bilinear interpolation.
+"""
 
 import numpy as np
 import pytest
@@ -31,17 +33,41 @@ def misfit(matrix, points) -> float:
 
 def test_template_is_that_of_the_specification():
     assert TEMPLATE.dtype == np.float32 and not TEMPLATE.flags.writeable and SIZE == 112
-    np.testing.assert_array_equal(TEMPLATE, np.float32([[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]))
+    np.testing.assert_array_equal(
+        TEMPLATE,
+        np.float32(
+            [
+                [38.2946, 51.6963],
+                [73.5318, 51.5014],
+                [56.0252, 71.7366],
+                [41.5493, 92.3655],
+                [70.7299, 92.2041],
+            ]
+        ),
+    )
 
 
-@pytest.mark.parametrize("points", [
-    moved(), moved(0.3, 2.5, (40, -7)), moved(3.1, 0.2, (1000, 1000)), moved(-1, 1, noise=3), moved(0.1, 4, (9, 9), noise=20),
-    RNG.normal(size=(5, 2)), RNG.normal(50, 30, (5, 2)), moved() * (-1, 1),             # mirrored: the best rotation, no mirroring back
-    np.column_stack([np.arange(5), 2 * np.arange(5)]).astype(float),                    # in a line
-])
+@pytest.mark.parametrize(
+    "points",
+    [
+        moved(),
+        moved(0.3, 2.5, (40, -7)),
+        moved(3.1, 0.2, (1000, 1000)),
+        moved(-1, 1, noise=3),
+        moved(0.1, 4, (9, 9), noise=20),
+        # mirrored: the best rotation, no mirroring back
+        RNG.normal(size=(5, 2)),
+        RNG.normal(50, 30, (5, 2)),
+        moved() * (-1, 1),
+        # in a line
+        np.column_stack([np.arange(5), 2 * np.arange(5)]).astype(float),
+    ],
+)
 def test_similarity_is_scikit_images(points):
     matrix = similarity(points)
-    np.testing.assert_allclose(matrix, estimate(points, TEMPLATE.astype(np.float64)), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        matrix, estimate(points, TEMPLATE.astype(np.float64)), rtol=1e-9, atol=1e-9
+    )
     np.testing.assert_allclose(similarity(points.astype(np.float32)), matrix, rtol=1e-3, atol=1e-3)
     assert matrix.shape == (2, 3) and np.linalg.det(matrix[:, :2]) > 0
 
@@ -53,20 +79,28 @@ def test_similarity_is_the_least_misfit(noise):
     best = misfit(matrix, points)
     assert noise or best < 1e-8
     for step in (1e-3, -1e-3):
-        for change in ([[1, 0, 0], [0, 1, 0]], [[0, -1, 0], [1, 0, 0]], [[0, 0, 1], [0, 0, 0]], [[0, 0, 0], [0, 0, 1]]):
+        for change in (
+            [[1, 0, 0], [0, 1, 0]],
+            [[0, -1, 0], [1, 0, 0]],
+            [[0, 0, 1], [0, 0, 0]],
+            [[0, 0, 0], [0, 0, 1]],
+        ):
             assert misfit(matrix + step * np.array(change), points) > best
 
 
-@pytest.mark.parametrize("points, message", [
-    (np.zeros((5, 2)), r"5 points in one place \(0, 0\)"),
-    (np.full((5, 2), 1e4), "in one place"),
-    (np.full((5, 2), 100.1) + RNG.normal(0, 1e-7, (5, 2)), "in one place"),
-    (np.where(np.eye(5, 2) > 0, np.nan, TEMPLATE), "not finite"),
-    (np.where(np.eye(5, 2) > 0, np.inf, TEMPLATE), "not finite"),
-    (TEMPLATE[:4], r"\(4, 2\) where \(5, 2\)"),
-    (TEMPLATE.T, r"\(2, 5\)"),
-    (TEMPLATE.reshape(-1), r"\(10,\)"),
-])
+@pytest.mark.parametrize(
+    "points, message",
+    [
+        (np.zeros((5, 2)), r"5 points in one place \(0, 0\)"),
+        (np.full((5, 2), 1e4), "in one place"),
+        (np.full((5, 2), 100.1) + RNG.normal(0, 1e-7, (5, 2)), "in one place"),
+        (np.where(np.eye(5, 2) > 0, np.nan, TEMPLATE), "not finite"),
+        (np.where(np.eye(5, 2) > 0, np.inf, TEMPLATE), "not finite"),
+        (TEMPLATE[:4], r"\(4, 2\) where \(5, 2\)"),
+        (TEMPLATE.T, r"\(2, 5\)"),
+        (TEMPLATE.reshape(-1), r"\(10,\)"),
+    ],
+)
 def test_unsuitable_points(points, message):
     with pytest.raises(InputError, match=message):
         similarity(points)
@@ -90,20 +124,29 @@ def bilinear(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
             i, j = int(np.floor(v)), int(np.floor(u))
             if 0 <= i < padded.shape[0] - 1 and 0 <= j < padded.shape[1] - 1:
                 s, t = v - i, u - j
-                out[y, x] = ((1 - s) * ((1 - t) * padded[i, j] + t * padded[i, j + 1]) + s * ((1 - t) * padded[i + 1, j] + t * padded[i + 1, j + 1]))
+                out[y, x] = (1 - s) * ((1 - t) * padded[i, j] + t * padded[i, j + 1]) + s * (
+                    (1 - t) * padded[i + 1, j] + t * padded[i + 1, j + 1]
+                )
     return out
 
 
-@pytest.mark.parametrize("angle, scale, shift, inside", [
-    (0, 1, (0, 0), True), (-0.5, 0.6, (60, 40), True), (0.3, 1.5, (30, -20), False), (2, 1, (190, 90), False),
-])
+@pytest.mark.parametrize(
+    "angle, scale, shift, inside",
+    [
+        (0, 1, (0, 0), True),
+        (-0.5, 0.6, (60, 40), True),
+        (0.3, 1.5, (30, -20), False),
+        (2, 1, (190, 90), False),
+    ],
+)
 def test_align_is_the_plain_warp(angle, scale, shift, inside):
     image = smooth(1, (150, 170))[0]
     points = moved(angle, scale, shift)
     found = align(image, points)
     assert found.shape == (SIZE, SIZE, 3) and found.dtype == np.uint8 and found.flags.c_contiguous
     difference = np.abs(found - bilinear(image, similarity(points)))
-    # OpenCV interpolates at 1/32 of a pixel; at the black border a pixel may weigh otherwise by as much
+    # OpenCV interpolates at 1/32 of a pixel; at the black border a pixel may weigh otherwise by as
+    # much
     assert np.quantile(difference, 0.98) <= 3 and difference.max() <= 20
     assert (found > 0).any(axis=2).all() == inside
 
@@ -117,7 +160,7 @@ def test_five_dots_come_to_lie_on_the_template():
     points = np.round(moved(0.2, 2, (80, 20)))
     image = np.zeros((300, 300, 3), np.uint8)
     for x, y in points.astype(int):
-        image[y - 2:y + 3, x - 2:x + 3] = 255
+        image[y - 2 : y + 3, x - 2 : x + 3] = 255
     found = align(image, points)
     for x, y in np.round(TEMPLATE).astype(int):
         assert found[y, x].min() > 100

@@ -1,4 +1,6 @@
-"""Every network against keys, shapes, parameter counts and outputs of an independent implementation."""
+"""Every network against keys, shapes, parameter counts and outputs of an independent
+implementation.
+"""
 
 import importlib.util
 import json
@@ -22,7 +24,9 @@ _spec.loader.exec_module(fill)
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.from_numpy(np.random.default_rng(5).uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(5).uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +40,12 @@ def build(entry: str) -> torch.nn.Module:
 
 
 def assert_near(features, wanted):
-    """As near as float32 is: iresnet200 has 200 convolutions of up to 9 * 512 terms, 6e-5 of the largest number. The reference is float32, too."""
-    np.testing.assert_allclose(features, wanted, rtol=0, atol=2 * rounding.network(200, 9 * 512) * np.abs(wanted).max())
+    """As near as float32 is: iresnet200 has 200 convolutions of up to 9 * 512 terms, 6e-5 of the
+    largest number. The reference is float32, too.
+    """
+    np.testing.assert_allclose(
+        features, wanted, rtol=0, atol=2 * rounding.network(200, 9 * 512) * np.abs(wanted).max()
+    )
 
 
 @pytest.mark.parametrize("entry", STATES)
@@ -45,7 +53,9 @@ def test_matches_the_published_network(entry, images, outputs):
     backbone = build(entry)
     state = {key: list(tensor.shape) for key, tensor in backbone.state_dict().items()}
     assert state == dict(STATES[entry]["state"])
-    assert sum(parameter.numel() for parameter in backbone.parameters()) == STATES[entry]["parameters"]
+    assert (
+        sum(parameter.numel() for parameter in backbone.parameters()) == STATES[entry]["parameters"]
+    )
 
     fill.fill_state_dict(backbone)
     backbone.eval()
@@ -64,8 +74,8 @@ def test_memory_format_and_precision(entry, images, outputs):
         rounded = backbone(images)
     assert rounded.dtype == torch.float32
     cosine = torch.nn.functional.cosine_similarity(rounded, torch.from_numpy(outputs[entry]))
-    # bf16 rounds each of the 50 layers' inputs and weights by up to UBF16 / 2: an angle of
-    # sqrt(2 * 50) UBF16 / 2 / sqrt(3) = 0.011, the cosine of which is near 1; ten times that is allowed
+    # bf16 rounds each of the 50 layers' inputs and weights by up to UBF16 / 2: an angle of sqrt(2 *
+    # 50) UBF16 / 2 / sqrt(3) = 0.011, the cosine of which is near 1; ten times that is allowed
     assert cosine.min() > 0.99
 
     backbone.to(memory_format=torch.channels_last)
@@ -83,12 +93,17 @@ def test_fresh_weights_train(entry, images):
     assert torch.isfinite(features).all()
     (features * torch.randn_like(features)).sum().backward()
     trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in trainable)
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in trainable
+    )
 
 
 def test_iresnet_keeps_the_scale_of_the_embedding_fixed():
     backbone = build_backbone("iresnet18", embedding_size=64)
-    frozen = [name for name, parameter in backbone.named_parameters() if not parameter.requires_grad]
+    frozen = [
+        name for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+    ]
     assert frozen == ["features.weight"]
     assert torch.equal(backbone.features.weight, torch.ones(64))
 
@@ -102,7 +117,9 @@ def test_every_name_has_a_reference():
     assert set(NAMES) == {entry.removesuffix("_se") for entry in STATES}
 
 
-@pytest.mark.parametrize("name, nearest", [("iresnt50", "iresnet50"), ("MobileFaceNet", "mobilefacenet"), ("vit", None)])
+@pytest.mark.parametrize(
+    "name, nearest", [("iresnt50", "iresnet50"), ("MobileFaceNet", "mobilefacenet"), ("vit", None)]
+)
 def test_unknown_name_lists_the_known(name, nearest):
     with pytest.raises(InputError) as error:
         build_backbone(name)
@@ -110,8 +127,14 @@ def test_unknown_name_lists_the_known(name, nearest):
     assert (f"did you mean {nearest}?" in str(error.value)) == (nearest is not None)
 
 
-@pytest.mark.parametrize("options", [{"name": "mobilefacenet", "use_se": True}, {"name": "ir50", "use_se": True},
-                                     {"name": "mbf", "dropout": 0.4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "mobilefacenet", "use_se": True},
+        {"name": "ir50", "use_se": True},
+        {"name": "mbf", "dropout": 0.4},
+    ],
+)
 def test_options_a_network_does_not_have(options):
     with pytest.raises(InputError, match=options["name"]):
         build_backbone(**options)

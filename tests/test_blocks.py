@@ -1,4 +1,6 @@
-"""utils.sampler and utils.blocks: the order of an epoch, and what is read from the disk for it, by all ranks and workers."""
+"""utils.sampler and utils.blocks: the order of an epoch, and what is read from the disk for it, by
+all ranks and workers.
+"""
 
 import json
 import os
@@ -7,7 +9,7 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also started by torchrun, below
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also started by torchrun, below
 
 import numpy as np
 import pytest
@@ -27,24 +29,42 @@ from utils.loading import start_worker
 from utils.recordio import IndexedRecordIO, IRHeader, RecordFile, pack
 from utils.sampler import WINDOW, EpochBatches
 
-IMAGES, SHARDS, BLOCK, BATCH = 1003, (400, 603), 5, 24          # 80 + 121 blocks: 4 windows
+IMAGES, SHARDS, BLOCK, BATCH = 1003, (400, 603), 5, 24  # 80 + 121 blocks: 4 windows
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A set of two shards; the keys of the second are shuffled, as im2rec's are. The records tell shard and place in the file, and are no images."""
+    """A set of two shards; the keys of the second are shuffled, as im2rec's are.
+
+    The records tell shard and place in the file, and are no images.
+    """
     folder = tmp_path_factory.mktemp("shards")
     for number, count in enumerate(SHARDS):
         keys = np.random.default_rng(1).permutation(count) if number else np.arange(count)
-        with IndexedRecordIO(folder / f"train_{number}.idx", folder / f"train_{number}.rec", "w") as writer:
+        with IndexedRecordIO(
+            folder / f"train_{number}.idx", folder / f"train_{number}.rec", "w"
+        ) as writer:
             for at, key in enumerate(keys):
-                writer.write_idx(int(key), pack(IRHeader(0, 0.0, int(key), 0), b"%d %d" % (number, at) + bytes(900 + at % 7)))
+                writer.write_idx(
+                    int(key),
+                    pack(
+                        IRHeader(0, 0.0, int(key), 0), b"%d %d" % (number, at) + bytes(900 + at % 7)
+                    ),
+                )
     (folder / "property").write_text("1,112,112\n")
     return MXFaceDataset(folder)
 
 
 def sampler(dataset, rank=0, world=1, batch=BATCH, seed=3, block=BLOCK):
-    return EpochBatches(len(dataset), batch, rank, world, seed, True, ReadAhead(RecordBlocks(dataset.shards(), block)))
+    return EpochBatches(
+        len(dataset),
+        batch,
+        rank,
+        world,
+        seed,
+        True,
+        ReadAhead(RecordBlocks(dataset.shards(), block)),
+    )
 
 
 def epoch(dataset, world=1, number=0, samples=0, **more):
@@ -62,9 +82,17 @@ def test_order_without_blocks_is_that_of_published_checkpoints():
         for rank in range(world):
             ours = EpochBatches(length, 24 // world, rank, world, 7)
             ours.seek(2, samples)
-            starts = range(samples + rank * (24 // world), length - 24 + 1 + rank * (24 // world), 24)
-            assert list(ours) == [order[first:first + 24 // world].tolist() for first in starts] and len(ours) == len(starts)
-    assert sum(EpochBatches(10_000, 5, rank, 4, 7)._own_part().nbytes for rank in range(4)) == 4 * 10_000     # all ranks hold it once, in 32 bits
+            starts = range(
+                samples + rank * (24 // world), length - 24 + 1 + rank * (24 // world), 24
+            )
+            assert list(ours) == [
+                order[first : first + 24 // world].tolist() for first in starts
+            ] and len(ours) == len(starts)
+    # all ranks hold it once, in 32 bits
+    assert (
+        sum(EpochBatches(10_000, 5, rank, 4, 7)._own_part().nbytes for rank in range(4))
+        == 4 * 10_000
+    )
     unshuffled = EpochBatches(10, 2, 1, 2, 0, shuffle=False)
     assert list(unshuffled) == [[2, 3], [6, 7]]
 
@@ -75,7 +103,11 @@ def test_blocks_every_image_once_whatever_the_ranks_and_the_position(shards):
     assert sorted(sum(epoch_of_ones(shards), [])) == list(range(IMAGES))
     assert epoch(shards, world=2) == epoch(shards, world=4) == whole
     for done in (1, 13, 14, 30, 40):
-        assert epoch(shards, samples=done * BATCH) == epoch(shards, world=2, samples=done * BATCH) == whole[done:]
+        assert (
+            epoch(shards, samples=done * BATCH)
+            == epoch(shards, world=2, samples=done * BATCH)
+            == whole[done:]
+        )
     assert epoch(shards, number=1) != whole != epoch(shards, seed=4)
 
 
@@ -86,14 +118,27 @@ def epoch_of_ones(dataset):
 def test_blocks_are_runs_of_the_file_and_windows_mix_them(shards):
     blocks = RecordBlocks(shards.shards(), BLOCK)
     assert len(blocks) == 80 + 121 and blocks.sizes.sum() == IMAGES and blocks.sizes[-1] == 3
-    places = [place(shards, index) for block in range(len(blocks)) for index in blocks.indices(block)]
-    assert places == [(number, at) for number, count in enumerate(SHARDS) for at in range(count)]      # in the order of the files
+    places = [
+        place(shards, index) for block in range(len(blocks)) for index in blocks.indices(block)
+    ]
+    # in the order of the files
+    assert places == [(number, at) for number, count in enumerate(SHARDS) for at in range(count)]
     order = sum(epoch_of_ones(shards), [])
-    window = [place(shards, index) for index in order[:WINDOW * BLOCK]]
-    assert len({(number, at // BLOCK) for number, at in window}) == WINDOW          # so many whole blocks
-    assert sum(left[0] == right[0] and right[1] - left[1] == 1 for left, right in zip(window, window[1:])) < 20      # mixed: 256 of 320 without
+    window = [place(shards, index) for index in order[: WINDOW * BLOCK]]
+    # so many whole blocks
+    assert len({(number, at // BLOCK) for number, at in window}) == WINDOW
+    # mixed: 256 of 320 without
+    assert (
+        sum(
+            left[0] == right[0] and right[1] - left[1] == 1
+            for left, right in zip(window, window[1:])
+        )
+        < 20
+    )
     ends = [blocks.extent(block) for block in range(len(blocks))]
-    assert [(number, start) for number, start, _ in ends[1:80]] == [(number, end) for number, _, end in ends[:79]]
+    assert [(number, start) for number, start, _ in ends[1:80]] == [
+        (number, end) for number, _, end in ends[:79]
+    ]
     assert ends[-1][2] == os.path.getsize(shards.shards()[1].path)
 
 
@@ -104,7 +149,9 @@ def place(dataset, index):
 
 
 class Logged:
-    """Notes reads of record files by all processes of this test, one line each, in the order of their ends."""
+    """Notes reads of record files by all processes of this test, one line each, in the order of
+    their ends.
+    """
 
     def __init__(self, monkeypatch, log):
         self.log = os.open(log, os.O_CREAT | os.O_RDWR | os.O_APPEND)
@@ -113,9 +160,23 @@ class Logged:
         def noting(kind, function):
             def call(records, start, *arguments):
                 result = function(records, start, *arguments)
-                os.write(self.log, json.dumps([kind, os.getpid(), Path(records.path).name, start, arguments[0] if kind == "block" else 0]).encode() + b"\n")
+                os.write(
+                    self.log,
+                    json.dumps(
+                        [
+                            kind,
+                            os.getpid(),
+                            Path(records.path).name,
+                            start,
+                            arguments[0] if kind == "block" else 0,
+                        ]
+                    ).encode()
+                    + b"\n",
+                )
                 return result
+
             return call
+
         monkeypatch.setattr(RecordFile, "read", noting("record", read))
         monkeypatch.setattr(RecordFile, "read_through", noting("block", read_through))
 
@@ -124,40 +185,57 @@ class Logged:
 
 
 def test_workers_read_what_was_read_ahead(shards, monkeypatch, tmp_path):
-    """An epoch through a DataLoader with two workers: each block is read once, those of a window in the order of the disk, and before any record of it."""
-    monkeypatch.setattr("utils.dataset.decode_into", lambda encoded, out: None)        # the records are no images
+    """An epoch through a DataLoader with two workers: each block is read once, those of a window in
+    the order of the disk, and before any record of it.
+    """
+    # the records are no images
+    monkeypatch.setattr("utils.dataset.decode_into", lambda encoded, out: None)
     logged = Logged(monkeypatch, tmp_path / "reads")
     batches = sampler(shards)
-    loader = DataLoader(shards, batch_sampler=batches, collate_fn=keep_batch, num_workers=2, worker_init_fn=start_worker)
+    loader = DataLoader(
+        shards,
+        batch_sampler=batches,
+        collate_fn=keep_batch,
+        num_workers=2,
+        worker_init_fn=start_worker,
+    )
     assert sum(len(batch.labels) for batch in loader) == IMAGES // BATCH * BATCH
     reads = logged.lines()
     blocks = [(name, start, end) for kind, _, name, start, end in reads if kind == "block"]
     assert len(blocks) == len(set(blocks)) == 80 + 121
     for first in range(0, len(blocks), WINDOW):
-        assert blocks[first:first + WINDOW] == sorted(blocks[first:first + WINDOW])
+        assert blocks[first : first + WINDOW] == sorted(blocks[first : first + WINDOW])
     done, records = {}, 0
     for kind, process, name, start, end in reads:
         if kind == "block":
             assert process == os.getpid()
             done.update({(name, at): end for at in range(start, end, 4)})
         else:
-            assert process != os.getpid() and (name, start) in done         # and so its page is in memory
+            # and so its page is in memory
+            assert process != os.getpid() and (name, start) in done
             records += 1
     assert records == IMAGES // BATCH * BATCH
 
 
 def test_ranks_of_a_machine_share_the_reading(shards, monkeypatch, tmp_path):
-    """The first window every rank reads for itself, not to begin among blocks that others still read; then each its part."""
+    """The first window every rank reads for itself, not to begin among blocks that others still
+    read; then each its part.
+    """
     logged = Logged(monkeypatch, tmp_path / "reads")
     for rank in range(2):
         ahead = ReadAhead(RecordBlocks(shards.shards(), BLOCK), rank, 2)
         for _ in EpochBatches(len(shards), BATCH // 2, rank, 2, 3, True, ahead):
             pass
     blocks = [(name, start) for _, _, name, start, _ in logged.lines()]
-    assert sorted(blocks.count(block) for block in set(blocks)) == [1] * (80 + 121 - WINDOW) + [2] * WINDOW
+    assert (
+        sorted(blocks.count(block) for block in set(blocks))
+        == [1] * (80 + 121 - WINDOW) + [2] * WINDOW
+    )
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="this Python cannot ask whether bytes are in memory")
+@pytest.mark.skipif(
+    not hasattr(os, "RWF_NOWAIT"), reason="this Python cannot ask whether bytes are in memory"
+)
 def test_blocks_are_in_memory_when_they_are_needed(tmp_path):
     """On a real disk, with nothing of the file in memory before: 8 MB in blocks of 100 records."""
     with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
@@ -170,15 +248,26 @@ def test_blocks_are_in_memory_when_they_are_needed(tmp_path):
 
         def in_memory(index):
             try:
-                return os.preadv(file.fileno(), [bytearray(2000)], dataset.shards()[0].offset(index), os.RWF_NOWAIT) == 2000
+                return (
+                    os.preadv(
+                        file.fileno(),
+                        [bytearray(2000)],
+                        dataset.shards()[0].offset(index),
+                        os.RWF_NOWAIT,
+                    )
+                    == 2000
+                )
             except BlockingIOError:
                 return False
+
         try:
             if all(in_memory(index) for index in range(4000)):
                 pytest.skip("this file system keeps its files in memory")
         except OSError as error:
             pytest.skip(f"this file system cannot tell what is in memory: {error.strerror}")
-        batches = iter(EpochBatches(4000, 32, 0, 1, 3, True, ReadAhead(RecordBlocks(dataset.shards(), 100))))
+        batches = iter(
+            EpochBatches(4000, 32, 0, 1, 3, True, ReadAhead(RecordBlocks(dataset.shards(), 100)))
+        )
         assert all(in_memory(index) for _ in range(20) for index in next(batches))
 
 
@@ -193,23 +282,53 @@ def test_an_epoch_that_is_left_leaves_no_reads(shards):
         assert future.cancelled() or future.exception(timeout=500) is None
 
 
-@pytest.mark.parametrize("options, message", [(["db_file_format=folder", "data_path=x"], "shuffle_block reads records"), (["shuffle=False"], "shuffle_block is a way of shuffling"),
-                                              (["shuffle_block=-1"], "shuffle_block=-1 has the wrong type or value")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["db_file_format=folder", "data_path=x"], "shuffle_block reads records"),
+        (["shuffle=False"], "shuffle_block is a way of shuffling"),
+        (["shuffle_block=-1"], "shuffle_block=-1 has the wrong type or value"),
+    ],
+)
 def test_combinations_that_make_no_sense(options, message):
     with pytest.raises(InputError, match=message):
-        load_config(ROOT / "config" / "config.py", ["dataset=synthetic", "shuffle_block=8", *options])
+        load_config(
+            ROOT / "config" / "config.py", ["dataset=synthetic", "shuffle_block=8", *options]
+        )
 
 
 def test_a_run_with_blocks_on_two_ranks_resumes_on_one(tmp_path):
-    """Through the real commands: every image of the epoch is trained on once, over a change of ranks in the middle of it."""
+    """Through the real commands: every image of the epoch is trained on once, over a change of
+    ranks in the middle of it.
+    """
     (tmp_path / "faces").mkdir()
     with open_studio(1, 3, 1.0) as studio:
         write_training_set(tmp_path / "faces", studio, 6, 8)
-    arguments = ["dataset=synthetic", f"rec={tmp_path / 'faces'}", "embedding_size=32", "num_epoch=1", "val_targets=[]", "log_every=1", "shuffle_block=3", "num_workers=2",
-                 "flip=False", "channels_last=False", "precision=fp32", f"output={tmp_path / 'run'}"]
-    assert "Stopped by a signal at step 3 of 6" in run(Path(__file__), "stop", *arguments, "batch_size=4", ranks=2)
-    assert "Resumed at step 3, epoch 0, 24 of its images done" in run(Path(__file__), "go", "--resume", *arguments, "batch_size=8")
-    seen = [line for name in ("stop0", "stop1", "go0") for line in (tmp_path / f"{name}.seen").read_text().split()]
+    arguments = [
+        "dataset=synthetic",
+        f"rec={tmp_path / 'faces'}",
+        "embedding_size=32",
+        "num_epoch=1",
+        "val_targets=[]",
+        "log_every=1",
+        "shuffle_block=3",
+        "num_workers=2",
+        "flip=False",
+        "channels_last=False",
+        "precision=fp32",
+        f"output={tmp_path / 'run'}",
+    ]
+    assert "Stopped by a signal at step 3 of 6" in run(
+        Path(__file__), "stop", *arguments, "batch_size=4", ranks=2
+    )
+    assert "Resumed at step 3, epoch 0, 24 of its images done" in run(
+        Path(__file__), "go", "--resume", *arguments, "batch_size=8"
+    )
+    seen = [
+        line
+        for name in ("stop0", "stop1", "go0")
+        for line in (tmp_path / f"{name}.seen").read_text().split()
+    ]
     images = to_input(MXFaceDataset(tmp_path / "faces").__getitems__(range(48)).images)
     assert sorted(seen) == sorted(map(digest, images))
 
@@ -219,8 +338,12 @@ def digest(image):
 
 
 def train_noting_images(what):
-    """What the test above starts: training that notes the images of every step, and asks itself to stop in the second if it is to."""
-    folder = Path(next(word for word in sys.argv if word.startswith("output=")).removeprefix("output=")).parent
+    """What the test above starts: training that notes the images of every step, and asks itself to
+    stop in the second if it is to.
+    """
+    folder = Path(
+        next(word for word in sys.argv if word.startswith("output=")).removeprefix("output=")
+    ).parent
     train_step = Engine.train_step
 
     def noted(source):
@@ -233,6 +356,7 @@ def train_noting_images(what):
         if what == "stop" and self.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(self, noted(source))
+
     Engine.train_step = noting_step
     train_standalone.main()
 

@@ -1,20 +1,23 @@
-"""utils.dataset: which records are images, their pixels and labels, and what becomes of damaged ones."""
+"""utils.dataset: which records are images, their pixels and labels, and what becomes of damaged
+ones.
+"""
+
 import os
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from test_recordio import GOLDEN, STYLES
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from config.schema import load_config
 from tests.commands import ROOT
 from train.setup import build_dataset
 from utils.dataset import FaceDatasetFolder, MXFaceDataset, decode, decode_into, keep_batch
-from utils.loading import start_worker
 from utils.errors import InputError
+from utils.loading import start_worker
 from utils.recordio import IndexedRecordIO, IRHeader, RecordError, pack
-from test_recordio import GOLDEN, STYLES
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,11 @@ def write_folder(folder, images_of):
 
 
 def assert_batches_equal(left, right):
-    assert torch.equal(left.images, right.images) and torch.equal(left.labels, right.labels) and left.bad == right.bad
+    assert (
+        torch.equal(left.images, right.images)
+        and torch.equal(left.labels, right.labels)
+        and left.bad == right.bad
+    )
 
 
 def test_a_property_with_a_byte_order_mark(tmp_path):
@@ -68,11 +75,16 @@ def test_golden_sets(style, tmp_path, expected):
     dataset = MXFaceDataset(copy_set(style, tmp_path))
     assert len(dataset) == 30 and dataset.num_classes == 6
     batch = dataset.__getitems__(list(range(30)))
-    assert batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64 and batch.bad == []
+    assert (
+        batch.images.dtype == torch.uint8 and batch.labels.dtype == torch.int64 and batch.bad == []
+    )
     assert np.array_equal(batch.images, expected[f"{style}/pixels"])
     assert np.array_equal(batch.labels, expected[f"{style}/labels"])
     image, label = dataset[17]
-    assert np.array_equal(image, expected[f"{style}/pixels"][17]) and label == expected[f"{style}/labels"][17]
+    assert (
+        np.array_equal(image, expected[f"{style}/pixels"][17])
+        and label == expected[f"{style}/labels"][17]
+    )
     assert image.dtype == np.uint8 and type(label) is int
     with pytest.raises(IndexError):
         dataset[30]
@@ -113,11 +125,17 @@ def test_vector_labels_at_key_0_are_images(tmp_path):
 
 def test_loader_with_workers_equals_direct_reading(tmp_path):
     dataset = MXFaceDataset(copy_set("insightface", tmp_path))
-    dataset[0]      # an open file before the fork
+    dataset[0]  # an open file before the fork
     sampler = BatchSampler(SequentialSampler(dataset), batch_size=7, drop_last=False)
     for context in ("fork", "spawn"):
-        loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=keep_batch, worker_init_fn=start_worker,
-                            multiprocessing_context=context)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=2,
+            collate_fn=keep_batch,
+            worker_init_fn=start_worker,
+            multiprocessing_context=context,
+        )
         batches = list(loader)
         assert len(batches) == 5
         for indices, batch in zip(sampler, batches):
@@ -125,12 +143,17 @@ def test_loader_with_workers_equals_direct_reading(tmp_path):
 
 
 def test_colours_are_in_their_places_whatever_the_format(tmp_path):
-    """Red, green and blue stripes; OpenCV has formats of which it gives BGR also when asked for RGB."""
+    """Red, green and blue stripes; OpenCV has formats of which it gives BGR also when asked for
+    RGB.
+    """
     stripes = np.zeros((112, 112, 3), np.uint8)
     for channel in range(3):
-        stripes[:, channel * 36:channel * 36 + 36, channel] = 255
+        stripes[:, channel * 36 : channel * 36 + 36, channel] = 255
     for suffix in (".jpg", ".png", ".webp", ".bmp", ".ppm", ".pam", ".tiff", ".jp2"):
-        encoded, image = cv2.imencode(suffix, stripes[..., ::-1])[1].tobytes(), np.empty_like(stripes)
+        encoded, image = (
+            cv2.imencode(suffix, stripes[..., ::-1])[1].tobytes(),
+            np.empty_like(stripes),
+        )
         decode_into(encoded, image)
         assert np.abs(image[:, 10:100:36].astype(int) - stripes[:, 10:100:36]).max() < 10, suffix
         assert np.array_equal(decode(encoded), image[..., ::-1]), suffix
@@ -139,13 +162,13 @@ def test_colours_are_in_their_places_whatever_the_format(tmp_path):
 def test_damaged_records_are_replaced_and_listed(tmp_path):
     good = [(float(label), jpeg(label)) for label in range(8)]
     records = list(good)
-    records[2] = (2.0, good[2][1][:300])                # truncated
+    records[2] = (2.0, good[2][1][:300])  # truncated
     records[3] = (3.0, b"no image at all")
     records[5] = (5.0, jpeg(5, size=(96, 100)))
     records[7] = (7.0, b"")
     dataset = MXFaceDataset(write_set(tmp_path, records, "8,112,112\n"))
     batch = dataset.__getitems__([0, 2, 3, 5, 7, 6])
-    assert batch.labels.tolist() == [0, 4, 4, 6, 0, 6]      # the next good one, around the end
+    assert batch.labels.tolist() == [0, 4, 4, 6, 0, 6]  # the next good one, around the end
     assert [key for key, _ in batch.bad] == [2, 3, 5, 7]
     assert "96x100, not 112x112" in batch.bad[2][1]
     for row, index in enumerate([0, 4, 4, 6, 0, 6]):
@@ -157,7 +180,7 @@ def test_damaged_records_are_replaced_and_listed(tmp_path):
 
 def test_truncated_file(tmp_path):
     folder = copy_set("plain", tmp_path)
-    os.truncate(folder / "train.rec", 95_200)           # inside key 25
+    os.truncate(folder / "train.rec", 95_200)  # inside key 25
     batch = MXFaceDataset(folder).__getitems__([24, 25, 29])
     assert [key for key, _ in batch.bad] == [25, 29] and "offset 95124" in batch.bad[0][1]
     assert batch.labels.tolist() == [4, 0, 0]
@@ -166,7 +189,7 @@ def test_truncated_file(tmp_path):
 def test_damaged_last_image_of_insightface_layout(tmp_path):
     folder = copy_set("insightface", tmp_path)
     with open(folder / "train.rec", "r+b") as file:
-        file.seek(117988 + 8)           # key 30: header and image
+        file.seek(117988 + 8)  # key 30: header and image
         file.write(b"\xee" * 5490)
     batch = MXFaceDataset(folder).__getitems__([28, 29])
     assert [key for key, _ in batch.bad] == [30] and batch.labels.tolist() == [5, 0]
@@ -179,7 +202,7 @@ def test_random_damage_never_stops_a_batch(tmp_path):
     for key in range(200):
         image = bytearray(jpeg(key))
         at = int(rng.integers(0, len(image) - 20))
-        image[at:at + 20] = rng.bytes(20)
+        image[at : at + 20] = rng.bytes(20)
         records.append((0.0, bytes(image)))
     dataset = MXFaceDataset(write_set(tmp_path, [(0.0, jpeg(0))] + records, "1,112,112\n"))
     batch = dataset.__getitems__(range(201))
@@ -385,7 +408,9 @@ def test_unknown_backend(tmp_path):
 def test_folder(tmp_path):
     root = write_folder(tmp_path / "faces", {"b": 3, "a": 2, "ü x": 4})
     (root / "a" / "notes.txt").write_text("no image")
-    (root / "a" / "99.PNG").write_bytes(cv2.imencode(".png", np.full((112, 112), 7, np.uint8))[1].tobytes())
+    (root / "a" / "99.PNG").write_bytes(
+        cv2.imencode(".png", np.full((112, 112), 7, np.uint8))[1].tobytes()
+    )
     dataset = FaceDatasetFolder(root)
     assert len(dataset) == 10 and dataset.num_classes == 3
     batch = dataset.__getitems__(range(10))
@@ -396,4 +421,6 @@ def test_folder(tmp_path):
     sampled = FaceDatasetFolder(root, sample=2)
     assert len(sampled) == 6 and sampled.num_classes == 3
     (root / "b" / "01.jpg").unlink()
-    assert dataset.__getitems__([4]).bad == [(os.path.join("b", "01.jpg"), "cannot be read: No such file or directory")]
+    assert dataset.__getitems__([4]).bad == [
+        (os.path.join("b", "01.jpg"), "cannot be read: No such file or directory")
+    ]

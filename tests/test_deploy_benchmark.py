@@ -1,4 +1,6 @@
-"""deploy/benchmark.py: multiply-adds against PyTorch's own counter and published figures, the table as people get it. Needs requirements/onnx.txt."""
+"""deploy/benchmark.py: multiply-adds against PyTorch's own counter and published figures, the table
+as people get it. Needs requirements/onnx.txt.
+"""
 
 import json
 import sys
@@ -23,15 +25,27 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (require
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name, use_se, published", [("mbf", False, 0.45e9), ("mobilefacenet", False, None), ("iresnet18", True, None), ("iresnet50", False, 6.3e9), ("ir18", False, None)])
+@pytest.mark.parametrize(
+    "name, use_se, published",
+    [
+        ("mbf", False, 0.45e9),
+        ("mobilefacenet", False, None),
+        ("iresnet18", True, None),
+        ("iresnet50", False, 6.3e9),
+        ("ir18", False, None),
+    ],
+)
 def test_multiply_adds(tmp_path, name, use_se, published):
     from onnxruntime.quantization import quantize_dynamic
+
     network = build_backbone(name, use_se=use_se).eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.inference_mode():
         network(torch.zeros(1, 3, 112, 112))
     found = count_in_network(network)
-    assert found == counter.get_total_flops() // 2 and (published is None or found == pytest.approx(published, rel=0.05))
+    assert found == counter.get_total_flops() // 2 and (
+        published is None or found == pytest.approx(published, rel=0.05)
+    )
     if name != "iresnet50":
         model = to_onnx(network)
         onnx.save(model, tmp_path / "x.onnx")
@@ -39,7 +53,10 @@ def test_multiply_adds(tmp_path, name, use_se, published):
     if name == "mobilefacenet":
         quantize_dynamic(tmp_path / "x.onnx", tmp_path / "dynamic.onnx")
         assert count_in_graph(tmp_path / "dynamic.onnx") == found
-        onnx.save(to_int8(to_onnx(network, uint8=True), np.zeros((2, 112, 112, 3), np.uint8), uint8=True), tmp_path / "x.onnx")
+        onnx.save(
+            to_int8(to_onnx(network, uint8=True), np.zeros((2, 112, 112, 3), np.uint8), uint8=True),
+            tmp_path / "x.onnx",
+        )
         assert count_in_graph(tmp_path / "x.onnx") == found
 
 
@@ -48,22 +65,49 @@ def test_the_table(tmp_path):
     network = build_backbone("mobilefacenet", 32)
     torch.save(network.state_dict(), tmp_path / "1backbone.pth")
     onnx.save(to_onnx(network), tmp_path / "1backbone.onnx")
-    output = run(ROOT / "deploy" / "benchmark.py", tmp_path / "1backbone.pth", tmp_path / "1backbone.onnx", "--batch", 4, "--threads", 1,
-                 "--results-json", tmp_path / "table.json")
-    assert output.splitlines()[0] == "CPU, 1 thread" and "images/s at 4" in output.splitlines()[1] and len(output.splitlines()) == 4
+    output = run(
+        ROOT / "deploy" / "benchmark.py",
+        tmp_path / "1backbone.pth",
+        tmp_path / "1backbone.onnx",
+        "--batch",
+        4,
+        "--threads",
+        1,
+        "--results-json",
+        tmp_path / "table.json",
+    )
+    assert (
+        output.splitlines()[0] == "CPU, 1 thread"
+        and "images/s at 4" in output.splitlines()[1]
+        and len(output.splitlines()) == 4
+    )
     found = json.loads((tmp_path / "table.json").read_text())
     assert (found["device"], found["threads"], found["batch"]) == ("CPU", 1, 4)
     first, second = found["models"].values()
-    assert (first["network"], first["parameters"], first["multiply_adds"]) == ("mobilefacenet", 953_728, count_in_network(network))
+    assert (first["network"], first["parameters"], first["multiply_adds"]) == (
+        "mobilefacenet",
+        953_728,
+        count_in_network(network),
+    )
     assert second["multiply_adds"] == first["multiply_adds"]
     for row in (first, second):
-        assert row["latency_milliseconds"] > 0 and row["images_per_second"] > 0 and row["megabytes"] > 0
+        assert (
+            row["latency_milliseconds"] > 0
+            and row["images_per_second"] > 0
+            and row["megabytes"] > 0
+        )
     assert first["megabytes"] == pytest.approx((tmp_path / "1backbone.pth").stat().st_size / 1e6)
 
 
 def test_a_model_of_others(tmp_path):
     model = load_model(onnx_model(tmp_path / "foreign.onnx"), "model")
-    assert (model.name, model.embedding_size, model.step, model.checkpoint_sha256, multiply_adds(model)) == ("?", 16, "", "", 3 * 16 * 16 * 16)
+    assert (
+        model.name,
+        model.embedding_size,
+        model.step,
+        model.checkpoint_sha256,
+        multiply_adds(model),
+    ) == ("?", 16, "", "", 3 * 16 * 16 * 16)
 
 
 def test_timings_are_medians(monkeypatch):

@@ -1,4 +1,6 @@
-"""Exported graphs: every network against the outputs of an independent implementation, no BatchNorm left, borders exact, uint8 and float16. Needs requirements/onnx.txt."""
+"""Exported graphs: every network against the outputs of an independent implementation, no BatchNorm
+left, borders exact, uint8 and float16. Needs requirements/onnx.txt.
+"""
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from tests.test_backbones import STATES, assert_near, build, fill, images, outpu
 from utils.images import to_input
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (requirements/onnx.txt)")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (requirements/onnx.txt)")
+onnxruntime = pytest.importorskip(
+    "onnxruntime", reason="onnxruntime is not installed (requirements/onnx.txt)"
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -34,7 +38,13 @@ def test_every_network_is_the_published_one(entry, images, outputs):  # noqa: F8
     assert not operators(model)["BatchNormalization"] and not operators(model)["Identity"]
     onnx_session = session(model)
     (given,), (made,) = onnx_session.get_inputs(), onnx_session.get_outputs()
-    assert (given.name, given.shape, given.type, made.name, made.shape) == ("input", ["N", 3, 112, 112], "tensor(float)", "embedding", ["N", 512])
+    assert (given.name, given.shape, given.type, made.name, made.shape) == (
+        "input",
+        ["N", 3, 112, 112],
+        "tensor(float)",
+        "embedding",
+        ["N", 512],
+    )
     found = onnx_session.run(None, {"input": images.numpy()})[0]
     assert_near(found, outputs[entry])
     assert agreement(found, outputs[entry]).least_cosine > 0.999999
@@ -42,7 +52,9 @@ def test_every_network_is_the_published_one(entry, images, outputs):  # noqa: F8
 
 @pytest.mark.parametrize("name", ["iresnet18", "ir18"])
 def test_shifts_before_a_convolution_are_exact_at_the_border(name):
-    """With means far from zero the zeros beyond the border matter: a constant bias in their place would be far off."""
+    """With means far from zero the zeros beyond the border matter: a constant bias in their place
+    would be far off.
+    """
     torch.manual_seed(0)
     network = build_backbone(name, 32, use_se=name == "iresnet18").eval()
     for module in network.modules():
@@ -58,7 +70,10 @@ def test_shifts_before_a_convolution_are_exact_at_the_border(name):
         found = agreement(infer(model, x), network(x).numpy())
     # 20 convolutions of up to 9 * 512 terms, both ways in float32; shifts of 3 before them leave a
     # tenth of the numbers' size to tell images apart
-    assert found.difference < 10 * 2 * rounding.network(20, 9 * 512) * found.largest and found.least_cosine > 0.999999
+    assert (
+        found.difference < 10 * 2 * rounding.network(20, 9 * 512) * found.largest
+        and found.least_cosine > 0.999999
+    )
 
 
 def test_uint8_and_float16_give_the_same_features():
@@ -71,18 +86,28 @@ def test_uint8_and_float16_give_the_same_features():
     for uint8, given in ((False, x), (True, pixels)):
         model = to_onnx(network, uint8=uint8)
         half = to_fp16(model)
-        assert agreement(infer(model, given), wanted).difference < 2 * rounding.network(50) * np.abs(wanted).max()
+        assert (
+            agreement(infer(model, given), wanted).difference
+            < 2 * rounding.network(50) * np.abs(wanted).max()
+        )
         found = agreement(infer(half, given), wanted)
-        # float16 rounds weights and numbers of 50 layers by U16: an angle of sqrt(2 * 50) U16 = 0.005
+        # float16 rounds weights and numbers of 50 layers by U16: an angle of sqrt(2 * 50) U16 =
+        # 0.005
         assert 1e-7 < found.difference and found.least_cosine > 0.9999
         assert half.ByteSize() < 0.55 * model.ByteSize()
         (name,) = session(half).get_inputs()
-        assert (name.type, name.shape) == (("tensor(uint8)", ["N", 112, 112, 3]) if uint8 else ("tensor(float)", ["N", 3, 112, 112]))
+        assert (name.type, name.shape) == (
+            ("tensor(uint8)", ["N", 112, 112, 3])
+            if uint8
+            else ("tensor(float)", ["N", 3, 112, 112])
+        )
         assert infer(half, given).dtype == np.float32
 
 
 @pytest.mark.parametrize("opset", [11, 12, 13])
-@pytest.mark.parametrize("name, use_se", [("mobilefacenet", False), ("mbf", False), ("iresnet18", True), ("ir18", False)])
+@pytest.mark.parametrize(
+    "name, use_se", [("mobilefacenet", False), ("mbf", False), ("iresnet18", True), ("ir18", False)]
+)
 def test_older_operator_sets(name, use_se, opset):
     """Each network family, float and uint8 input, and float16, against PyTorch."""
     network = build_backbone(name, 16, use_se=use_se).eval()
@@ -105,4 +130,6 @@ def test_a_weight_that_float16_cannot_hold_is_seen():
     network = build_backbone("mobilefacenet", 8).eval()
     with torch.no_grad():
         network.conv1.conv.weight.mul_(1e6)
-    assert not np.isfinite(infer(to_fp16(to_onnx(network)), np.ones((1, 3, 112, 112), np.float32))).all()
+    assert not np.isfinite(
+        infer(to_fp16(to_onnx(network)), np.ones((1, 3, 112, 112), np.float32))
+    ).all()

@@ -1,10 +1,12 @@
-"""eval.embed and eval.features: data sets read by workers, features kept on disk, errors that reach every rank."""
+"""eval.embed and eval.features: data sets read by workers, features kept on disk, errors that reach
+every rank.
+"""
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also started by torchrun, below
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also started by torchrun, below
 
 import numpy as np
 import pytest
@@ -17,18 +19,21 @@ from backbones import build_backbone
 from eval import features
 from eval.embed import embed
 from eval.features import open_store
-from utils import distributed
-from utils.errors import InputError
 from tests import rounding
 from tests.commands import run
 from tests.test_verification import faces, plain_loop, small_backbone
+from utils import distributed
+from utils.errors import InputError
 
 
 class Files(Dataset):
-    """Images behind an index, as the readers of IJB and TinyFace give them; ``damaged`` ones cannot be read."""
+    """Images behind an index, as the readers of IJB and TinyFace give them; ``damaged`` ones cannot
+    be read.
+    """
 
     def __init__(self, count: int, damaged=()):
-        self.pixels, self.damaged = faces(count, (20, 16)), damaged
+        self.pixels = faces(count, (20, 16))
+        self.damaged = damaged
 
     def __len__(self):
         return len(self.pixels)
@@ -47,7 +52,9 @@ class Counting(nn.Module):
 
     def __init__(self, limit: int = 10**9):
         super().__init__()
-        self.network, self.seen, self.limit = small_backbone(), 0, limit
+        self.network = small_backbone()
+        self.seen = 0
+        self.limit = limit
 
     def forward(self, x):
         self.seen += len(x)
@@ -61,7 +68,9 @@ def small_parts(monkeypatch):
     monkeypatch.setattr(features, "PART", 4)
 
 
-def store_of(folder, images=10, precision="fp32", flip=True, fingerprint="f" * 64, checkpoint="c" * 64):
+def store_of(
+    folder, images=10, precision="fp32", flip=True, fingerprint="f" * 64, checkpoint="c" * 64
+):
     return open_store(folder, checkpoint, "ijb-IJBX", fingerprint, images, precision, flip)
 
 
@@ -69,7 +78,10 @@ def store_of(folder, images=10, precision="fp32", flip=True, fingerprint="f" * 6
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_data_set_equals_a_plain_loop(workers, batch_size):
     files = Files(9)
-    for result, flip in zip(embed(small_backbone(), files, batch_size, num_workers=workers), plain_loop(small_backbone(), files.pixels)):
+    for result, flip in zip(
+        embed(small_backbone(), files, batch_size, num_workers=workers),
+        plain_loop(small_backbone(), files.pixels),
+    ):
         torch.testing.assert_close(result, flip)
 
 
@@ -103,28 +115,54 @@ def test_stored_features_are_not_computed_again(tmp_path, small_parts):
             torch.testing.assert_close(result, flip)
         assert network.seen == seen
     about = json.loads((store_of(tmp_path).path / "features.json").read_text())
-    assert about["images"] == 10 and about["checkpoint_sha256"] == "c" * 64 and about["set"] == "ijb-IJBX"
+    assert (
+        about["images"] == 10
+        and about["checkpoint_sha256"] == "c" * 64
+        and about["set"] == "ijb-IJBX"
+    )
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, small_parts):
     with pytest.raises(KeyboardInterrupt):
         embed(Counting(limit=14), Files(10), 2, store=store_of(tmp_path))
     network = Counting()
-    torch.testing.assert_close(embed(network, Files(10), 2, store=store_of(tmp_path)), embed(small_backbone(), Files(10), 2))
-    assert network.seen == 12       # of 20: the first part of 4 images and their mirror images was complete
+    torch.testing.assert_close(
+        embed(network, Files(10), 2, store=store_of(tmp_path)),
+        embed(small_backbone(), Files(10), 2),
+    )
+    # of 20: the first part of 4 images and their mirror images was complete
+    assert network.seen == 12
 
 
-@pytest.mark.parametrize("change", [dict(precision="bf16"), dict(flip=False), dict(fingerprint="e" * 64), dict(checkpoint="d" * 64)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(precision="bf16"),
+        dict(flip=False),
+        dict(fingerprint="e" * 64),
+        dict(checkpoint="d" * 64),
+    ],
+)
 def test_other_conditions_have_other_features(tmp_path, change):
     assert store_of(tmp_path).path != store_of(tmp_path, **change).path
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda file: file.write_bytes(file.read_bytes()[:-9]), "no readable file of features"),
-    (lambda file: np.save(file, np.zeros((4, 5), np.float32)), r"shape \(4, 5\), expected \(4, 12\): remove the file"),
-    (lambda file: np.save(file, np.zeros((4, 12))), "holds float64"),
-    (lambda file: np.save(file, np.array([{}], object), allow_pickle=True), "no readable file of features"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "no readable file of features"),
+        (
+            lambda file: np.save(file, np.zeros((4, 5), np.float32)),
+            r"shape \(4, 5\), expected \(4, "
+            r"12\): remove the file",
+        ),
+        (lambda file: np.save(file, np.zeros((4, 12))), "holds float64"),
+        (
+            lambda file: np.save(file, np.array([{}], object), allow_pickle=True),
+            "no readable file of features",
+        ),
+    ],
+)
 def test_damaged_features_are_named(tmp_path, small_parts, damage, message):
     store = store_of(tmp_path)
     embed(small_backbone(), Files(10), 3, store=store)
@@ -150,13 +188,18 @@ def on_rank(folder: str) -> None:
     features.PART = 2
     distributed.init("cpu")
     rank, world = distributed.rank(), distributed.world_size()
-    results = {"plain": embed(small_backbone(), Files(11), 2), "stored": embed(small_backbone(), Files(11), 2, store=store_of(folder, 11)),
-               "again": embed(Counting(limit=0), Files(11), 2, store=store_of(folder, 11))}
-    with pytest.raises(InputError, match="loose_crop/9.jpg: no image"):      # on all ranks, though only one reads it
+    results = {
+        "plain": embed(small_backbone(), Files(11), 2),
+        "stored": embed(small_backbone(), Files(11), 2, store=store_of(folder, 11)),
+        "again": embed(Counting(limit=0), Files(11), 2, store=store_of(folder, 11)),
+    }
+    # on all ranks, though only one reads it
+    with pytest.raises(InputError, match="loose_crop/9.jpg: no image"):
         embed(small_backbone(), Files(11, damaged=[9]), 2)
     with pytest.raises(InputError, match="only the first"):
         distributed.main_computes(fail_on_first)
-    with distributed.alone():                                               # ranks with different numbers of images: no collective runs
+    # ranks with different numbers of images: no collective runs
+    with distributed.alone():
         assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
         results["alone"] = embed(small_backbone(), Files(3 + rank), 2)
     assert distributed.world_size() == world

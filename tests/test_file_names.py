@@ -49,16 +49,20 @@ def people(folder):
     return folder / "people"
 
 
-@pytest.mark.parametrize("settings", [
-    {"PYTHONIOENCODING": "utf-8:strict"},
-    {"PYTHONIOENCODING": "ascii:strict"},
-    {"LC_ALL": "C"},
-    {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PYTHONIOENCODING": "utf-8:strict"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
 def test_an_entry_script_prints_any_name(settings):
     """As every command ends in ``utils.errors.run``."""
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from utils.errors import InputError, run\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); from utils.errors import InputError, "
+        "run\n"
         "def main():\n"
         "    name = os.fsdecode(b'Ren\\xe9')\n"
         "    print('here is', name, '\\u00b1')\n"
@@ -73,18 +77,19 @@ def test_an_entry_script_prints_any_name(settings):
     assert done.stderr == b"error: no Ren\\udce9\n"
 
 
-@pytest.mark.parametrize("settings", [
-    {"PYTHONIOENCODING": "utf-8:strict"},
-    {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"PYTHONIOENCODING": "utf-8:strict"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
 def test_packing_and_checking(folder, people, settings):
     """train.lst holds the names as they are, a JSON report as Python reads them again."""
     (people / "Åsa").mkdir()
     (people / "Åsa" / "ä.jpg").write_bytes(jpeg(77))
     output = folder / "records"
-    told = run(
-        ROOT / "data" / "make_rec.py", "--images", people, "--output", output, **settings
-    )
+    told = run(ROOT / "data" / "make_rec.py", "--images", people, "--output", output, **settings)
     assert told == f"{printable(str(output))}: 9 images of 3 identities, read back and equal\n"
     lines = (output / "train.lst").read_bytes().splitlines()
     listed = {os.fsdecode(line.split(b"\t")[2]) for line in lines}
@@ -94,8 +99,14 @@ def test_packing_and_checking(folder, people, settings):
     bad.write_bytes(b"no image")
     written = folder / "check.json", folder / "sheet.png"
     told = run(
-        ROOT / "data" / "check_rec.py", people, "--json", written[0], "--sheet", written[1],
-        expect=1, **settings,
+        ROOT / "data" / "check_rec.py",
+        people,
+        "--json",
+        written[0],
+        "--sheet",
+        written[1],
+        expect=1,
+        **settings,
     )
     assert f"record {SHOWN}/{SHOWN}bad.jpg" in told and written[1].is_file()
     found = json.loads(written[0].read_text())["unreadable"]["listed"][0]["record"]

@@ -22,8 +22,16 @@ def relative(ours, golden):
 def header_of(case, method=None):
     own_method, loss, *options = case.split("/")
     kernel = torch.from_numpy(GOLDEN[f"{case}/kernel0"])
-    header = build_header(method or own_method, loss, *kernel.shape, s=float(GOLDEN[f"{case}/s"]), m=float(GOLDEN[f"{case}/m"]),
-                          adaptive_alpha="weighted" in options, use_geom_margin="geom" in options, geom_margin_warmup_epoch=1)
+    header = build_header(
+        method or own_method,
+        loss,
+        *kernel.shape,
+        s=float(GOLDEN[f"{case}/s"]),
+        m=float(GOLDEN[f"{case}/m"]),
+        adaptive_alpha="weighted" in options,
+        use_geom_margin="geom" in options,
+        geom_margin_warmup_epoch=1,
+    )
     header.load_kernel(kernel)
     return header
 
@@ -37,22 +45,33 @@ def check_three_steps(header, case, autocast):
     """
     off = cosine(header.state_dict()["kernel"].shape[0])
     for step in range(3):
-        value = {key.rsplit("/", 1)[1]: GOLDEN[key] for key in GOLDEN.files if key.rsplit("/", 1)[0] == f"{case}/{step}"}
+        value = {
+            key.rsplit("/", 1)[1]: GOLDEN[key]
+            for key in GOLDEN.files
+            if key.rsplit("/", 1)[0] == f"{case}/{step}"
+        }
         features = torch.from_numpy(value["embeddings"]).requires_grad_(True)
         teacher = torch.from_numpy(value["embeddings_t"]) if "embeddings_t" in value else None
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss, stats = header(features, torch.from_numpy(value["label"]), teacher, float(value.get("epoch", 0)))
+            loss, stats = header(
+                features, torch.from_numpy(value["label"]), teacher, float(value.get("epoch", 0))
+            )
         loss.backward()
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(float(value["loss"]), abs=2 * logit(features.shape[1]))
-        assert np.linalg.norm(features.grad.numpy() - value["grad_embeddings"]) < feature_gradient(features)
+        assert np.linalg.norm(features.grad.numpy() - value["grad_embeddings"]) < feature_gradient(
+            features
+        )
         state = header.state_dict()
         for name, cosines in (("cos_st", 1), ("lam", 1), ("alpha", 2), ("margin_scaler", 10)):
             if name in value:
-                assert stats[name].shape == () and stats[name].item() == pytest.approx(value[name].mean(), abs=cosines * off), name
+                assert stats[name].shape == () and stats[name].item() == pytest.approx(
+                    value[name].mean(), abs=cosines * off
+                ), name
         if "geom_weighted" in value:
             assert stats["geom"].item() == pytest.approx(value["geom_weighted"].mean(), abs=9 * off)
-        for name in ("batch_mean", "batch_std"):        # norms, their mean over the batch, a step towards it
+        # norms, their mean over the batch, a step towards it
+        for name in ("batch_mean", "batch_std"):
             if name in value:
                 assert state[name].item() == pytest.approx(float(value[name]), rel=16 * U)
         if "kernel" in value:
@@ -83,9 +102,15 @@ def test_golden_where_threads_share_out_the_classes(threads):
 def test_a_product_in_shares_is_the_product(threads):
     """Against float64; of columns of a larger matrix, whose number the threads do not divide."""
     generator = torch.Generator().manual_seed(0)
-    grad, block = torch.randn(5, 120, generator=generator)[:, 10:111], torch.randn(101, 7, generator=generator)
+    grad, block = (
+        torch.randn(5, 120, generator=generator)[:, 10:111],
+        torch.randn(101, 7, generator=generator),
+    )
     # sums of 101 terms, whose magnitudes add up to some ten times the sums themselves
-    assert relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy()) < 10 * 101 ** 0.5 * U
+    assert (
+        relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy())
+        < 10 * 101**0.5 * U
+    )
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("standalone")])
@@ -111,7 +136,11 @@ def test_finite_where_student_meets_its_center(loss):
 
 def test_two_images_of_one_class_are_averaged_whatever_their_order():
     torch.manual_seed(1)
-    features, teacher, labels = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([3, 1, 3, 0, 3, 1])
+    features, teacher, labels = (
+        torch.randn(6, 8),
+        torch.randn(6, 8),
+        torch.tensor([3, 1, 3, 0, 3, 1]),
+    )
     kernels = []
     for order in (torch.arange(6), torch.tensor([4, 2, 0, 5, 1, 3])):
         torch.manual_seed(2)
@@ -127,7 +156,9 @@ def test_two_images_of_one_class_are_averaged_whatever_their_order():
             lam = (torch.nn.functional.normalize(old[label], dim=0) @ t[i]).clamp(1e-6, 1)
             alpha = ((f[i] @ t[i]).clamp(-1, 1) * lam).clamp(1e-6, 1)
             moved.append(alpha * old[label] + (1 - alpha) * t[i])
-        assert torch.allclose(kernels[0].t()[label].double(), torch.stack(moved).mean(0), atol=4 * cosine(8))
+        assert torch.allclose(
+            kernels[0].t()[label].double(), torch.stack(moved).mean(0), atol=4 * cosine(8)
+        )
     assert torch.equal(kernels[0].t()[[2, 4]].double(), old[[2, 4]])
 
 
@@ -135,7 +166,9 @@ def test_geometry_margin_widens_arcface_and_cosface():
     torch.manual_seed(0)
     features, teacher, labels = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6)
     for loss in ("ArcFace", "CosFace"):
-        plain, geometric = (build_header("AMLDistill", loss, 8, 6, use_geom_margin=on) for on in (False, True))
+        plain, geometric = (
+            build_header("AMLDistill", loss, 8, 6, use_geom_margin=on) for on in (False, True)
+        )
         kernel = teacher.t() + 0.1 * torch.randn(8, 6)
         plain.load_kernel(kernel), geometric.load_kernel(kernel)
         lam = torch.nn.functional.cosine_similarity(kernel.t(), teacher).clamp(1e-6, 1)
@@ -148,11 +181,15 @@ def test_geometry_margin_widens_arcface_and_cosface():
 def test_sampled_negatives_keep_the_positives_and_their_updates():
     torch.manual_seed(0)
     features, teacher, labels = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([7, 70, 7, 99])
-    whole, part = (build_header("AdaDistill", "CosFace", 8, 100, sample_rate=rate) for rate in (1.0, 0.1))
+    whole, part = (
+        build_header("AdaDistill", "CosFace", 8, 100, sample_rate=rate) for rate in (1.0, 0.1)
+    )
     whole.load_kernel(part.state_dict()["kernel"])
     whole(features, labels, teacher)
     loss, _ = part(features, labels, teacher)
-    assert torch.equal(whole.state_dict()["kernel"], part.state_dict()["kernel"]) and torch.isfinite(loss)
+    assert torch.equal(
+        whole.state_dict()["kernel"], part.state_dict()["kernel"]
+    ) and torch.isfinite(loss)
     torch.manual_seed(3)
     header = build_header("standalone", "CosFace", 8, 100, sample_rate=0.1)
     header(features, labels)[0].backward()
@@ -165,17 +202,22 @@ def test_state_survives_a_round_trip_and_other_states_are_refused():
     header(torch.randn(4, 8), torch.arange(4))
     other = build_header("standalone", "AdaFace", 8, 6)
     other.load_state_dict(header.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(header.state_dict().values(), other.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(header.state_dict().values(), other.state_dict().values())
+    )
     with pytest.raises(InputError, match="kernel is"):
         build_header("AMLDistill", "ArcFace", 8, 7).load_kernel(header.state_dict()["kernel"])
     with pytest.raises(InputError, match="keys"):
         build_header("standalone", "ArcFace", 8, 6).load_state_dict(header.state_dict())
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (("standalone", "ArcFase", 8, 6), "did you mean 'ArcFace'"),
-    (("AdaDistil", "ArcFace", 8, 6), "did you mean 'AdaDistill'"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("standalone", "ArcFase", 8, 6), "did you mean 'ArcFace'"),
+        (("AdaDistil", "ArcFace", 8, 6), "did you mean 'AdaDistill'"),
+    ],
+)
 def test_unknown_names(arguments, message):
     with pytest.raises(InputError, match=message):
         build_header(*arguments)

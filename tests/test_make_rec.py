@@ -1,4 +1,5 @@
 """data/make_rec.py as people call it: from the command line."""
+
 import os
 import pickle
 import subprocess
@@ -7,16 +8,21 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from test_dataset import jpeg, write_folder
+from test_recordio import ROOT
 
 from data.pair_list import read_pairs
 from utils.dataset import FaceDatasetFolder, MXFaceDataset
 from utils.errors import InputError
-from test_dataset import jpeg, write_folder
-from test_recordio import ROOT
 
 
 def make_rec(*arguments, cwd=None):
-    return subprocess.run([sys.executable, ROOT / "data" / "make_rec.py", *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+    return subprocess.run(
+        [sys.executable, ROOT / "data" / "make_rec.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+    )
 
 
 @pytest.fixture
@@ -32,10 +38,17 @@ def assert_fails(result, message, folder):
 
 
 def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
-    result = make_rec("--images", "faces", "--output", "out", "--layout", "insightface", cwd=tmp_path)
+    result = make_rec(
+        "--images", "faces", "--output", "out", "--layout", "insightface", cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "8 images of 3 identities" in result.stdout
-    assert sorted(os.listdir(tmp_path / "out")) == ["property", "train.idx", "train.lst", "train.rec"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "property",
+        "train.idx",
+        "train.lst",
+        "train.rec",
+    ]
     folder, records = FaceDatasetFolder(faces), MXFaceDataset(tmp_path / "out")
     assert len(folder) == len(records) == 8 and folder.num_classes == records.num_classes == 3
     for index in range(8):
@@ -44,24 +57,38 @@ def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
 
 
 def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
-    common = "--images", faces, "--output"          # plain and shuffled is the default
-    for name, arguments in {"a": (), "b": (), "other": ("--seed", 1), "sorted": ("--no-shuffle",)}.items():
+    common = "--images", faces, "--output"  # plain and shuffled is the default
+    for name, arguments in {
+        "a": (),
+        "b": (),
+        "other": ("--seed", 1),
+        "sorted": ("--no-shuffle",),
+    }.items():
         assert make_rec(*common, tmp_path / name, *arguments).returncode == 0
-    lists = {name: (tmp_path / name / "train.lst").read_text() for name in ("a", "b", "other", "sorted")}
+    lists = {
+        name: (tmp_path / name / "train.lst").read_text() for name in ("a", "b", "other", "sorted")
+    }
     assert lists["a"] == lists["b"] and len(set(lists.values())) == 3
     folder, records = FaceDatasetFolder(faces), MXFaceDataset(tmp_path / "a")
     position = {folder._name(index): index for index in range(8)}
     for line in lists["a"].splitlines():
         key, label, path = line.split("\t")
         image, record_label = records[int(key)]
-        assert np.array_equal(image, folder[position[path]][0]) and record_label == int(label) == folder[position[path]][1]
+        assert (
+            np.array_equal(image, folder[position[path]][0])
+            and record_label == int(label) == folder[position[path]][1]
+        )
     assert [line.split("\t")[2] for line in lists["sorted"].splitlines()] == sorted(position)
 
 
 def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
     folder = tmp_path / "faces" / "ann"
     folder.mkdir(parents=True)
-    smooth = cv2.resize(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8), (112, 112), interpolation=cv2.INTER_CUBIC)
+    smooth = cv2.resize(
+        np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8),
+        (112, 112),
+        interpolation=cv2.INTER_CUBIC,
+    )
     cv2.imwrite(str(folder / "a.png"), smooth)
     write_folder(tmp_path / "faces", {"bob": 1})
     images = "--images", tmp_path / "faces", "--no-shuffle"
@@ -142,9 +169,23 @@ def test_folders_that_are_no_training_set(faces, tmp_path):
 
 
 def test_wrong_arguments(faces, tmp_path):
-    assert_fails(make_rec("--images", tmp_path / "none", "--output", tmp_path / "out"), f"no folder {tmp_path}/none", tmp_path)
-    assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--layout", "insightface", "--shuffle"), "--layout plain", tmp_path)
-    assert_fails(make_rec("--images", faces, "--output", tmp_path / "out", "--quality", 0), "--quality", tmp_path)
+    assert_fails(
+        make_rec("--images", tmp_path / "none", "--output", tmp_path / "out"),
+        f"no folder {tmp_path}/none",
+        tmp_path,
+    )
+    assert_fails(
+        make_rec(
+            "--images", faces, "--output", tmp_path / "out", "--layout", "insightface", "--shuffle"
+        ),
+        "--layout plain",
+        tmp_path,
+    )
+    assert_fails(
+        make_rec("--images", faces, "--output", tmp_path / "out", "--quality", 0),
+        "--quality",
+        tmp_path,
+    )
 
 
 def test_failure_keeps_the_set_that_was_there(faces, tmp_path):
@@ -157,30 +198,49 @@ def test_failure_keeps_the_set_that_was_there(faces, tmp_path):
     (faces / "dan" / "0.jpg").write_bytes(jpeg(9))
     assert make_rec("--images", faces, "--output", tmp_path / "out").returncode == 0
     assert MXFaceDataset(tmp_path / "out").num_classes == 4
-    assert sorted(os.listdir(tmp_path / "out")) == ["property", "train.idx", "train.lst", "train.rec"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "property",
+        "train.idx",
+        "train.lst",
+        "train.rec",
+    ]
 
 
 def test_pairs(faces, tmp_path):
-    (tmp_path / "pairs.txt").write_text("# path path same\nann/00.jpg ann/01.jpg 1\n\nbob x/00.jpg\tcid/03.jpg\t0\nann/00.jpg cid/00.jpg 0\n")
-    result = make_rec("--pairs", tmp_path / "pairs.txt", "--images", faces, "--output", tmp_path / "lfw.bin")
+    (tmp_path / "pairs.txt").write_text(
+        "# path path same\nann/00.jpg ann/01.jpg 1\n\nbob "
+        "x/00.jpg\tcid/03.jpg\t0\nann/00.jpg cid/00.jpg 0\n"
+    )
+    result = make_rec(
+        "--pairs", tmp_path / "pairs.txt", "--images", faces, "--output", tmp_path / "lfw.bin"
+    )
     assert result.returncode == 0, result.stderr
     images, same = pickle.loads((tmp_path / "lfw.bin").read_bytes())
     paths = ("ann/00.jpg", "ann/01.jpg", "bob x/00.jpg", "cid/03.jpg", "ann/00.jpg", "cid/00.jpg")
-    assert images == [(faces / path).read_bytes() for path in paths] and same == [True, False, False]
+    assert images == [(faces / path).read_bytes() for path in paths] and same == [
+        True,
+        False,
+        False,
+    ]
 
 
 UTF16 = "\ufeffann/00.jpg ann/01.jpg 1\r\nann/00.jpg cid/00.jpg 0\r\n".encode("utf-16-le")
 
 
-@pytest.mark.parametrize("content", [
-    b"\xef\xbb\xbfann/00.jpg ann/01.jpg 1\r\nann/00.jpg cid/00.jpg 0\r\n",
-    b"\xef\xbb\xbf# with a remark\nann/00.jpg ann/01.jpg 1\nann/00.jpg cid/00.jpg 0",
-    UTF16,
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfann/00.jpg ann/01.jpg 1\r\nann/00.jpg cid/00.jpg 0\r\n",
+        b"\xef\xbb\xbf# with a remark\nann/00.jpg ann/01.jpg 1\nann/00.jpg cid/00.jpg 0",
+        UTF16,
+    ],
+)
 def test_pairs_as_windows_saves_them(faces, tmp_path, content):
     (tmp_path / "pairs.txt").write_bytes(content)
     assert read_pairs(tmp_path / "pairs.txt", faces) == [
-        ("ann/00.jpg", "ann/01.jpg", True), ("ann/00.jpg", "cid/00.jpg", False)]
+        ("ann/00.jpg", "ann/01.jpg", True),
+        ("ann/00.jpg", "cid/00.jpg", False),
+    ]
 
 
 def test_damaged_utf16_is_one_line(faces, tmp_path):
@@ -192,11 +252,16 @@ def test_damaged_utf16_is_one_line(faces, tmp_path):
 @pytest.mark.parametrize("same", [0, 1])
 def test_pairs_of_one_kind_are_not_packed(faces, tmp_path, same):
     (tmp_path / "pairs.txt").write_text(f"ann/00.jpg ann/01.jpg {same}\n" * 12)
-    result = make_rec("--pairs", tmp_path / "pairs.txt", "--images", faces, "--output", tmp_path / "lfw.bin")
-    assert_fails(result, f"all 12 pairs are of {'the same person' if same else 'different people'}", tmp_path)
+    result = make_rec(
+        "--pairs", tmp_path / "pairs.txt", "--images", faces, "--output", tmp_path / "lfw.bin"
+    )
+    assert_fails(
+        result, f"all 12 pairs are of {'the same person' if same else 'different people'}", tmp_path
+    )
 
 
 # --- LFW's own lists
+
 
 @pytest.fixture
 def lfw(tmp_path):
@@ -208,7 +273,9 @@ def lfw(tmp_path):
             encoded = jpeg(10 * person + number)
             suffix = ".png" if person == 5 else ".jpg"
             if person == 5:
-                encoded = cv2.imencode(".png", cv2.imdecode(np.frombuffer(encoded, np.uint8), 1))[1].tobytes()
+                encoded = cv2.imencode(".png", cv2.imdecode(np.frombuffer(encoded, np.uint8), 1))[
+                    1
+                ].tobytes()
             (folder / f"Name_{person}_{number:04d}{suffix}").write_bytes(encoded)
     return tmp_path / "faces"
 
@@ -229,13 +296,21 @@ def lfw_folds(folds: int, pairs: int) -> tuple[list[str], list[tuple[str, str, b
     return lines, expected
 
 
-@pytest.mark.parametrize("header, folds, pairs, ends", [
-    ("10\t3", 10, 3, "\n"), ("10 3", 10, 3, "\r\n"), ("7", 1, 7, "\n"), ("\ufeff2\t4", 2, 4, "\r\n"),
-])
+@pytest.mark.parametrize(
+    "header, folds, pairs, ends",
+    [
+        ("10\t3", 10, 3, "\n"),
+        ("10 3", 10, 3, "\r\n"),
+        ("7", 1, 7, "\n"),
+        ("\ufeff2\t4", 2, 4, "\r\n"),
+    ],
+)
 def test_lfws_own_lists_keep_their_order(lfw, tmp_path, header, folds, pairs, ends):
     lines, expected = lfw_folds(folds, pairs)
     (tmp_path / "pairs.txt").write_bytes((ends.join([header, *lines]) + ends).encode())
-    result = make_rec("--pairs", tmp_path / "pairs.txt", "--images", lfw, "--output", tmp_path / "lfw.bin")
+    result = make_rec(
+        "--pairs", tmp_path / "pairs.txt", "--images", lfw, "--output", tmp_path / "lfw.bin"
+    )
     assert result.returncode == 0, result.stderr
     images, same = pickle.loads((tmp_path / "lfw.bin").read_bytes())
     assert same == [pair[2] for pair in expected]
@@ -253,15 +328,32 @@ def test_lfws_lists_find_other_suffixes(lfw, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("10 1\nName_0 1 2\nName_0 1 Name_1 1\n", r"first line, '10 1', says 10 pairs .* there are 1 and 1"),
-    ("1\nName_0 1 2\nName_0 1 Name_0 2\n", "line 3: two images of Name_0 as a pair of different people"),
-    ("1\nName_0 1 2\nName_0 1\n", "line 3: expected 'name n1 n2' or 'name1 n1 name2 n2'"),
-    ("1\nName_0 1 2\nName_0\n", "line 3: expected 'name n1 n2' or 'name1 n1 name2 n2'"),
-    ("1\nName_0 one 2\nName_0 1 Name_1 1\n", "line 2: expected 'name n1 n2'"),
-    ("1\nName_0 1 9\nName_0 1 Name_1 1\n", r"line 2: no image .*Name_0_0009\.jpg, nor with .*\.png"),
-    ("Name_0 1 Name_1 1\n", r"line 1: expected 'path1 path2 0\|1'.* begin with a line such as '10 300'"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (
+            "10 1\nName_0 1 2\nName_0 1 Name_1 1\n",
+            r"first line, '10 1', says 10 pairs .* there are 1 "
+            r"and 1",
+        ),
+        (
+            "1\nName_0 1 2\nName_0 1 Name_0 2\n",
+            "line 3: two images of Name_0 as a pair of different people",
+        ),
+        ("1\nName_0 1 2\nName_0 1\n", "line 3: expected 'name n1 n2' or 'name1 n1 name2 n2'"),
+        ("1\nName_0 1 2\nName_0\n", "line 3: expected 'name n1 n2' or 'name1 n1 name2 n2'"),
+        ("1\nName_0 one 2\nName_0 1 Name_1 1\n", "line 2: expected 'name n1 n2'"),
+        (
+            "1\nName_0 1 9\nName_0 1 Name_1 1\n",
+            r"line 2: no image .*Name_0_0009\.jpg, nor with .*\.png",
+        ),
+        (
+            "Name_0 1 Name_1 1\n",
+            r"line 1: expected 'path1 path2 0\|1'.* begin with a line such as '10 "
+            r"300'",
+        ),
+    ],
+)
 def test_wrong_lines_of_lfws_lists(lfw, tmp_path, text, message):
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(InputError, match=message):
@@ -273,6 +365,8 @@ def test_wrong_pairs(faces, tmp_path):
     common = "--pairs", pairs, "--images", faces, "--output", tmp_path / "lfw.bin"
     assert_fails(make_rec(*common), f"no pair list {pairs}", tmp_path)
     pairs.write_text("ann/00.jpg ann/01.jpg 1\nann/00.jpg cid/09.jpg 0\n")
-    assert_fails(make_rec(*common), f"cannot read the image {faces}/cid/09.jpg: No such file", tmp_path)
+    assert_fails(
+        make_rec(*common), f"cannot read the image {faces}/cid/09.jpg: No such file", tmp_path
+    )
     pairs.write_text("ann/00.jpg ann/01.jpg yes\n")
     assert_fails(make_rec(*common), "line 1: expected 'path1 path2 0|1'", tmp_path)

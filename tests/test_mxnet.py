@@ -1,4 +1,7 @@
-"""Runs tests/mxnet_interop.py inside .venv-mxnet, where the real MXNet lives; skipped where that cannot be made, except in CI."""
+"""Runs tests/mxnet_interop.py inside .venv-mxnet, where the real MXNet lives; skipped where that
+cannot be made, except in CI.
+"""
+
 import os
 import subprocess
 import sys
@@ -15,17 +18,25 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def mxnet_python():
-    made = subprocess.run(["bash", ROOT / "tests" / "setup_mxnet.sh"], capture_output=True, text=True,
-                          env={**os.environ, "PYTHON": sys.executable})
+    made = subprocess.run(
+        ["bash", ROOT / "tests" / "setup_mxnet.sh"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHON": sys.executable},
+    )
     if made.returncode and "CI" not in os.environ:
         pytest.skip(f"no environment for MXNet: {made.stderr.strip()[-300:]}")
     assert made.returncode == 0, made.stderr
     return ROOT / ".venv-mxnet" / "bin" / "python"
 
 
-@pytest.mark.timeout(900)       # the first call downloads MXNet
+@pytest.mark.timeout(900)  # the first call downloads MXNet
 def test_both_directions_with_the_real_mxnet(mxnet_python, tmp_path):
-    result = subprocess.run([mxnet_python, ROOT / "tests" / "mxnet_interop.py", tmp_path], capture_output=True, text=True)
+    result = subprocess.run(
+        [mxnet_python, ROOT / "tests" / "mxnet_interop.py", tmp_path],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "all equal" in result.stdout
 

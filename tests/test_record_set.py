@@ -1,4 +1,6 @@
-"""utils.record_set and utils.record_index: several record files as one set, and an index that all processes of a machine share."""
+"""utils.record_set and utils.record_index: several record files as one set, and an index that all
+processes of a machine share.
+"""
 
 import json
 import os
@@ -10,10 +12,10 @@ import sys
 
 import numpy as np
 import pytest
-
-from config.schema import load_config
 from test_dataset import copy_set, jpeg, write_set
 from test_recordio import GOLDEN, SPANS
+
+from config.schema import load_config
 from tests.commands import ROOT
 from utils import record_index
 from utils.dataset import MXFaceDataset
@@ -46,9 +48,15 @@ def golden_records():
 
 @pytest.fixture
 def shards(tmp_path):
-    """The golden plain set in three shards, of which "10" comes last; the keys go on from one to the next."""
+    """The golden plain set in three shards, of which "10" comes last; the keys go on from one to
+    the next.
+    """
     records = list(golden_records())
-    for name, part in (("train_2", records[:11]), ("train_9", records[11:12]), ("train_10", records[12:])):
+    for name, part in (
+        ("train_2", records[:11]),
+        ("train_9", records[11:12]),
+        ("train_10", records[12:]),
+    ):
         write_shard(tmp_path / "set", name, part)
     (tmp_path / "set" / "property").write_text("6,112,112\n")
     return tmp_path / "set"
@@ -62,12 +70,22 @@ def test_shards_equal_the_whole(shards, expected, tmp_path):
     dataset = MXFaceDataset(shards)
     batch = read_all(dataset)
     assert len(dataset) == 30 and dataset.num_classes == 6 and not batch.bad
-    assert np.array_equal(batch.images, expected["plain/pixels"]) and np.array_equal(batch.labels, expected["plain/labels"])
+    assert np.array_equal(batch.images, expected["plain/pixels"]) and np.array_equal(
+        batch.labels, expected["plain/labels"]
+    )
     assert np.array_equal(dataset.labels(range(30)), expected["plain/labels"])
-    assert [dataset.name_of(index) for index in (0, 11, 12, 29)] == ["train_2.rec:0", "train_9.rec:11", "train_10.rec:12", "train_10.rec:29"]
+    assert [dataset.name_of(index) for index in (0, 11, 12, 29)] == [
+        "train_2.rec:0",
+        "train_9.rec:11",
+        "train_10.rec:12",
+        "train_10.rec:29",
+    ]
     named = MXFaceDataset([shards / "train_2.rec", shards / "train_9.rec", shards / "train_10.rec"])
     assert named.identity() == dataset.identity() and dataset.identity()["files"] == 3
-    assert MXFaceDataset([shards / "train_10.rec", shards / "train_2.rec"]).identity()["sha256"] != MXFaceDataset([shards / "train_2.rec", shards / "train_10.rec"]).identity()["sha256"]
+    assert (
+        MXFaceDataset([shards / "train_10.rec", shards / "train_2.rec"]).identity()["sha256"]
+        != MXFaceDataset([shards / "train_2.rec", shards / "train_10.rec"]).identity()["sha256"]
+    )
     for index in (-1, 30):
         with pytest.raises(IndexError):
             dataset[index]
@@ -84,8 +102,20 @@ def test_a_train_rec_stands_alone(shards):
     assert len(MXFaceDataset(shards)) == 30
 
 
-EARLIER = {"plain": dict(kind="records", images=30, bytes=123488, sha256="3a4f14cb71bf02292bbc6c7f89155f291146bfef0228737aa283af613d066056"),
-           "insightface": dict(kind="records", images=30, bytes=123768, sha256="09eb1fdc6d6ce3630af8f55c0dbdfdea4eb4a16a1b10ddb9e0b144f5bb2fe621")}
+EARLIER = {
+    "plain": dict(
+        kind="records",
+        images=30,
+        bytes=123488,
+        sha256="3a4f14cb71bf02292bbc6c7f89155f291146bfef0228737aa283af613d066056",
+    ),
+    "insightface": dict(
+        kind="records",
+        images=30,
+        bytes=123768,
+        sha256="09eb1fdc6d6ce3630af8f55c0dbdfdea4eb4a16a1b10ddb9e0b144f5bb2fe621",
+    ),
+}
 
 
 @pytest.mark.parametrize("style", EARLIER)
@@ -100,26 +130,38 @@ def test_missing_index_and_property_of_shards_are_rebuilt(shards, caplog):
         (shards / name).unlink()
     dataset = MXFaceDataset(shards)
     assert np.array_equal(read_all(dataset).images, intact.images) and dataset.num_classes == 6
-    assert (shards / "property").read_text() == "6,112,112\n" and (shards / "train_10.idx").is_file()
+    assert (shards / "property").read_text() == "6,112,112\n" and (
+        shards / "train_10.idx"
+    ).is_file()
     assert "train_9.idx is missing" in caplog.text and "headers of 30 records" in caplog.text
 
 
 def test_insightface_shards(tmp_path, expected):
     """Each with a record 0 of its own, and the keys from 1."""
     reader = IndexedRecordIO(GOLDEN / "insightface.idx", GOLDEN / "insightface.rec", "r")
-    for number in range(2):         # three identities each, whose labels start at 0 again
-        groups = [[unpack(reader.read_idx(key))[1] for key in range(*span)] for span in SPANS[3 * number:3 * number + 3]]
+    for number in range(2):  # three identities each, whose labels start at 0 again
+        groups = [
+            [unpack(reader.read_idx(key))[1] for key in range(*span)]
+            for span in SPANS[3 * number : 3 * number + 3]
+        ]
         write_insightface(tmp_path / str(number), groups)
     folders = [tmp_path / "0", tmp_path / "1"]
     dataset = MXFaceDataset(folders, labels="separate")
     batch = read_all(dataset)
-    assert np.array_equal(batch.images, expected["insightface/pixels"]) and np.array_equal(batch.labels, expected["insightface/labels"])
+    assert np.array_equal(batch.images, expected["insightface/pixels"]) and np.array_equal(
+        batch.labels, expected["insightface/labels"]
+    )
     assert dataset.num_classes == 6 and np.array_equal(dataset.labels(range(30)), batch.labels)
     assert dataset.name_of(15) == f"{tmp_path / '1' / 'train.rec'}:1"
     shared = MXFaceDataset(folders, labels="shared")
-    assert shared.num_classes == 3 and read_all(shared).labels.tolist() == [label % 3 for label in batch.labels.tolist()]
-    assert shared.identity() == dataset.identity()          # the images are the same, whatever they are called
-    with pytest.raises(InputError, match="rec names 2 folders .* set rec_labels=shared .* or rec_labels=separate"):
+    assert shared.num_classes == 3 and read_all(shared).labels.tolist() == [
+        label % 3 for label in batch.labels.tolist()
+    ]
+    # the images are the same, whatever they are called
+    assert shared.identity() == dataset.identity()
+    with pytest.raises(
+        InputError, match="rec names 2 folders .* set rec_labels=shared .* or rec_labels=separate"
+    ):
         MXFaceDataset(folders)
     with pytest.raises(InputError, match="num_classes=5 is smaller than the 6 classes"):
         MXFaceDataset(folders, num_classes=5, labels="separate")
@@ -130,10 +172,18 @@ def test_a_label_of_the_next_set_is_no_class(tmp_path):
     """Counted on, it would be somebody else's."""
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        write_set(tmp_path / str(number), [(float(label), jpeg(label)) for label in (0, 2 - number)], "2,112,112\n")
+        write_set(
+            tmp_path / str(number),
+            [(float(label), jpeg(label)) for label in (0, 2 - number)],
+            "2,112,112\n",
+        )
     dataset = MXFaceDataset([tmp_path / "0", tmp_path / "1"], labels="separate")
     assert dataset[3][1] == 3
-    with pytest.raises(InputError, match=r"record .*0/train.rec:1 of .* has label 2, but the set has 2 classes"):
+    with pytest.raises(
+        InputError,
+        match=r"record .*0/train.rec:1 of .* has label 2, but the set "
+        r"has 2 classes",
+    ):
         dataset[1]
 
 
@@ -142,20 +192,32 @@ def test_damage_in_a_shard_is_named_and_replaced_over_its_end(shards):
         file.write(b"oops")
     dataset = MXFaceDataset(shards)
     batch = dataset.__getitems__([11])
-    assert [name for name, _ in batch.bad] == ["train_9.rec:11"] and f"{shards / 'train_9.rec'}: key 11 at offset 0" in batch.bad[0][1]
+    assert [name for name, _ in batch.bad] == ["train_9.rec:11"] and (
+        f"{shards / 'train_9.rec'}: key 11 at offset 0"
+    ) in batch.bad[0][1]
     assert np.array_equal(batch.images[0], dataset[12][0])
     os.truncate(shards / "train_10.rec", os.path.getsize(shards / "train_10.rec") - 100)
-    assert np.array_equal(dataset.__getitems__([29]).images[0], dataset[0][0])          # around the end
+    # around the end
+    assert np.array_equal(dataset.__getitems__([29]).images[0], dataset[0][0])
 
 
 def test_what_rec_cannot_name(shards, tmp_path):
     (tmp_path / "empty").mkdir()
-    for rec, message in (([shards, shards / "train_9.rec"], "names .*train_9.rec twice"), ([], "rec names no file"), (tmp_path / "empty", "no record file .*empty/train.rec"),
-                         (shards / "train_7.rec", "no record file .*train_7.rec"), ([shards, tmp_path / "gone"], "set rec_labels=")):
+    for rec, message in (
+        ([shards, shards / "train_9.rec"], "names .*train_9.rec twice"),
+        ([], "rec names no file"),
+        (tmp_path / "empty", "no record file .*empty/train.rec"),
+        (shards / "train_7.rec", "no record file .*train_7.rec"),
+        ([shards, tmp_path / "gone"], "set rec_labels="),
+    ):
         with pytest.raises(InputError, match=message):
             MXFaceDataset(rec)
     write_shard(tmp_path / "others", "part0", [(0, 0, jpeg(0))])
-    with pytest.raises(InputError, match=r"no shards train\*.rec beside it; it holds part0.rec: name the files of the set, rec=.*others/part0.rec"):
+    with pytest.raises(
+        InputError,
+        match=r"no shards train\*.rec beside it; it holds part0.rec: "
+        r"name the files of the set, rec=.*others/part0.rec",
+    ):
         MXFaceDataset(tmp_path / "others")
     assert len(MXFaceDataset(tmp_path / "others" / "part0.rec")) == 1
 
@@ -165,24 +227,39 @@ def test_rec_in_the_configuration(tmp_path, monkeypatch):
 
     def rec(*words, config=ROOT / "config" / "config.py"):
         return load_config(config, ["dataset=synthetic", *words]).rec
+
     assert rec("rec=one") == str(tmp_path / "one") and rec() == str(ROOT / "data" / "synthetic")
-    assert rec("rec=one,/two/b.rec , ~/three") == [str(tmp_path / "one"), "/two/b.rec", os.path.expanduser("~/three")]
+    assert rec("rec=one,/two/b.rec , ~/three") == [
+        str(tmp_path / "one"),
+        "/two/b.rec",
+        os.path.expanduser("~/three"),
+    ]
     (tmp_path / "a,b").mkdir()
     assert rec("rec=a,b") == str(tmp_path / "a,b")
-    (tmp_path / "mine.py").write_text("from config.config import config\nconfig.rec = ['x', '/y']\n")
+    (tmp_path / "mine.py").write_text(
+        "from config.config import config\nconfig.rec = ['x', '/y']\n"
+    )
     assert rec(config=tmp_path / "mine.py") == [str(ROOT / "x"), "/y"]
-    (tmp_path / "mine.json").write_text(json.dumps(dict(load_config(tmp_path / "mine.py", ["dataset=synthetic"]))))
+    (tmp_path / "mine.json").write_text(
+        json.dumps(dict(load_config(tmp_path / "mine.py", ["dataset=synthetic"])))
+    )
     assert rec(config=tmp_path / "mine.json") == [str(ROOT / "x"), "/y"]
     (tmp_path / "mine.py").write_text("from config.config import config\nconfig.rec = 3\n")
-    with pytest.raises(InputError, match="rec=3 has the wrong type or value: expected a path or a list of paths"):
+    with pytest.raises(
+        InputError, match="rec=3 has the wrong type or value: expected a path or a list of paths"
+    ):
         rec(config=tmp_path / "mine.py")
 
 
 # --- the index that a machine shares
 
+
 @pytest.fixture
 def big_index(tmp_path, monkeypatch):
-    """An .idx as InsightFace's, record 0 last, large enough to be shared; the .rec is a hole. And the temporary folder of this test alone."""
+    """An .idx as InsightFace's, record 0 last, large enough to be shared; the .rec is a hole.
+
+    And the temporary folder of this test alone.
+    """
     monkeypatch.setattr(record_index.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     return write_big_index(tmp_path / "train", list(range(1, 100_000)) + [0])
@@ -206,12 +283,19 @@ def shared_files(tmp_path):
 
 @pytest.mark.parametrize("keys", ["insightface", "shuffled", "huge"])
 def test_shared_index_equals_the_dictionary_of_its_lines(keys, big_index, tmp_path):
-    listed = {"insightface": list(range(1, 100_000)) + [0], "shuffled": np.random.default_rng(0).permutation(100_000).tolist(),
-              "huge": [1 << 40, 3] + list(range(10, 100_000))}[keys]
+    listed = {
+        "insightface": list(range(1, 100_000)) + [0],
+        "shuffled": np.random.default_rng(0).permutation(100_000).tolist(),
+        "huge": [1 << 40, 3] + list(range(10, 100_000)),
+    }[keys]
     idx, rec = write_big_index(tmp_path / "train", listed)
     index = open_index(idx, rec, no_scan)
     expected = {key: at * 4000 for at, key in enumerate(listed)}
-    assert index.mapped and index.keys.tolist() == sorted(listed) and index.keys.dtype == (np.int64 if keys == "huge" else np.uint32)
+    assert (
+        index.mapped
+        and index.keys.tolist() == sorted(listed)
+        and index.keys.dtype == (np.int64 if keys == "huge" else np.uint32)
+    )
     assert index.offsets.tolist() == [expected[key] for key in sorted(listed)]
     assert (index.by_offset is None) == (keys == "insightface")
     if index.by_offset is not None:
@@ -219,7 +303,12 @@ def test_shared_index_equals_the_dictionary_of_its_lines(keys, big_index, tmp_pa
     alone = in_memory(*read_index(idx))
     assert np.array_equal(alone.keys, index.keys) and np.array_equal(alone.offsets, index.offsets)
     reader = IndexedRecordIO(idx, rec, "r")
-    assert reader.keys == listed and reader.offset(7) == expected.get(7, 28_000 if keys != "huge" else None) if 7 in expected else True
+    assert (
+        reader.keys == listed
+        and reader.offset(7) == expected.get(7, 28_000 if keys != "huge" else None)
+        if 7 in expected
+        else True
+    )
     for key in (-1, 1 << 33, 1 << 63, 200_000):
         with pytest.raises(KeyError):
             reader.offset(key)
@@ -311,8 +400,7 @@ def test_offsets_beyond_the_file_are_refused(offset, count, tmp_path):
         MXFaceDataset(folder)
     assert (
         f"train.idx: offset {offset} of key {30 - count} lies beyond the {size} bytes of "
-        f"{folder / 'train.rec'}{more}; "
-        in str(told.value)
+        f"{folder / 'train.rec'}{more}; " in str(told.value)
     )
     assert "delete train.idx to have it rebuilt" in str(told.value)
     (folder / "train.idx").unlink()
@@ -398,8 +486,7 @@ def test_insightface_index_that_lost_record_0(lost, tmp_path, expected, caplog):
     first = min(key for key in range(31, 37) if key not in lost)
     assert (
         "does not list record 0, which tells images from InsightFace's identity records: "
-        f"the {identities} records from key {first} on"
-        in caplog.text
+        f"the {identities} records from key {first} on" in caplog.text
     )
     caplog.clear()
     (folder / "train.idx").unlink()
@@ -455,7 +542,8 @@ def test_record_0_of_another_set(tmp_path, caplog):
 def test_an_empty_image_at_key_0_is_no_record_0(tmp_path):
     """Also one whose header promises more labels than there are."""
     for record in (
-        (pack(IRHeader(0, 3.0, 0, 0), b""), struct.pack("<IfQQ", 9999, 3.0, 0, 0) + b"\0" * 8)
+        pack(IRHeader(0, 3.0, 0, 0), b""),
+        struct.pack("<IfQQ", 9999, 3.0, 0, 0) + b"\0" * 8,
     ):
         with IndexedRecordIO(tmp_path / "train.idx", tmp_path / "train.rec", "w") as writer:
             writer.write_idx(0, record)
@@ -533,7 +621,12 @@ def test_what_is_no_property(text, tmp_path):
 
 def test_order_of_equals_argsort():
     rng = np.random.default_rng(0)
-    for values in (rng.integers(0, 50, 1000), rng.integers(0, 1 << 40, 1000), rng.integers(0, 1 << 62, 1000), np.zeros(1, np.int64)):
+    for values in (
+        rng.integers(0, 50, 1000),
+        rng.integers(0, 1 << 40, 1000),
+        rng.integers(0, 1 << 62, 1000),
+        np.zeros(1, np.int64),
+    ):
         assert np.array_equal(order_of(values), np.argsort(values, kind="stable"))
 
 
@@ -543,12 +636,13 @@ def test_a_changed_index_is_not_taken_from_before(big_index, tmp_path):
     (made,) = shared_files(tmp_path)
     stamp = made.stat().st_ino
     open_index(idx, rec, no_scan)
-    assert made.stat().st_ino == stamp                              # it was taken as it is
+    assert made.stat().st_ino == stamp  # it was taken as it is
     status = os.stat(idx)
     text = open(idx).read()
     with open(idx, "r+") as file:
         file.write(text.replace("\t4000\n", "\t4004\n", 1))
-    os.utime(idx, ns=(status.st_atime_ns, status.st_mtime_ns))      # as cp -p and rsync do: same size, same time
+    # as cp -p and rsync do: same size, same time
+    os.utime(idx, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert open_index(idx, rec, no_scan).offsets[2] == 4004
     os.utime(rec)
     stamp = made.stat().st_ino
@@ -560,31 +654,61 @@ def test_a_changed_index_is_not_taken_from_before(big_index, tmp_path):
 
 
 def test_processes_share_the_pages_of_one_file(big_index, tmp_path):
-    """A spawned process maps what this one has made: nothing of the index is its own, and nothing is sent along."""
+    """A spawned process maps what this one has made: nothing of the index is its own, and nothing
+    is sent along.
+    """
     reader = IndexedRecordIO(*big_index, "r")
     sent = pickle.dumps(reader)
     assert len(sent) < 2000
-    program = ("import pickle, sys; sys.path.insert(0, sys.argv[1]); reader = pickle.loads(sys.stdin.buffer.read()); reader.index.offsets.sum(); reader.index.keys.sum()\n"
-               "print(reader.offset(99_999)); print(open('/proc/self/smaps').read())")
-    out = subprocess.run([sys.executable, "-c", program, ROOT], input=sent, capture_output=True, check=True, env=dict(os.environ, TMPDIR=str(tmp_path / "tmp"))).stdout.decode()
+    program = (
+        "import pickle, sys; sys.path.insert(0, sys.argv[1]); reader = "
+        "pickle.loads(sys.stdin.buffer.read()); reader.index.offsets.sum(); "
+        "reader.index.keys.sum()\n"
+        "print(reader.offset(99_999)); print(open('/proc/self/smaps').read())"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program, ROOT],
+        input=sent,
+        capture_output=True,
+        check=True,
+        env=dict(os.environ, TMPDIR=str(tmp_path / "tmp")),
+    ).stdout.decode()
     assert out.splitlines()[0] == str(99_998 * 4000)
-    mapping = out[out.index(str(shared_files(tmp_path)[0])):].split("VmFlags")[0]
-    sizes = {line.split(":")[0]: int(line.split()[1]) for line in mapping.splitlines()[1:] if line.endswith("kB")}
+    mapping = out[out.index(str(shared_files(tmp_path)[0])) :].split("VmFlags")[0]
+    sizes = {
+        line.split(":")[0]: int(line.split()[1])
+        for line in mapping.splitlines()[1:]
+        if line.endswith("kB")
+    }
     assert sizes["Rss"] > 1000 and sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
 def test_many_processes_at_once_make_it_once(big_index, tmp_path):
-    program = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom utils import record_index\nsave = record_index.save\n"
-               "def telling(*arguments): print('made'); save(*arguments)\nrecord_index.save = telling\n"
-               "index = record_index.open_index(*sys.argv[2:], None); print(index.offsets[-1], index.mapped)")
-    processes = [subprocess.Popen([sys.executable, "-c", program, ROOT, *big_index], stdout=subprocess.PIPE, text=True, env=dict(os.environ, TMPDIR=str(tmp_path / "tmp")))
-                 for _ in range(4)]
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\nfrom utils import record_index\nsave "
+        "= record_index.save\n"
+        "def telling(*arguments): print('made'); save(*arguments)\nrecord_index.save = "
+        "telling\n"
+        "index = record_index.open_index(*sys.argv[2:], None); print(index.offsets[-1], "
+        "index.mapped)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, ROOT, *big_index],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ, TMPDIR=str(tmp_path / "tmp")),
+        )
+        for _ in range(4)
+    ]
     said = [process.communicate()[0] for process in processes]
     assert sorted(said) == [f"{99_998 * 4000} True\n"] * 3 + [f"made\n{99_998 * 4000} True\n"]
 
 
 def test_a_temporary_folder_that_cannot_be_used(big_index, tmp_path, monkeypatch, caplog):
-    """Somebody else's folder under our name, a place that is no folder, a full disk: the index is there all the same, and the log says so."""
+    """Somebody else's folder under our name, a place that is no folder, a full disk: the index is
+    there all the same, and the log says so.
+    """
     folder = tmp_path / "tmp" / f"record-index-{os.getuid()}"
     folder.mkdir()
     folder.chmod(0o777)
@@ -596,12 +720,19 @@ def test_a_temporary_folder_that_cannot_be_used(big_index, tmp_path, monkeypatch
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(record_index, "save", full)
     index = open_index(*big_index, no_scan)
-    assert not index.mapped and index.offsets[0] == 99_999 * 4000 and "No space left on device" in caplog.text
+    assert (
+        not index.mapped
+        and index.offsets[0] == 99_999 * 4000
+        and "No space left on device" in caplog.text
+    )
 
 
-def test_a_missing_index_in_a_read_only_folder_is_scanned_once_a_machine(tmp_path, monkeypatch, big_index):
+def test_a_missing_index_in_a_read_only_folder_is_scanned_once_a_machine(
+    tmp_path, monkeypatch, big_index
+):
     monkeypatch.setattr(record_index, "SHARED_FROM_RECORDS", 0)
     folder = copy_set("plain", tmp_path / "set")
     (folder / "train.idx").unlink()
@@ -612,5 +743,3 @@ def test_a_missing_index_in_a_read_only_folder_is_scanned_once_a_machine(tmp_pat
     assert not (folder / "train.idx").exists() and first.index.mapped
     again = IndexedRecordIO(folder / "train.idx", folder / "train.rec", "r")
     assert not scanned and again.keys == first.keys == list(range(30))
-
-

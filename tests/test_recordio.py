@@ -1,4 +1,5 @@
 """utils.recordio against files written by MXNet 1.9.1, and against damage."""
+
 import os
 import pickle
 import signal
@@ -52,7 +53,10 @@ def random_payloads(count, seed):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         pieces = rng.integers(0, 4, rng.integers(0, 12))
-        yield b"".join(recordio.MAGIC_BYTES if piece == 0 else rng.bytes(int(rng.integers(0, 9))) for piece in pieces)
+        yield b"".join(
+            recordio.MAGIC_BYTES if piece == 0 else rng.bytes(int(rng.integers(0, 9)))
+            for piece in pieces
+        )
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -79,7 +83,11 @@ def test_insightface_layout_bit_for_bit(tmp_path):
     reader = open_golden("insightface")
     groups = ((unpack(reader.read_idx(key))[1] for key in range(*span)) for span in SPANS)
     assert write_insightface(tmp_path, groups) == 30
-    for written, golden in (("train.rec", "insightface.rec"), ("train.idx", "insightface.idx"), ("property", "insightface.property")):
+    for written, golden in (
+        ("train.rec", "insightface.rec"),
+        ("train.idx", "insightface.idx"),
+        ("property", "insightface.property"),
+    ):
         assert (tmp_path / written).read_bytes() == (GOLDEN / golden).read_bytes()
     assert sorted(os.listdir(tmp_path)) == ["property", "train.idx", "train.rec"]
 
@@ -100,10 +108,17 @@ def test_most_records_are_read_in_one_call_and_a_large_one_is_forgotten(tmp_path
             writer.write_idx(key, payload)
     calls, pread = [], os.pread
     with IndexedRecordIO(tmp_path / "a.idx", tmp_path / "a.rec", "r") as reader:
-        monkeypatch.setattr(os, "pread", lambda file, size, offset: calls.append(size) or pread(file, size, offset))
+        monkeypatch.setattr(
+            os, "pread", lambda file, size, offset: calls.append(size) or pread(file, size, offset)
+        )
         assert [reader.read_idx(key) for key in range(len(sizes))] == payloads
-    assert len(calls) == len(sizes) + 3         # twice for the first, and for the two that are larger than the one before
-    assert calls[7] < 60_100 and calls[206] < 120 and calls[-3:] == [300_000, 8 + (1 << 16), 8 + (1 << 16) * 15 // 16]
+    # twice for the first, and for the two that are larger than the one before
+    assert len(calls) == len(sizes) + 3
+    assert (
+        calls[7] < 60_100
+        and calls[206] < 120
+        and calls[-3:] == [300_000, 8 + (1 << 16), 8 + (1 << 16) * 15 // 16]
+    )
 
 
 def test_headers_round_trip():
@@ -213,11 +228,15 @@ write_insightface(sys.argv[2], [images()])
 
 
 def test_killed_writer_leaves_no_final_file(tmp_path):
-    writer = subprocess.Popen([sys.executable, "-c", KILLED_WRITER, ROOT, tmp_path], stdout=subprocess.PIPE)
+    writer = subprocess.Popen(
+        [sys.executable, "-c", KILLED_WRITER, ROOT, tmp_path], stdout=subprocess.PIPE
+    )
     writer.stdout.readline()
     writer.send_signal(signal.SIGKILL)
     writer.wait()
-    assert not [name for name in os.listdir(tmp_path) if name in ("train.rec", "train.idx", "property")]
+    assert not [
+        name for name in os.listdir(tmp_path) if name in ("train.rec", "train.idx", "property")
+    ]
 
 
 def test_failed_writer_keeps_the_old_files(tmp_path):
@@ -236,5 +255,8 @@ def test_large_index_is_read_quickly(tmp_path):
     path.write_text("".join(f"{key}\t{key * 7000}\n" for key in range(count)))
     start = time.process_time()
     keys, offsets = recordio.read_index(path)
-    assert time.process_time() - start < 2          # measured 0.1 s; 5.8 million lines take 0.6 s
-    assert keys.dtype == offsets.dtype == np.int64 and (keys[-1], offsets[-1]) == (count - 1, (count - 1) * 7000)
+    assert time.process_time() - start < 2  # measured 0.1 s; 5.8 million lines take 0.6 s
+    assert keys.dtype == offsets.dtype == np.int64 and (keys[-1], offsets[-1]) == (
+        count - 1,
+        (count - 1) * 7000,
+    )

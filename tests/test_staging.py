@@ -1,4 +1,6 @@
-"""utils.staging: copies of a set on a disk of the machine, also when something goes wrong on the way."""
+"""utils.staging: copies of a set on a disk of the machine, also when something goes wrong on the
+way.
+"""
 
 import os
 import shutil
@@ -9,10 +11,10 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
+from test_dataset import copy_set
 
 from config.schema import load_config
 from data.make_synthetic import open_studio, write_training_set
-from test_dataset import copy_set
 from tests.commands import ROOT, run
 from train import cache_teacher
 from train.setup import build_dataset
@@ -42,7 +44,9 @@ def let_go():
 def assert_same(source, copy, names=NAMES):
     for name in names:
         assert (copy / name).read_bytes() == (source / name).read_bytes(), name
-    assert sorted(path.name for path in copy.iterdir()) == sorted([*names, "complete.json", "copying", "reading", "source.json"])
+    assert sorted(path.name for path in copy.iterdir()) == sorted(
+        [*names, "complete.json", "copying", "reading", "source.json"]
+    )
 
 
 def test_a_copy_is_made_once(source, tmp_path):
@@ -51,12 +55,19 @@ def test_a_copy_is_made_once(source, tmp_path):
     times = {name: (copy / name).stat().st_mtime_ns for name in os.listdir(copy)}
     assert stage(source, NAMES, tmp_path / "disk") == copy
     assert times == {name: (copy / name).stat().st_mtime_ns for name in os.listdir(copy)}
-    other = copy_set("vector", tmp_path / "elsewhere" / "faces") if (tmp_path / "elsewhere").mkdir() is None else None
-    assert stage(other, NAMES, tmp_path / "disk") != copy           # of the same name, but another place
+    other = (
+        copy_set("vector", tmp_path / "elsewhere" / "faces")
+        if (tmp_path / "elsewhere").mkdir() is None
+        else None
+    )
+    # of the same name, but another place
+    assert stage(other, NAMES, tmp_path / "disk") != copy
     assert_same(source, copy)
 
 
-def test_a_changed_source_is_copied_anew_and_the_old_copy_goes_when_nobody_reads_it(source, tmp_path, caplog):
+def test_a_changed_source_is_copied_anew_and_the_old_copy_goes_when_nobody_reads_it(
+    source, tmp_path, caplog
+):
     first = stage(source, NAMES, tmp_path / "disk")
     with open(source / "train.rec", "r+b") as file:
         file.seek(50_000)
@@ -75,7 +86,10 @@ def test_a_copy_that_was_written_to_is_copied_again(source, tmp_path, caplog):
     with open(copy / "train.rec", "r+b") as file:
         file.write(b"oops")
     (copy / "train.idx").unlink()
-    assert stage(source, NAMES, tmp_path / "disk") == copy and "train.rec is not any more what was copied" in caplog.text
+    assert (
+        stage(source, NAMES, tmp_path / "disk") == copy
+        and ("train.rec is not any more what was copied") in caplog.text
+    )
     assert_same(source, copy)
 
 
@@ -99,12 +113,20 @@ print(staging.stage(sys.argv[2], ["train.idx", "train.rec", "property"], sys.arg
 
 
 def copying(source, to, stop_at=-1):
-    return subprocess.Popen([sys.executable, "-c", COPY, ROOT, source, to, str(stop_at)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", COPY, ROOT, source, to, str(stop_at)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_killed_copy_goes_on_where_it_was(damage, source, tmp_path):
-    """At the first part whose sum does not fit: the one it was killed in, or one that the disk has lost since."""
+    """At the first part whose sum does not fit: the one it was killed in, or one that the disk has
+    lost since.
+    """
     process = copying(source, tmp_path / "disk", stop_at=60_000)
     assert process.stdout.readline() == "at 60000\n"
     process.send_signal(signal.SIGKILL)
@@ -115,8 +137,15 @@ def test_a_killed_copy_goes_on_where_it_was(damage, source, tmp_path):
         with open(copy / "train.rec.partial", "r+b") as file:
             file.seek(25_000)
             file.write(bytes(100))
-    parts = [line for line in copying(source, tmp_path / "disk").communicate()[0].splitlines() if line.startswith("part")]
-    assert parts == [f"part {start}" for start in range(20_000 if damage else 60_000, 123_488, 10_000)]       # the smaller files were there
+    parts = [
+        line
+        for line in copying(source, tmp_path / "disk").communicate()[0].splitlines()
+        if line.startswith("part")
+    ]
+    # the smaller files were there
+    assert parts == [
+        f"part {start}" for start in range(20_000 if damage else 60_000, 123_488, 10_000)
+    ]
     assert_same(source, copy)
 
 
@@ -134,7 +163,11 @@ def test_two_runs_at_once_copy_once(source, tmp_path):
 def test_a_disk_that_is_too_small(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage(200_000, 100_000, 100_000))
-    with pytest.raises(InputError, match=r"stage_to: .*faces takes 0.000 GB more in .*disk, 0.000 GB are free on its disk; make room"):
+    with pytest.raises(
+        InputError,
+        match=r"stage_to: .*faces takes 0.000 GB more in .*disk, 0.000 "
+        r"GB are free on its disk; make room",
+    ):
         stage(source, NAMES, tmp_path / "disk")
     assert not list((tmp_path / "disk").glob("*/train*"))
     monkeypatch.undo()
@@ -147,8 +180,11 @@ def test_a_disk_that_fills_up_keeps_what_is_done(source, tmp_path, monkeypatch):
         if start >= 60_000:
             raise OSError(28, "No space left on device", "train.rec.partial")
         write(file, start, content)
+
     monkeypatch.setattr(staging, "write_part", filling)
-    with pytest.raises(InputError, match="cannot copy .*No space left on device.*what is done is kept"):
+    with pytest.raises(
+        InputError, match="cannot copy .*No space left on device.*what is done is kept"
+    ):
         stage(source, NAMES, tmp_path / "disk")
     monkeypatch.setattr(staging, "write_part", write)
     assert_same(source, stage(source, NAMES, tmp_path / "disk"))
@@ -156,7 +192,13 @@ def test_a_disk_that_fills_up_keeps_what_is_done(source, tmp_path, monkeypatch):
 
 def test_a_disk_that_does_not_give_back_what_was_written(source, tmp_path, monkeypatch):
     write = staging.write_part
-    monkeypatch.setattr(staging, "write_part", lambda file, start, content: write(file, start, content if start != 70_000 else b"\0" + content[1:]))
+    monkeypatch.setattr(
+        staging,
+        "write_part",
+        lambda file, start, content: write(
+            file, start, content if start != 70_000 else b"\0" + content[1:]
+        ),
+    )
     with pytest.raises(InputError, match="train.rec is not what was written to it, at byte 70000"):
         stage(source, NAMES, tmp_path / "disk")
     monkeypatch.setattr(staging, "write_part", write)
@@ -170,6 +212,7 @@ def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch):
         write(file, start, content)
         if start == 70_000:
             os.utime(source / "train.rec")
+
     monkeypatch.setattr(staging, "write_part", changing)
     with pytest.raises(InputError, match="train.rec changed while it was copied"):
         stage(source, NAMES, tmp_path / "disk")
@@ -179,43 +222,93 @@ def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch):
 
 def test_places_that_cannot_be_copied_to(source, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="stage_to: cannot copy .*faces to .*File exists|Not a directory"):
+    with pytest.raises(
+        InputError, match="stage_to: cannot copy .*faces to .*File exists|Not a directory"
+    ):
         stage(source, NAMES, tmp_path / "file")
     with pytest.raises(InputError, match="stage_to copies record files"):
         load_config(ROOT / "config" / "config.py", ["dataset=Idifface", "stage_to=/tmp"])
 
 
 def test_sets_are_read_from_their_copies(source, tmp_path):
-    """One set without property, and shards of two folders: names, labels and identity are those of the originals."""
+    """One set without property, and shards of two folders: names, labels and identity are those of
+    the originals.
+    """
     (source / "property").unlink()
-    cfg = load_config(ROOT / "config" / "config.py", ["dataset=synthetic", f"rec={source}", f"stage_to={tmp_path / 'disk'}"])
+    cfg = load_config(
+        ROOT / "config" / "config.py",
+        ["dataset=synthetic", f"rec={source}", f"stage_to={tmp_path / 'disk'}"],
+    )
     dataset = build_dataset(cfg)
     shutil.move(source, tmp_path / "away")
     assert dataset.root_dir.startswith(str(tmp_path / "disk")) and cfg.rec == str(source)
     original = MXFaceDataset(tmp_path / "away")
-    assert dataset.identity() == original.identity() and np.array_equal(dataset.read_batch(range(30))[0], original.read_batch(range(30))[0])
+    assert dataset.identity() == original.identity() and np.array_equal(
+        dataset.read_batch(range(30))[0], original.read_batch(range(30))[0]
+    )
     others = [copy_set(style, tmp_path / style) for style in ("insightface", "vector")]
-    cfg = load_config(ROOT / "config" / "config.py", ["dataset=synthetic", f"rec={others[0]},{others[1] / 'train.rec'}", "rec_labels=separate", f"stage_to={tmp_path / 'disk'}"])
+    cfg = load_config(
+        ROOT / "config" / "config.py",
+        [
+            "dataset=synthetic",
+            f"rec={others[0]},{others[1] / 'train.rec'}",
+            "rec_labels=separate",
+            f"stage_to={tmp_path / 'disk'}",
+        ],
+    )
     dataset = build_dataset(cfg)
-    assert dataset.num_classes == 12 and dataset.identity() == MXFaceDataset(others, labels="separate").identity()
+    assert (
+        dataset.num_classes == 12
+        and dataset.identity() == MXFaceDataset(others, labels="separate").identity()
+    )
     cfg.rec = str(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no record file .*nowhere/train.rec"):
         build_dataset(cfg)
 
 
 def test_two_ranks_train_from_one_copy(tmp_path, monkeypatch):
-    """The real command; the set and the teacher's features are copied by the first rank of the machine, and the run does not touch the originals any more."""
+    """The real command; the set and the teacher's features are copied by the first rank of the
+    machine, and the run does not touch the originals any more.
+    """
     (tmp_path / "faces").mkdir()
     with open_studio(1, 3, 1.0) as studio:
         write_training_set(tmp_path / "faces", studio, 4, 8)
     features = np.random.default_rng(0).standard_normal((2, 32, 16)).astype(np.float32)
     np.savez(tmp_path / "features.npz", emb=features[0], emb_flip=features[1])
     rec = f"rec={tmp_path / 'faces'}"
-    monkeypatch.setattr(sys, "argv", ["cache_teacher.py", "dataset=synthetic", rec, "--from", str(tmp_path / "features.npz"), "--output", str(tmp_path / "teacher")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "cache_teacher.py",
+            "dataset=synthetic",
+            rec,
+            "--from",
+            str(tmp_path / "features.npz"),
+            "--output",
+            str(tmp_path / "teacher"),
+        ],
+    )
     cache_teacher.main()
-    said = run(ROOT / "train" / "train_AdaDistill.py", "dataset=synthetic", rec, "embedding_size=16", "batch_size=4", "num_epoch=1", "val_targets=[]", "num_workers=1",
-               f"teacher_embeddings={tmp_path / 'teacher'}", f"stage_to={tmp_path / 'disk'}", f"output={tmp_path / 'run'}", ranks=2)
+    said = run(
+        ROOT / "train" / "train_AdaDistill.py",
+        "dataset=synthetic",
+        rec,
+        "embedding_size=16",
+        "batch_size=4",
+        "num_epoch=1",
+        "val_targets=[]",
+        "num_workers=1",
+        f"teacher_embeddings={tmp_path / 'teacher'}",
+        f"stage_to={tmp_path / 'disk'}",
+        f"output={tmp_path / 'run'}",
+        ranks=2,
+    )
     (teacher, faces) = sorted((tmp_path / "disk").iterdir(), reverse=True)
-    assert f"32 images of 4 classes in {faces}" in said and f"Teacher features from {teacher}" in said and "Finished at step 4" in said
+    assert (
+        f"32 images of 4 classes in {faces}" in said
+        and f"Teacher features from {teacher}" in said
+        and ("Finished at step 4") in said
+    )
     assert_same(tmp_path / "teacher", teacher, ["features.npy", "manifest.json"])
     assert_same(tmp_path / "faces", faces)

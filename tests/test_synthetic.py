@@ -1,4 +1,6 @@
-"""Synthetic faces: the same arguments give the same bytes, the files are what training and evaluation read, bad arguments are one line."""
+"""Synthetic faces: the same arguments give the same bytes, the files are what training and
+evaluation read, bad arguments are one line.
+"""
 
 import pickle
 import subprocess
@@ -16,18 +18,43 @@ from utils.recordio import IndexedRecordIO, unpack
 
 SCRIPT = Path(make_synthetic.__file__)
 IDENTITIES, IMAGES, PAIRS = 3, 4, 40
-BENCHMARKS = ["ijb/IJBsynth", "ijb_arrow/IJBsynth_gt_aligned", "tinyface/Testing_Set", "tinyface_arrow/tinyface_aligned_pad_0.1"]
+BENCHMARKS = [
+    "ijb/IJBsynth",
+    "ijb_arrow/IJBsynth_gt_aligned",
+    "tinyface/Testing_Set",
+    "tinyface_arrow/tinyface_aligned_pad_0.1",
+]
 
 
 def make(output, **options):
-    few = {"identities": IDENTITIES, "images": IMAGES, "pairs": PAIRS, "ijb_subjects": 2, "tinyface_identities": 2}
+    few = {
+        "identities": IDENTITIES,
+        "images": IMAGES,
+        "pairs": PAIRS,
+        "ijb_subjects": 2,
+        "tinyface_identities": 2,
+    }
     options = few | {"seed": 0, "workers": 1} | options
-    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    return subprocess.run([sys.executable, SCRIPT, "--output", output, *flags], capture_output=True, text=True, cwd=output.parent, timeout=LIMIT)
+    flags = [
+        text
+        for name, value in options.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return subprocess.run(
+        [sys.executable, SCRIPT, "--output", output, *flags],
+        capture_output=True,
+        text=True,
+        cwd=output.parent,
+        timeout=LIMIT,
+    )
 
 
 def read_all(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +76,14 @@ def test_same_bytes_with_one_and_two_workers(made, tmp_path):
 
 def test_another_seed_gives_other_images(made, tmp_path):
     assert make(tmp_path / "other", seed=1).returncode == 0
-    first, second = ({name: data for name, data in read_all(folder).items() if name.count("/") == 0 or name.endswith((".jpg", ".arrow"))}
-                     for folder in (made, tmp_path / "other"))
+    first, second = (
+        {
+            name: data
+            for name, data in read_all(folder).items()
+            if name.count("/") == 0 or name.endswith((".jpg", ".arrow"))
+        }
+        for folder in (made, tmp_path / "other")
+    )
     assert [name for name in first if first[name] == second.get(name)] == ["property"]
     assert not set(first.values()) - {first["property"]} & set(second.values())
 
@@ -59,7 +92,10 @@ def test_without_the_benchmarks_all_else_is_the_same(made, tmp_path):
     assert make(tmp_path / "set", ijb_subjects=0, tinyface_identities=0).returncode == 0
     full, plain = read_all(made), read_all(tmp_path / "set")
     assert {name for name in full if name.count("/") == 0} == plain.keys()
-    assert {name for name in plain if plain[name] != full[name]} == {"synthetic.json", "contact_sheet.png"}
+    assert {name for name in plain if plain[name] != full[name]} == {
+        "synthetic.json",
+        "contact_sheet.png",
+    }
 
 
 def test_training_set_has_insightface_layout(made):
@@ -67,14 +103,22 @@ def test_training_set_has_insightface_layout(made):
     count = IDENTITIES * IMAGES
     with IndexedRecordIO(str(made / "train.idx"), str(made / "train.rec"), "r") as records:
         zero, nothing = unpack(records.read_idx(0))
-        assert (zero.flag, list(zero.label), bytes(nothing)) == (2, [count + 1, count + 1 + IDENTITIES], b"")
+        assert (zero.flag, list(zero.label), bytes(nothing)) == (
+            2,
+            [count + 1, count + 1 + IDENTITIES],
+            b"",
+        )
         for identity in range(IDENTITIES):
             span, _ = unpack(records.read_idx(count + 1 + identity))
             assert list(span.label) == [1 + identity * IMAGES, 1 + (identity + 1) * IMAGES]
             for key in range(int(span.label[0]), int(span.label[1])):
                 header, jpeg = unpack(records.read_idx(key))
                 assert (header.flag, header.label, header.id) == (0, identity, key)
-                assert cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR).shape == (112, 112, 3)
+                assert cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR).shape == (
+                    112,
+                    112,
+                    3,
+                )
 
 
 @pytest.mark.parametrize("name", make_synthetic.PAIR_SETS)
@@ -92,8 +136,13 @@ def test_pairs_say_the_truth_and_nobody_is_in_two_folds_or_sets(pairs):
     for name in make_synthetic.PAIR_SETS:
         photographs, issame = make_synthetic.list_pairs(name, pairs)
         assert len(set(photographs)) == 2 * pairs
-        assert [a.identity == b.identity for a, b in zip(photographs[::2], photographs[1::2])] == issame
-        folds = [{photograph.identity for photograph in photographs[k:k + pairs // 5]} for k in range(0, 2 * pairs, pairs // 5)]
+        assert [
+            a.identity == b.identity for a, b in zip(photographs[::2], photographs[1::2])
+        ] == issame
+        folds = [
+            {photograph.identity for photograph in photographs[k : k + pairs // 5]}
+            for k in range(0, 2 * pairs, pairs // 5)
+        ]
         assert len(folds) == 10 and sum(map(len, folds)) == len(set.union(*folds))
         [split] = {photograph.split for photograph in photographs}
         assert split not in splits
@@ -101,7 +150,13 @@ def test_pairs_say_the_truth_and_nobody_is_in_two_folds_or_sets(pairs):
 
 
 def test_without_nuisance_a_person_looks_the_same_and_people_differ():
-    plain = [[render(person(k), draw_nuisance(np.random.default_rng(number), 0.0)) for number in range(3)] for k in range(10)]
+    plain = [
+        [
+            render(person(k), draw_nuisance(np.random.default_rng(number), 0.0))
+            for number in range(3)
+        ]
+        for k in range(10)
+    ]
     for images in plain:
         assert all(np.array_equal(images[0], image) for image in images)
     for a in range(10):
@@ -111,11 +166,19 @@ def test_without_nuisance_a_person_looks_the_same_and_people_differ():
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_each_identity_parameter_shows(name):
-    """A parameter that is drawn but not drawn with would promise an identity that no network can see."""
+    """A parameter that is drawn but not drawn with would promise an identity that no network can
+    see.
+    """
     plain, who = draw_nuisance(np.random.default_rng(0), 0.0), person(1)
     plain.yaw = 0.3  # depth does not show from the front
     who.bald = False
-    colour = {"skin_tone": "skin", "skin_warmth": "skin", "hair_tone": "hair", "hair_red": "hair", "iris_tone": "iris_colour"}.get(name)
+    colour = {
+        "skin_tone": "skin",
+        "skin_warmth": "skin",
+        "hair_tone": "hair",
+        "hair_red": "hair",
+        "iris_tone": "iris_colour",
+    }.get(name)
     before = render(who, plain)
     if colour:
         setattr(who, colour, getattr(who, colour) + 20)
@@ -127,14 +190,24 @@ def test_each_identity_parameter_shows(name):
 @pytest.mark.parametrize("view", VIEWS)
 def test_faces_are_drawn_at_any_nuisance(view):
     for number in range(40):
-        image = render(person(number), draw_nuisance(np.random.default_rng(number), 3.0 * number / 40, view))
+        image = render(
+            person(number), draw_nuisance(np.random.default_rng(number), 3.0 * number / 40, view)
+        )
         assert image.shape == (112, 112, 3) and image.dtype == np.uint8 and image.std() > 1
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"pairs": 30}, "multiple of 20"), ({"identities": 0}, "--identities"), ({"seed": -1}, "--seed"), ({"workers": 0}, "--workers"),
-    ({"nuisance": "nan"}, "--nuisance"), ({"ijb_subjects": 1}, "--ijb-subjects"), ({"tinyface_identities": -1}, "--tinyface-identities"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"pairs": 30}, "multiple of 20"),
+        ({"identities": 0}, "--identities"),
+        ({"seed": -1}, "--seed"),
+        ({"workers": 0}, "--workers"),
+        ({"nuisance": "nan"}, "--nuisance"),
+        ({"ijb_subjects": 1}, "--ijb-subjects"),
+        ({"tinyface_identities": -1}, "--tinyface-identities"),
+    ],
+)
 def test_bad_arguments_are_one_line(tmp_path, options, words):
     result = make(tmp_path / "set", **options)
     assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
@@ -144,23 +217,35 @@ def test_bad_arguments_are_one_line(tmp_path, options, words):
 def test_an_output_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "set").write_text("a file")
     result = make(tmp_path / "set")
-    assert result.returncode == 1 and "is no folder" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 1
+        and "is no folder" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
 
 
 def test_a_real_training_set_is_not_overwritten(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.rec").write_bytes(b"precious")
     result = make(tmp_path / "set")
-    assert result.returncode == 1 and "another folder" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 1
+        and "another folder" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     assert read_all(tmp_path / "set") == {"train.rec": b"precious"}
 
 
 @pytest.mark.parametrize("folder", BENCHMARKS)
 def test_a_real_benchmark_is_not_overwritten(tmp_path, folder):
     (tmp_path / "set" / folder).mkdir(parents=True)
-    (tmp_path / "set" / "synthetic.json").write_text("{}")      # other sets in this folder are ours
+    (tmp_path / "set" / "synthetic.json").write_text("{}")  # other sets in this folder are ours
     (tmp_path / "set" / folder / "photograph.jpg").write_bytes(b"precious")
     before = read_all(tmp_path / "set")
     result = make(tmp_path / "set")
-    assert result.returncode == 1 and f"holds a {folder}" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 1
+        and f"holds a {folder}" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     assert read_all(tmp_path / "set") == before

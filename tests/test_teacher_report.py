@@ -1,4 +1,6 @@
-"""train/teacher_report.py: closeness to classes against plain loops, the choice of a sample, and the colour warning on a real command."""
+"""train/teacher_report.py: closeness to classes against plain loops, the choice of a sample, and
+the colour warning on a real command.
+"""
 
 import numpy as np
 import pytest
@@ -16,15 +18,24 @@ REPORT = ROOT / "train" / "teacher_report.py"
 
 def test_closeness_equals_loops():
     random = np.random.default_rng(0)
-    features, labels = random.standard_normal((30, 5)).astype(np.float32), random.integers(0, 6, 30) * 7
-    labels[:12] = np.repeat(np.unique(labels), 2)[:12] if len(np.unique(labels)) == 6 else labels[:12]
+    features, labels = (
+        random.standard_normal((30, 5)).astype(np.float32),
+        random.integers(0, 6, 30) * 7,
+    )
+    labels[:12] = (
+        np.repeat(np.unique(labels), 2)[:12] if len(np.unique(labels)) == 6 else labels[:12]
+    )
     found = closeness(features, labels)
     unit = features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     for i in range(30):
         own = unit[(labels == labels[i]) & (np.arange(30) != i)].mean(axis=0)
-        others = [unit[labels == other].mean(axis=0) for other in np.unique(labels) if other != labels[i]]
+        others = [
+            unit[labels == other].mean(axis=0) for other in np.unique(labels) if other != labels[i]
+        ]
         assert found.own[i] == pytest.approx(unit[i] @ own / np.linalg.norm(own))
-        assert found.other[i] == pytest.approx(max(unit[i] @ mean / np.linalg.norm(mean) for mean in others))
+        assert found.other[i] == pytest.approx(
+            max(unit[i] @ mean / np.linalg.norm(mean) for mean in others)
+        )
 
 
 class Labels:
@@ -33,7 +44,8 @@ class Labels:
     root_dir = "somewhere"
 
     def __init__(self, labels):
-        self.values, self.read = np.asarray(labels, np.int64), 0
+        self.values = np.asarray(labels, np.int64)
+        self.read = 0
 
     def __len__(self):
         return len(self.values)
@@ -46,7 +58,11 @@ class Labels:
 def test_a_grouped_set_is_sampled_without_reading_all_labels():
     grouped = Labels(np.repeat(np.arange(5000), 20))
     chosen = choose_sample(grouped, 1000, 0)
-    assert 900 <= len(chosen) <= 1000 and grouped.read < 5000 and (np.unique(grouped.values[chosen], return_counts=True)[1] >= 2).all()
+    assert (
+        900 <= len(chosen) <= 1000
+        and grouped.read < 5000
+        and (np.unique(grouped.values[chosen], return_counts=True)[1] >= 2).all()
+    )
 
 
 def test_of_a_shuffled_set_whole_classes_are_taken():
@@ -89,18 +105,44 @@ def figures(line: str) -> list[float]:
 
 
 def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
-    """A network that tells people apart by how red they are next to blue: what it sees decides the colour order."""
+    """A network that tells people apart by how red they are next to blue: what it sees decides the
+    colour order.
+    """
     torch.manual_seed(0)
     torch.save(build_backbone("mobilefacenet", 32).state_dict(), tmp_path / "teacher.pth")
-    arguments = ["dataset=synthetic", f"rec={data}", f"val_rec={data}", "teacher=mobilefacenet", "device=cpu", "precision=fp32",
-                 f"pretrained_teacher_path={tmp_path / 'teacher.pth'}", "--sample", 40]
+    arguments = [
+        "dataset=synthetic",
+        f"rec={data}",
+        f"val_rec={data}",
+        "teacher=mobilefacenet",
+        "device=cpu",
+        "precision=fp32",
+        f"pretrained_teacher_path={tmp_path / 'teacher.pth'}",
+        "--sample",
+        40,
+    ]
     output = run(REPORT, *arguments)
-    assert "frontal" in output and "pose              skipped: no " in output and "40 training images of 8 classes" in output
+    assert (
+        "frontal" in output
+        and "pose              skipped: no " in output
+        and ("40 training images of 8 classes") in output
+    )
     assert "RGB, as set" in output and "exchanged" in output
     bgr = run(REPORT, *arguments, "color_space=BGR", ranks=2)
-    own = {line[:16].strip(): figures(line) for text in (output, bgr) for line in text.splitlines() if line.startswith(("RGB, as set", "BGR, as set"))}
-    exchanged = [figures(line) for text in (output, bgr) for line in text.splitlines() if line.startswith("exchanged")]
-    # two cosines of three digits and a percentage of 40 images, of other batches on two ranks: the last digit may be another, or one image
+    own = {
+        line[:16].strip(): figures(line)
+        for text in (output, bgr)
+        for line in text.splitlines()
+        if line.startswith(("RGB, as set", "BGR, as set"))
+    }
+    exchanged = [
+        figures(line)
+        for text in (output, bgr)
+        for line in text.splitlines()
+        if line.startswith("exchanged")
+    ]
+    # two cosines of three digits and a percentage of 40 images, of other batches on two ranks: the
+    # last digit may be another, or one image
     for one, other in ((own["RGB, as set"], exchanged[1]), (own["BGR, as set"], exchanged[0])):
         assert (np.abs(np.subtract(one, other)) <= [0.00101, 0.00101, 2.6]).all()
     assert "pose.bin not found" in run(REPORT, *arguments, "val_targets=frontal,pose", expect=1)
@@ -109,7 +151,9 @@ def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
 
 
 def test_report_on_a_teacher_that_gets_the_wrong_colours(monkeypatch, capsys):
-    """Features are the mean of each channel, but for blue, which is the same for all: with the channels exchanged nothing of the person is left."""
+    """Features are the mean of each channel, but for blue, which is the same for all: with the
+    channels exchanged nothing of the person is left.
+    """
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(6), 5)
     pixels = np.full((30, 8, 8, 3), 128, np.uint8)
@@ -123,8 +167,21 @@ def test_report_on_a_teacher_that_gets_the_wrong_colours(monkeypatch, capsys):
             return torch.stack([red.cos(), red.sin()], 1)
 
     from easydict import EasyDict
-    teacher_report.report_sample(Red(), pixels, labels, EasyDict(val_batch_size=8), dict(device="cpu", precision="fp32", channels_last=False))
+
+    teacher_report.report_sample(
+        Red(),
+        pixels,
+        labels,
+        EasyDict(val_batch_size=8),
+        dict(device="cpu", precision="fp32", channels_last=False),
+    )
     printed = capsys.readouterr().out
     assert "WARNING: the classes lie" in printed and "set color_space to the other order" in printed
-    teacher_report.report_sample(Red(), pixels[..., ::-1].copy(), labels, EasyDict(val_batch_size=8), dict(device="cpu", precision="fp32", channels_last=False))
+    teacher_report.report_sample(
+        Red(),
+        pixels[..., ::-1].copy(),
+        labels,
+        EasyDict(val_batch_size=8),
+        dict(device="cpu", precision="fp32", channels_last=False),
+    )
     assert "WARNING: the classes lie" not in capsys.readouterr().out

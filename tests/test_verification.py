@@ -1,4 +1,6 @@
-"""Pair sets, the ten-fold protocol and the feature extractor, against golden figures and slow oracles."""
+"""Pair sets, the ten-fold protocol and the feature extractor, against golden figures and slow
+oracles.
+"""
 
 import os
 import pickle
@@ -6,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))       # also started by torchrun, below
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also started by torchrun, below
 
 import cv2
 import numpy as np
@@ -32,7 +34,9 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(archive)
 
 
-# --- pair sets --------------------------------------------------------------------------------------------------------------
+# --- pair sets
+# --------------------------------------------------
+
 
 def encode(image: np.ndarray) -> bytes:
     """PNG, so that reading gives back the same pixels."""
@@ -61,7 +65,8 @@ BUFFERS = {
     "bytes": bytes,
     "bytearray": bytearray,
     "array": lambda data: np.frombuffer(data, np.uint8),
-    "column": lambda data: np.frombuffer(data, np.uint8)[:, None],      # as cv2.imencode used to return it
+    # as cv2.imencode used to return it
+    "column": lambda data: np.frombuffer(data, np.uint8)[:, None],
     "fortran": lambda data: np.asfortranarray(np.frombuffer(data, np.uint8)[None]),
 }
 LABELS = {
@@ -85,15 +90,23 @@ def test_every_protocol_and_type(tmp_path, protocol, buffer, labels):
 
 def test_old_numpy_module_names(tmp_path):
     pixels = faces(2)
-    data = pickle.dumps(([np.frombuffer(encode(image), np.uint8) for image in pixels], [np.bool_(True)]), 2)
+    data = pickle.dumps(
+        ([np.frombuffer(encode(image), np.uint8) for image in pixels], [np.bool_(True)]), 2
+    )
     old = data.replace(b"numpy._core.", b"numpy.core.")
-    assert b"numpy.core." in old          # NumPy 1 writes these names itself
+    assert b"numpy.core." in old  # NumPy 1 writes these names itself
     np.testing.assert_array_equal(load_bin(write(tmp_path / "set.bin", old))[0], pixels)
 
 
-@pytest.mark.parametrize("shape, scaled", [
-    ((224, 112), (224, 112)), ((100, 150), (112, 168)), ((300, 200), (168, 112)), ((56, 56), (112, 112)),
-])
+@pytest.mark.parametrize(
+    "shape, scaled",
+    [
+        ((224, 112), (224, 112)),
+        ((100, 150), (112, 168)),
+        ((300, 200), (168, 112)),
+        ((56, 56), (112, 112)),
+    ],
+)
 def test_other_sizes_short_side_then_centre_crop(tmp_path, shape, scaled):
     image = cv2.GaussianBlur(faces(1, shape)[0], (0, 0), 5)
     images, _ = load_bin(write(tmp_path / "set.bin", ([encode(image)] * 2, [True])))
@@ -101,12 +114,16 @@ def test_other_sizes_short_side_then_centre_crop(tmp_path, shape, scaled):
     whole = image if scaled == shape else cv2.resize(image, scaled[::-1], interpolation=method)
     top, left = (scaled[0] - 112) // 2, (scaled[1] - 112) // 2
     assert images.shape == (2, 112, 112, 3)
-    np.testing.assert_array_equal(images[0], whole[top:top + 112, left:left + 112])
+    np.testing.assert_array_equal(images[0], whole[top : top + 112, left : left + 112])
 
 
 def test_target_size_need_not_be_square():
     for rows, columns in [(50, 60), (200, 60), (113, 97), (112, 96), (1, 1)]:
-        assert resize_and_crop(np.zeros((rows, columns, 3), np.uint8), (112, 96)).shape == (112, 96, 3)
+        assert resize_and_crop(np.zeros((rows, columns, 3), np.uint8), (112, 96)).shape == (
+            112,
+            96,
+            3,
+        )
 
 
 class Calls:
@@ -120,13 +137,20 @@ class Calls:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("name, function", [("system", os.system), ("eval", eval), ("Popen", subprocess.Popen), ("fromfile", np.fromfile)])
+@pytest.mark.parametrize(
+    "name, function",
+    [("system", os.system), ("eval", eval), ("Popen", subprocess.Popen), ("fromfile", np.fromfile)],
+)
 def test_hostile_pickles_run_nothing(tmp_path, protocol, name, function):
     mark = tmp_path / "mark"
     argument = f"open({str(mark)!r}, 'w')" if function is eval else f"touch {mark}"
     buffers = [encode(image) for image in faces(2)]
-    for content in [Calls(function, argument), (buffers, [Calls(function, argument)]), (buffers + [Calls(function, argument)], [True]),
-                    (np.array([Calls(function, argument)], object), [True])]:
+    for content in [
+        Calls(function, argument),
+        (buffers, [Calls(function, argument)]),
+        (buffers + [Calls(function, argument)], [True]),
+        (np.array([Calls(function, argument)], object), [True]),
+    ]:
         path = write(tmp_path / "lfw.bin", content, protocol)
         with pytest.raises(InputError, match=r"lfw\.bin.*refused") as error:
             load_bin(path)
@@ -135,43 +159,59 @@ def test_hostile_pickles_run_nothing(tmp_path, protocol, name, function):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("stream, message", [
-    (b"cbuiltins\nbytes.__class__\n.", "refused builtins.bytes.__class__"),                     # a dotted way to other objects
-    (b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.", "refused builtins.getattr"),              # STACK_GLOBAL
-    (b"(ios\nsystem\n.", "refused os.system"),                                                  # INST
-    (b"cbuiltins\nbytes\nN}\x8c\x0c__defaults__Ns\x86b.", "refused to change a function"),      # BUILD on an admitted name
-    (b"cbuiltins\nbytearray\n(I999999999999\ntR.", "refused bytes"),                            # all memory
-    (b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00rottR.", "refused an encoding"),
-    (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8tR.", "refused numpy dtype O8"),
-    (b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1tR(I3\nX\x01\x00\x00\x00>tb.", "refused big-endian"),
-    (b"cnumpy.core.multiarray\nscalar\n(NNtR.", "refused a numpy array"),
-    (b"\x82\x01.", "extension code"),
-    (b"Pname\n.", "persistent"),
-    (b"", "EOFError"), (b".", "underflow"), (b"not a pickle", "UnpicklingError"), (b"\x80\xff.", "unsupported pickle protocol"),
-])
+@pytest.mark.parametrize(
+    "stream, message",
+    [
+        # a dotted way to other objects
+        (b"cbuiltins\nbytes.__class__\n.", "refused builtins.bytes.__class__"),
+        # STACK_GLOBAL
+        (b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93.", "refused builtins.getattr"),
+        # INST
+        (b"(ios\nsystem\n.", "refused os.system"),
+        # BUILD on an admitted name
+        (b"cbuiltins\nbytes\nN}\x8c\x0c__defaults__Ns\x86b.", "refused to change a function"),
+        # all memory
+        (b"cbuiltins\nbytearray\n(I999999999999\ntR.", "refused bytes"),
+        (b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x03\x00\x00\x00rottR.", "refused an encoding"),
+        (b"cnumpy\ndtype\n(X\x02\x00\x00\x00O8tR.", "refused numpy dtype O8"),
+        (b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1tR(I3\nX\x01\x00\x00\x00>tb.", "refused big-endian"),
+        (b"cnumpy.core.multiarray\nscalar\n(NNtR.", "refused a numpy array"),
+        (b"\x82\x01.", "extension code"),
+        (b"Pname\n.", "persistent"),
+        (b"", "EOFError"),
+        (b".", "underflow"),
+        (b"not a pickle", "UnpicklingError"),
+        (b"\x80\xff.", "unsupported pickle protocol"),
+    ],
+)
 def test_hostile_streams(tmp_path, stream, message):
     with pytest.raises(InputError, match=rf"lfw\.bin.*{message}"):
         load_bin(write(tmp_path / "lfw.bin", stream))
 
 
 def test_truncated_at_any_point(tmp_path):
-    whole = pickle.dumps(([np.frombuffer(encode(image), np.uint8) for image in faces(2, (8, 8))], [True]), 2)
+    whole = pickle.dumps(
+        ([np.frombuffer(encode(image), np.uint8) for image in faces(2, (8, 8))], [True]), 2
+    )
     for length in range(0, len(whole), 7):
         with pytest.raises(InputError, match=r"lfw\.bin"):
             load_bin(write(tmp_path / "lfw.bin", whole[:length]))
 
 
-@pytest.mark.parametrize("content, message", [
-    (([b"", b""], [True]), "image 0 of 2"),
-    (([encode(faces(1)[0]), b"no image"], [True]), "image 1 of 2"),
-    (([encode(faces(1)[0]), 7], [True]), "image 1 of 2"),
-    (([encode(faces(1)[0])] * 3, [True]), "3 images do not fit 1 pairs"),
-    (([], []), "0 images"),
-    (([encode(faces(1)[0])] * 2, ["yes"]), "booleans"),
-    (([encode(faces(1)[0])] * 2, [2]), "booleans"),
-    ([1, 2, 3], "not a pair set"),
-    ((1, 2), "not a pair set"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (([b"", b""], [True]), "image 0 of 2"),
+        (([encode(faces(1)[0]), b"no image"], [True]), "image 1 of 2"),
+        (([encode(faces(1)[0]), 7], [True]), "image 1 of 2"),
+        (([encode(faces(1)[0])] * 3, [True]), "3 images do not fit 1 pairs"),
+        (([], []), "0 images"),
+        (([encode(faces(1)[0])] * 2, ["yes"]), "booleans"),
+        (([encode(faces(1)[0])] * 2, [2]), "booleans"),
+        ([1, 2, 3], "not a pair set"),
+        ((1, 2), "not a pair set"),
+    ],
+)
 def test_contents_that_are_no_pair_set(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:
         load_bin(write(tmp_path / "lfw.bin", content))
@@ -188,13 +228,16 @@ def test_pairs_of_one_kind_are_refused_when_loaded(tmp_path, labels):
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-@pytest.mark.parametrize("entry, what", [
-    ("photos/0.jpg", r"text \('photos/0\.jpg'\)"),
-    (b"photos/0.jpg", r"text \('photos/0\.jpg'\)"),
-    (np.frombuffer(b"photos/0.jpg", np.int8), "a numpy array of int8"),
-    (["photos/0.jpg"], "of the type list"),
-    (None, "None"),
-])
+@pytest.mark.parametrize(
+    "entry, what",
+    [
+        ("photos/0.jpg", r"text \('photos/0\.jpg'\)"),
+        (b"photos/0.jpg", r"text \('photos/0\.jpg'\)"),
+        (np.frombuffer(b"photos/0.jpg", np.int8), "a numpy array of int8"),
+        (["photos/0.jpg"], "of the type list"),
+        (None, "None"),
+    ],
+)
 def test_what_stands_for_an_image_is_named(tmp_path, protocol, entry, what):
     """Names of files instead of their bytes above all; Python 2 writes text as bytes."""
     content = [encode(image) for image in faces(4, (8, 8))]
@@ -233,11 +276,17 @@ def test_missing_files_are_named_with_what_is_there(tmp_path):
         load_targets(tmp_path, ["few"])
 
 
-# --- the protocol -----------------------------------------------------------------------------------------------------------
+# --- the protocol
+# --------------------------------------------------
+
 
 @pytest.mark.parametrize("case", ["easy", "hard", "random"])
 def test_golden_evaluation(case):
-    expected = {key.split("/")[-1]: value for key, value in golden("evaluation.npz").items() if key.startswith(f"verification/{case}/")}
+    expected = {
+        key.split("/")[-1]: value
+        for key, value in golden("evaluation.npz").items()
+        if key.startswith(f"verification/{case}/")
+    }
     tpr, fpr, accuracy, *_ = evaluate(expected["embeddings"], expected["issame"])
     np.testing.assert_array_equal(tpr, expected["tpr"])
     np.testing.assert_array_equal(fpr, expected["fpr"])
@@ -253,7 +302,9 @@ def random_pairs(pairs: int, noise: float, seed: int = 0) -> tuple[np.ndarray, n
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), issame
 
 
-def slow_evaluate(embeddings: np.ndarray, issame: np.ndarray, nrof_folds: int) -> tuple[np.ndarray, list[float], list[float]]:
+def slow_evaluate(
+    embeddings: np.ndarray, issame: np.ndarray, nrof_folds: int
+) -> tuple[np.ndarray, list[float], list[float]]:
     """Accuracy, val and far of each fold, by loops over pairs and thresholds."""
     distances = ((embeddings[0::2] - embeddings[1::2]) ** 2).sum(axis=1)
     accuracies, vals, fars = [], [], []
@@ -275,17 +326,23 @@ def slow_evaluate(embeddings: np.ndarray, issame: np.ndarray, nrof_folds: int) -
     return np.array(accuracies), vals, fars
 
 
-@pytest.mark.parametrize("pairs, folds, noise", [(400, 4, 0.3), (103, 10, 1.0), (10, 10, 0.1), (5, 2, 0.0)])
+@pytest.mark.parametrize(
+    "pairs, folds, noise", [(400, 4, 0.3), (103, 10, 1.0), (10, 10, 0.1), (5, 2, 0.0)]
+)
 def test_evaluate_equals_loops(pairs, folds, noise):
     embeddings, issame = random_pairs(pairs, noise)
     _, _, accuracy, val, val_std, far = evaluate(embeddings, issame, folds)
     accuracies, vals, fars = slow_evaluate(embeddings, issame, folds)
     np.testing.assert_array_equal(accuracy, accuracies)
-    assert (val, val_std, far) == pytest.approx((np.mean(vals), np.std(vals), np.mean(fars)), abs=1e-12)
+    assert (val, val_std, far) == pytest.approx(
+        (np.mean(vals), np.std(vals), np.mean(fars)), abs=1e-12
+    )
 
 
 def test_val_survives_ties():
-    """All impostors at one distance, all mates below: every mate is accepted, where interpolation gave 0."""
+    """All impostors at one distance, all mates below: every mate is accepted, where interpolation
+    gave 0.
+    """
     embeddings = np.tile(np.eye(2), (20, 1))
     embeddings[1:40:4] = embeddings[0:40:4]
     _, _, accuracy, val, _, far = evaluate(embeddings, np.arange(20) % 2 == 0, 10)
@@ -303,13 +360,24 @@ def test_evaluate_refuses_what_it_cannot_measure():
         evaluate(embeddings, issame)
 
 
-# --- features ---------------------------------------------------------------------------------------------------------------
+# --- features
+# --------------------------------------------------
+
 
 def small_backbone() -> nn.Module:
-    """Its features are sums of 64 numbers below 1, which are sums of 27: off by sqrt(64 + 27) U = 6e-7, of which torch.testing.assert_close allows ten times as much."""
+    """Its features are sums of 64 numbers below 1, which are sums of 27: off by sqrt(64 + 27) U =
+    6e-7, of which torch.testing.assert_close allows ten times as much.
+    """
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.PReLU(), nn.Dropout(0.5),
-                         nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 6))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2),
+        nn.BatchNorm2d(4),
+        nn.PReLU(),
+        nn.Dropout(0.5),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(64, 6),
+    )
 
 
 def plain_loop(backbone: nn.Module, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,8 +398,12 @@ def test_embed_equals_a_plain_loop(kind, batch_size, channels_last):
     images.flags.writeable = kind is not np.asarray
     expected = plain_loop(small_backbone(), images)
     backbone = small_backbone()
-    for result, flip in zip(embed(backbone, kind(images), batch_size, channels_last=channels_last), expected):
-        assert result.dtype == torch.float32 and result.shape == (7, 6) and not result.is_inference()
+    for result, flip in zip(
+        embed(backbone, kind(images), batch_size, channels_last=channels_last), expected
+    ):
+        assert (
+            result.dtype == torch.float32 and result.shape == (7, 6) and not result.is_inference()
+        )
         torch.testing.assert_close(result, flip)
 
 
@@ -382,8 +454,11 @@ def embed_on_rank(folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init("cpu")
     backbone = nn.parallel.DistributedDataParallel(small_backbone())
-    torch.save([embed(backbone, faces(count), 2) for count in (1, 2, 8)], f"{folder}/{distributed.rank()}.pt")
-    dist.barrier()      # no rank closes its connections while another one is still using them
+    torch.save(
+        [embed(backbone, faces(count), 2) for count in (1, 2, 8)],
+        f"{folder}/{distributed.rank()}.pt",
+    )
+    dist.barrier()  # no rank closes its connections while another one is still using them
     distributed.shutdown()
 
 
@@ -396,28 +471,43 @@ def test_embed_on_three_ranks_equals_one(tmp_path):
 
 def test_to_input_flips_chosen_images_and_nothing_else():
     images = torch.from_numpy(faces(3, (6, 5)))
-    plain, chosen = to_input(images), to_input(images, torch.tensor([True, False, True]), channels_last=True)
+    plain, chosen = (
+        to_input(images),
+        to_input(images, torch.tensor([True, False, True]), channels_last=True),
+    )
     assert plain.is_contiguous() and chosen.is_contiguous(memory_format=torch.channels_last)
     assert plain.min() >= -1 and plain.max() <= 1
     torch.testing.assert_close(chosen[1], plain[1])
     torch.testing.assert_close(chosen[::2], mirror(plain)[::2])
-    assert to_input(torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)).flatten().tolist() == pytest.approx([-1, 1, -0.6])
+    assert to_input(
+        torch.tensor([[[[0, 255, 51]]]], dtype=torch.uint8)
+    ).flatten().tolist() == pytest.approx([-1, 1, -0.6])
     with pytest.raises(TypeError, match="uint8"):
         to_input(images.float())
 
 
 def test_to_input_equals_the_formula_for_every_value_also_rounded():
-    """Bit for bit: the table of the CPU path, and that a convolution under bf16 autocast rounds its input to the same."""
+    """Bit for bit: the table of the CPU path, and that a convolution under bf16 autocast rounds its
+    input to the same.
+    """
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(2, 1, 1, 3)
-    formula = ((torch.arange(256, dtype=torch.float32) / 255 - 0.5) / 0.5).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    formula = (
+        ((torch.arange(256, dtype=torch.float32) / 255 - 0.5) / 0.5)
+        .reshape(1, 1, 16, 16)
+        .expand(2, 3, 16, 16)
+    )
     assert torch.equal(to_input(images), formula)
     flip = torch.tensor([True, False])
     rounded = to_input(images, flip, channels_last=True, dtype=torch.bfloat16)
-    assert rounded.dtype == torch.bfloat16 and rounded.is_contiguous(memory_format=torch.channels_last)
+    assert rounded.dtype == torch.bfloat16 and rounded.is_contiguous(
+        memory_format=torch.channels_last
+    )
     assert torch.equal(rounded, to_input(images, flip).bfloat16())
     convolution = torch.nn.Conv2d(3, 8, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(convolution(rounded), convolution(to_input(images, flip, channels_last=True)))
+        assert torch.equal(
+            convolution(rounded), convolution(to_input(images, flip, channels_last=True))
+        )
 
 
 def test_verification_of_a_network(tmp_path):
@@ -430,7 +520,13 @@ def test_verification_of_a_network(tmp_path):
     total = plain + mirrored
     accuracy = evaluate((total / total.norm(dim=1, keepdim=True)).numpy(), issame, 3)[2]
     norms = torch.cat([plain, mirrored]).norm(dim=1)
-    assert result == pytest.approx({"Accuracy-Flip": accuracy.mean(), "Accuracy-Std": accuracy.std(), "XNorm": float(norms.mean())})
+    assert result == pytest.approx(
+        {
+            "Accuracy-Flip": accuracy.mean(),
+            "Accuracy-Std": accuracy.std(),
+            "XNorm": float(norms.mean()),
+        }
+    )
 
 
 if __name__ == "__main__":

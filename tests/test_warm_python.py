@@ -54,12 +54,15 @@ def test_torch_is_there_unless_it_would_read_other_settings(settings, imported, 
     assert process.communicate(timeout=LIMIT)[0] == f"{imported}\n"
 
 
-@pytest.mark.parametrize("text, status", [
-    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
-    ("raise SystemExit('no')", 1),
-    ("1 / 0", 1),
-    ("", 0),
-])
+@pytest.mark.parametrize(
+    "text, status",
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("raise SystemExit('no')", 1),
+        ("1 / 0", 1),
+        ("", 0),
+    ],
+)
 def test_it_ends_as_the_script_ends(text, status, tmp_path):
     process = start(tmp_path, text)
     said = process.communicate(timeout=LIMIT)[1]

@@ -208,6 +208,7 @@ def test_which_of_two_networks_is_meant_is_not_guessed(tmp_path, weights):
 
 # --- counters of old PyTorch and of converters
 
+
 def without_counters(weights):
     return {key: value for key, value in weights.items() if not key.endswith(COUNTER)}
 
@@ -243,7 +244,7 @@ def test_no_other_key_may_be(tmp_path, weights):
 
 LIGHTNING = {"epoch": 3, "global_step": 7, "pytorch-lightning_version": "1.4.0", "callbacks": {}}
 OTHERS_HEAD = {"head.weight": torch.zeros(5, SIZE)}
-ORDERS = {      # network, content of its weights, the order; "": not known
+ORDERS = {  # network, content of its weights, the order; "": not known
     "AdaFace's head": ("ir18", lambda w: {"state_dict": prefixed(w, "model.", **HEAD)}, "BGR"),
     "AdaFace's head, compiled": ("ir18", lambda w: prefixed(w, "model._orig_mod.", **HEAD), "BGR"),
     "AdaFace's head, wrapped": (
@@ -304,6 +305,7 @@ def test_colour_orders(tmp_path, name, wrap, order):
 
 # --- other kinds of files
 
+
 def test_programs_are_to_be_exported_to_onnx(tmp_path, weights):
     plain = network("mobilefacenet")
     path = tmp_path / "face.pt"
@@ -317,6 +319,7 @@ def test_programs_are_to_be_exported_to_onnx(tmp_path, weights):
     assert "\n" not in str(caught.value)
     pytest.importorskip("onnx")
     from utils.onnx_network import OnnxNetwork
+
     line = re.search(r'python -c "(.*)"\)', str(caught.value))[1]
     code = line.replace("'face.onnx'", repr(str(tmp_path / "face.onnx")))
     with warnings.catch_warnings():

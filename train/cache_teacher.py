@@ -1,16 +1,20 @@
-"""Run the teacher once over the training set and keep its features, so that training need not run it again.
+"""Run the teacher once over the training set and keep its features, so that training need not run
+it again.
 
-    python train/cache_teacher.py teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt --output data/teacher
+    python train/cache_teacher.py --output data/teacher \\
+        teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt
     torchrun --nproc_per_node 4 train/cache_teacher.py ...              on several GPUs
     python train/cache_teacher.py --from features.npz --output data/teacher
 
-then ./run_AdaDistill.sh teacher_embeddings=data/teacher. Of every image and of its mirror image the features are written as float16 (MS1MV2 in 512
-dimensions: 11.9 GB), with a manifest of what they are. A run that was killed goes on where it was; the same command again is enough.
-It prints how many images are to compute, how many are there, and in the end what the cache holds. precision is that of the teacher, once and for all:
-precision=fp32 costs time only here.
+then ./run_AdaDistill.sh teacher_embeddings=data/teacher. Of every image and of its mirror image the
+features are written as float16 (MS1MV2 in 512 dimensions: 11.9 GB), with a manifest of what they
+are. A run that was killed goes on where it was; the same command again is enough. It prints how
+many images are to compute, how many are there, and in the end what the cache holds. precision is
+that of the teacher, once and for all: precision=fp32 costs time only here.
 
---from takes the features of any other model: an .npz with emb and emb_flip, (N, D) float16 or float32 in record-key order (a folder's: sorted by identity,
-then by name), and optionally label (N,), which is compared with that of every record.
+--from takes the features of any other model: an .npz with emb and emb_flip, (N, D) float16 or
+float32 in record-key order (a folder's: sorted by identity, then by name), and optionally label
+(N,), which is compared with that of every record.
 """
 
 import argparse
@@ -34,15 +38,33 @@ from utils.teacher import ONNX, repository_of
 from utils.teacher_cache import CacheWriter, Origin, TeacherCache, make_manifest, read_manifest
 from utils.weights.read import sha256
 
-DAMAGED_ARCHIVE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, NotImplementedError, RuntimeError)     # what zipfile and NumPy's headers raise
+# what zipfile and NumPy's headers raise
+DAMAGED_ARCHIVE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    KeyError,
+    ValueError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def main():
     arguments = parse_arguments()
     cfg = load_config(arguments.config, arguments.overrides)
-    output = arguments.output.absolute() if arguments.output else Path(cfg.teacher_embeddings) if cfg.teacher_embeddings else None
+    output = (
+        arguments.output.absolute()
+        if arguments.output
+        else Path(cfg.teacher_embeddings)
+        if cfg.teacher_embeddings
+        else None
+    )
     if output is None:
-        raise InputError("no folder for the features: name one with --output, or with teacher_embeddings= as in training")
+        raise InputError(
+            "no folder for the features: name one with --output, or with "
+            "teacher_embeddings= as in training"
+        )
     device = distributed.init(cfg.device)
     log_to_console()
     dataset = setup.build_dataset(cfg)
@@ -53,26 +75,68 @@ def main():
     if distributed.is_main():
         if writer:
             writer.finish(dataset.name_of)
-        logging.info("%s\ntrain from it with teacher_embeddings=%s", TeacherCache(output, read_manifest(output)).describe(), output)
+        logging.info(
+            "%s\ntrain from it with teacher_embeddings=%s",
+            TeacherCache(output, read_manifest(output)).describe(),
+            output,
+        )
     distributed.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", default=str(ROOT / "config" / "config.py"), metavar="FILE", help="configuration file (default: config/config.py)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the cache (default: the configuration's teacher_embeddings)")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="import the features of an .npz instead of running a teacher")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. dataset=CASIA_WebFace val_batch_size=256")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        default=str(ROOT / "config" / "config.py"),
+        metavar="FILE",
+        help="configuration file (default: config/config.py)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the cache (default: the configuration's teacher_embeddings)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FILE",
+        help="import the features of an .npz instead of running a teacher",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="configuration values, e.g. dataset=CASIA_WebFace val_batch_size=256",
+    )
     return parser.parse_intermixed_args()
 
 
 def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
-    """Every rank computes its share of what is missing. Returns the writer, None if the cache was complete before."""
+    """Every rank computes its share of what is missing.
+
+    Returns the writer, None if the cache was complete before.
+    """
     teacher_pass = TeacherPass(cfg, dataset, device)
     teacher = teacher_pass.teacher
-    precision = "fp32" if teacher.name.startswith(ONNX) else teacher_pass.precision       # onnxruntime knows no autocast
-    origin = Origin(teacher.name, precision, Path(teacher.path).name, teacher.sha256, teacher.color_space, teacher.normalisation,
-                    repository=repository_of(cfg), color_space_set=cfg.color_space != "auto" and teacher.color_space != teacher.own_color_space)
+    # onnxruntime knows no autocast
+    precision = "fp32" if teacher.name.startswith(ONNX) else teacher_pass.precision
+    origin = Origin(
+        teacher.name,
+        precision,
+        Path(teacher.path).name,
+        teacher.sha256,
+        teacher.color_space,
+        teacher.normalisation,
+        repository=repository_of(cfg),
+        color_space_set=cfg.color_space != "auto"
+        and teacher.color_space != teacher.own_color_space,
+    )
     writer = open_writer(output, make_manifest(dataset, teacher.embedding_size, origin))
     if writer is None:
         logging.info("nothing to compute")
@@ -86,18 +150,23 @@ def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
         refuse_too_many(writer.replaced(), dataset, cfg.max_bad_records)
 
     refuse_too_many(writer.replaced(), dataset, cfg.max_bad_records)
-    teacher_pass.run(missing[distributed.rank()::distributed.world_size()], keep)
+    teacher_pass.run(missing[distributed.rank() :: distributed.world_size()], keep)
     return writer
 
 
 def refuse_too_many(damaged: list[int], dataset, limit: int) -> None:
     if len(damaged) > limit:
-        raise InputError(f"{len(damaged)} damaged records are more than max_bad_records={limit}: {', '.join(str(dataset.name_of(index)) for index in damaged)}")
+        raise InputError(
+            f"{len(damaged)} damaged records are more than max_bad_records={limit}: "
+            f"{', '.join(str(dataset.name_of(index)) for index in damaged)}"
+        )
 
 
 def open_writer(output: Path, manifest: dict) -> CacheWriter | None:
     """The cache to write on all ranks, prepared by the first; None if it is complete."""
-    first = distributed.all_succeed(lambda: CacheWriter(output, manifest, main=True) if distributed.is_main() else None)
+    first = distributed.all_succeed(
+        lambda: CacheWriter(output, manifest, main=True) if distributed.is_main() else None
+    )
     if distributed.main_computes(lambda: first.complete):
         return None
     return distributed.all_succeed(lambda: first or CacheWriter(output, manifest, main=False))
@@ -105,12 +174,20 @@ def open_writer(output: Path, manifest: dict) -> CacheWriter | None:
 
 # --- features of another model
 
+
 def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
-    """The first rank copies the features of ``source``, a part at a time, and compares its labels. Errors: InputError if they are not this set's."""
+    """The first rank copies the features of ``source``, a part at a time, and compares its labels.
+
+    Errors: InputError if they are not this set's.
+    """
     if not distributed.is_main():
         return None
     columns, size, kind = open_columns(source, len(dataset))
-    writer = CacheWriter(output, make_manifest(dataset, size, Origin(source.name, kind, imported=sha256(source))), main=True)
+    writer = CacheWriter(
+        output,
+        make_manifest(dataset, size, Origin(source.name, kind, imported=sha256(source))),
+        main=True,
+    )
     if writer.complete:
         return None
     for part in tqdm(writer.missing(), desc=source.name, unit="part", disable=None):
@@ -118,7 +195,11 @@ def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
         for name in ("emb", "emb_flip"):
             useless = np.flatnonzero(~np.isfinite(rows[name]).all(axis=1) | ~rows[name].any(axis=1))
             if len(useless):
-                raise InputError(f"--from: {name} of record {dataset.name_of(part.start + useless[0])} in {source} is not finite or all zeros")
+                raise InputError(
+                    f"--from: {name} of record "
+                    f"{dataset.name_of(part.start + useless[0])} in {source} is not finite or all "
+                    "zeros"
+                )
         if "label" in rows:
             compare_labels(rows["label"], dataset, part, source)
         writer.write(part, np.stack([rows["emb"], rows["emb_flip"]], axis=1))
@@ -127,28 +208,45 @@ def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
 
 def compare_labels(found: np.ndarray, dataset, part: range, source: Path) -> None:
     expected = dataset.labels(part)
-    wrong = np.flatnonzero((found != expected) & (expected >= 0))       # below 0: a damaged record, which tells no label
+    # below 0: a damaged record, which tells no label
+    wrong = np.flatnonzero((found != expected) & (expected >= 0))
     if len(wrong):
-        raise InputError(f"--from: record {dataset.name_of(part.start + wrong[0])} has label {expected[wrong[0]]}, {source} says {found[wrong[0]]}: "
-                         "its features are of another set or in another order")
+        raise InputError(
+            f"--from: record {dataset.name_of(part.start + wrong[0])} has label "
+            f"{expected[wrong[0]]}, {source} says {found[wrong[0]]}: "
+            "its features are of another set or in another order"
+        )
 
 
 class Column:
-    """One array of an .npz, read from its beginning to its end a part at a time: features of millions of images need no memory."""
+    """One array of an .npz, read from its beginning to its end a part at a time: features of
+    millions of images need no memory.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, name: str, path: Path):
-        self.name, self.path, self.at = name, path, 0
+        self.name = name
+        self.path = path
+        self.at = 0
         try:
             self.stream = archive.open(f"{name}.npy")
             version = np.lib.format.read_magic(self.stream)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             self.shape, by_column, self.dtype = header(self.stream)
         except DAMAGED_ARCHIVE as error:
             raise InputError(f"--from: {name} of {path} cannot be read ({error})") from error
         if self.dtype.hasobject:
-            raise InputError(f"--from: {name} of {path} is a pickled array, which could run code: save plain numbers")
+            raise InputError(
+                f"--from: {name} of {path} is a pickled array, which could run code: "
+                "save plain numbers"
+            )
         if by_column and len(self.shape) > 1:
-            raise InputError(f"--from: {name} of {path} is stored by columns: save np.ascontiguousarray({name})")
+            raise InputError(
+                f"--from: {name} of {path} is stored by columns: save np.ascontiguousarray({name})"
+            )
 
     def read(self, part: range) -> np.ndarray:
         """The rows of ``part``, which must follow those of the last call, perhaps after others."""
@@ -169,24 +267,52 @@ class Column:
 
 
 def open_columns(path: Path, images: int) -> tuple[dict[str, Column], int, str]:
-    """emb, emb_flip and, if it is there, label of an .npz; the features' dimensions and type. Errors: InputError if they cannot be this set's features."""
+    """emb, emb_flip and, if it is there, label of an .npz; the features' dimensions and type.
+
+    Errors: InputError if they cannot be this set's features.
+    """
     if not path.is_file():
         raise InputError(f"--from: no file at {path.absolute()}")
     try:
         archive = zipfile.ZipFile(path)
     except DAMAGED_ARCHIVE as error:
-        raise InputError(f"--from: {path} is no .npz ({error}); write one with numpy.savez(file, emb=..., emb_flip=...)") from error
+        raise InputError(
+            f"--from: {path} is no .npz ({error}); write one with numpy.savez(file, "
+            "emb=..., emb_flip=...)"
+        ) from error
     names = {Path(name).stem for name in archive.namelist()}
     if not {"emb", "emb_flip"} <= names:
-        raise InputError(f"--from: {path} needs emb and emb_flip, it has {', '.join(sorted(names)) or 'nothing'}")
-    columns = {name: Column(archive, name, path) for name in ("emb", "emb_flip", "label") if name in names}
+        raise InputError(
+            f"--from: {path} needs emb and emb_flip, it has {', '.join(sorted(names)) or 'nothing'}"
+        )
+    columns = {
+        name: Column(archive, name, path) for name in ("emb", "emb_flip", "label") if name in names
+    }
     emb, flip, label = columns["emb"], columns["emb_flip"], columns.get("label")
-    if len(emb.shape) != 2 or emb.shape[0] != images or emb.shape[1] == 0 or flip.shape != emb.shape or label and label.shape != (images,):
+    if (
+        len(emb.shape) != 2
+        or emb.shape[0] != images
+        or emb.shape[1] == 0
+        or flip.shape != emb.shape
+        or label
+        and label.shape != (images,)
+    ):
         shapes = ", ".join(f"{name} {column.shape}" for name, column in columns.items())
-        raise InputError(f"--from: {path} has {shapes}; this set has {images} images, so emb and emb_flip must be ({images}, D) and label ({images},)")
-    if emb.dtype not in (np.float16, np.float32) or flip.dtype != emb.dtype or label and label.dtype.kind not in "iuf":
+        raise InputError(
+            f"--from: {path} has {shapes}; this set has {images} images, so emb and "
+            f"emb_flip must be ({images}, D) and label ({images},)"
+        )
+    if (
+        emb.dtype not in (np.float16, np.float32)
+        or flip.dtype != emb.dtype
+        or label
+        and label.dtype.kind not in "iuf"
+    ):
         kinds = ", ".join(f"{name} {column.dtype}" for name, column in columns.items())
-        raise InputError(f"--from: {path} has {kinds}; emb and emb_flip must both be float16 or float32, label a number")
+        raise InputError(
+            f"--from: {path} has {kinds}; emb and emb_flip must both be float16 or "
+            "float32, label a number"
+        )
     return columns, emb.shape[1], str(emb.dtype)
 
 

@@ -1,13 +1,17 @@
-"""Compute AMLDistill's class centres where a teacher is published without its header: class means of its features over the training set.
+"""Compute AMLDistill's class centres where a teacher is published without its header: class means
+of its features over the training set.
 
-    python train/class_centers.py teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt output=data/teacher_centers.pth
-    python train/class_centers.py teacher_embeddings=data/teacher output=data/teacher_centers.pth       from train/cache_teacher.py, without running the teacher
+    python train/class_centers.py output=data/teacher_centers.pth \\
+        teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt
+    # from what train/cache_teacher.py wrote, without running the teacher
+    python train/class_centers.py output=data/teacher_centers.pth teacher_embeddings=data/teacher
     torchrun --nproc_per_node 4 train/class_centers.py ...
 
-writes {"kernel": (D, C)}, which pretrained_teacher_header_path takes. A centre is the mean of the L2-normalised features of all images of its class and of
-their mirror images. (output may be a folder: class_centers.pth in it.) It prints the number of classes, how many images they have, and the
-mean cosine between a feature and its class centre, which is the mean length of the centres.
-A killed run starts again; where the teacher takes hours, make the cache first, which goes on.
+writes {"kernel": (D, C)}, which pretrained_teacher_header_path takes. A centre is the mean of the
+L2-normalised features of all images of its class and of their mirror images. (output may be a
+folder: class_centers.pth in it.) It prints the number of classes, how many images they have, and
+the mean cosine between a feature and its class centre, which is the mean length of the centres. A
+killed run starts again; where the teacher takes hours, make the cache first, which goes on.
 """
 
 import argparse
@@ -38,25 +42,60 @@ def main():
     output = distributed.main_computes(lambda: prepare_output(Path(cfg.output)))
     patient = distributed.patient_group()
     dataset = setup.build_dataset(cfg)
-    parts = [range(first, min(first + PART, len(dataset))) for first in range(0, len(dataset), PART)][distributed.rank()::distributed.world_size()]
+    parts = [
+        range(first, min(first + PART, len(dataset))) for first in range(0, len(dataset), PART)
+    ][distributed.rank() :: distributed.world_size()]
     centers = ClassMeans(cfg.num_classes)
     for_each_part = from_cache if cfg.teacher_embeddings else from_teacher
-    for_each_part(cfg, dataset, parts, device, lambda part, features, damaged: centers.add(features, labels_of(dataset, part, damaged)))
-    distributed.all_gather_object(None, patient)      # a rank may be further behind than the collectives below would wait
+    for_each_part(
+        cfg,
+        dataset,
+        parts,
+        device,
+        lambda part, features, damaged: centers.add(features, labels_of(dataset, part, damaged)),
+    )
+    # a rank may be further behind than the collectives below would wait
+    distributed.all_gather_object(None, patient)
     kernel = centers.kernel(dataset.root_dir)
     if distributed.is_main():
         save(kernel, output)
         counts = centers.counts.sort().values
-        logging.info("%d classes of %d to %d images (median %d), %d in all", len(counts), counts[0], counts[-1], counts[len(counts) // 2], counts.sum())
-        logging.info("mean cosine between a feature and its class centre: %.3f", (kernel.norm(dim=0).double() * centers.counts).sum() / counts.sum())
-        logging.info("train with pretrained_teacher_header_path=%s embedding_size=%d", output, len(kernel))
+        logging.info(
+            "%d classes of %d to %d images (median %d), %d in all",
+            len(counts),
+            counts[0],
+            counts[-1],
+            counts[len(counts) // 2],
+            counts.sum(),
+        )
+        logging.info(
+            "mean cosine between a feature and its class centre: %.3f",
+            (kernel.norm(dim=0).double() * centers.counts).sum() / counts.sum(),
+        )
+        logging.info(
+            "train with pretrained_teacher_header_path=%s embedding_size=%d", output, len(kernel)
+        )
     distributed.shutdown()
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", default=str(ROOT / "config" / "config.py"), metavar="FILE", help="configuration file (default: config/config.py)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. output=data/teacher_centers.pth")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        default=str(ROOT / "config" / "config.py"),
+        metavar="FILE",
+        help="configuration file (default: config/config.py)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="configuration values, e.g. output=data/teacher_centers.pth",
+    )
     arguments = parser.parse_intermixed_args()
     if not any(override.startswith("output=") for override in arguments.overrides):
         raise InputError("no file for the centres: name one with output=FILE.pth")
@@ -69,7 +108,10 @@ def prepare_output(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output: cannot make the folder {path.parent} ({error.strerror}); choose another place with output=") from error
+        raise InputError(
+            f"output: cannot make the folder {path.parent} ({error.strerror}); choose "
+            "another place with output="
+        ) from error
     if not os.access(path.parent, os.W_OK) or path.is_dir():
         raise InputError(f"output: cannot write {path}; choose another place with output=")
     return path
@@ -82,25 +124,42 @@ def from_teacher(cfg, dataset, parts: list[range], device, keep) -> None:
 def from_cache(cfg, dataset, parts: list[range], device, keep) -> None:
     cache = setup.open_teacher_cache(cfg, dataset)
     replaced = set(cache.replaced)
-    for part in tqdm(parts, desc="cache", unit="part", leave=False, disable=None if distributed.is_main() else True):
-        keep(part, torch.from_numpy(cache.read_part(part)), [index for index in part if index in replaced])
+    for part in tqdm(
+        parts,
+        desc="cache",
+        unit="part",
+        leave=False,
+        disable=None if distributed.is_main() else True,
+    ):
+        keep(
+            part,
+            torch.from_numpy(cache.read_part(part)),
+            [index for index in part if index in replaced],
+        )
 
 
 def labels_of(dataset, part: range, damaged: list[int]) -> torch.Tensor:
-    """(n,) labels of the part's images; -1 for damaged records, whose features are another image's."""
+    """(n,) labels of the part's images; -1 for damaged records, whose features are another
+    image's.
+    """
     labels = torch.from_numpy(dataset.labels(part))
     labels[[index - part.start for index in damaged]] = -1
     return labels
 
 
 class ClassMeans:
-    """Sums, in float64, of the normalised features of this rank's images by class; together with the other ranks' they become the centres."""
+    """Sums, in float64, of the normalised features of this rank's images by class; together with
+    the other ranks' they become the centres.
+    """
 
     def __init__(self, num_classes: int):
-        self.sums, self.counts = None, torch.zeros(num_classes, dtype=torch.int64)
+        self.sums = None
+        self.counts = torch.zeros(num_classes, dtype=torch.int64)
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """features (n, 2, D) of images and mirror images; labels (n,), those below 0 are left out."""
+        """features (n, 2, D) of images and mirror images; labels (n,), those below 0 are left
+        out.
+        """
         if self.sums is None:
             self.sums = torch.zeros(len(self.counts), features.shape[2], dtype=torch.float64)
         known = labels >= 0
@@ -108,14 +167,25 @@ class ClassMeans:
         self.counts += torch.bincount(labels[known], minlength=len(self.counts))
 
     def kernel(self, root_dir: str) -> torch.Tensor:
-        """(D, C) float32 means over all ranks; not normalised again: as long as the class is alike. Errors: InputError for a class without images."""
+        """(D, C) float32 means over all ranks; not normalised again: as long as the class is alike.
+
+        Errors: InputError for a class without images.
+        """
         size = max(distributed.all_gather_object(0 if self.sums is None else self.sums.shape[1]))
-        sums = distributed.all_reduce(torch.zeros(len(self.counts), size, dtype=torch.float64) if self.sums is None else self.sums)
+        sums = distributed.all_reduce(
+            torch.zeros(len(self.counts), size, dtype=torch.float64)
+            if self.sums is None
+            else self.sums
+        )
         distributed.all_reduce(self.counts)
         empty = torch.nonzero(self.counts == 0).flatten().tolist()
         if empty:
-            raise InputError(f"class {empty[0]} of {root_dir} has no readable image, as have {len(empty) - 1} more of {len(self.counts)} classes: "
-                             "there is nothing to compute its centre from; make the set without it, or set num_classes to the classes that are there")
+            raise InputError(
+                f"class {empty[0]} of {root_dir} has no readable image, as have "
+                f"{len(empty) - 1} more of {len(self.counts)} classes: "
+                "there is nothing to compute its centre from; make the set without "
+                "it, or set num_classes to the classes that are there"
+            )
         return (sums / (2 * self.counts[:, None])).t().contiguous().float()
 
 
@@ -123,8 +193,10 @@ def save(kernel: torch.Tensor, path: Path) -> None:
     try:
         with replacing(path) as file:
             torch.save({"kernel": kernel}, file)
-    except (OSError, RuntimeError) as error:        # torch reports a failed write as RuntimeError
-        raise InputError(f"cannot save {path} ({error}); make room or choose another place with output=") from error
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise InputError(
+            f"cannot save {path} ({error}); make room or choose another place with output="
+        ) from error
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Put a header that all ranks have written as shares (header_format=shards) into the single file that people exchange.
+"""Put a header that all ranks have written as shares (header_format=shards) into the single file
+that people exchange.
 
-    python train/export_header.py output/teacher/295672header                      # writes output/teacher/295672header.pth
+    python train/export_header.py output/teacher/295672header    # writes 295672header.pth there
     python train/export_header.py output/teacher/295672header --output header.pth
 
-The file holds ``kernel`` (D, C) in float32 and AdaFace's batch_mean and batch_std, as <step>header.pth does, and is what pretrained_header_path and
-pretrained_teacher_header_path take. The whole kernel must fit into this machine's memory twice.
+The file holds ``kernel`` (D, C) in float32 and AdaFace's batch_mean and batch_std, as
+<step>header.pth does, and is what pretrained_header_path and pretrained_teacher_header_path take.
+The whole kernel must fit into this machine's memory twice.
 """
 
 import argparse
@@ -27,15 +29,30 @@ def main():
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("folder", type=Path, help="<step>header of a run")
-    parser.add_argument("--output", type=Path, help="file to write; default: <step>header.pth beside the folder")
+    parser.add_argument(
+        "--output", type=Path, help="file to write; default: <step>header.pth beside the folder"
+    )
     arguments = parser.parse_args()
     arguments.folder = arguments.folder.absolute()
     if not arguments.folder.is_dir():
-        hint = "; <step>header.pth is the single file already" if arguments.folder.suffix == ".pth" else ""
-        raise InputError(f"no folder {arguments.folder}: give the <step>header folder of a run with header_format=shards{hint}")
-    arguments.output = (arguments.output or arguments.folder.with_name(arguments.folder.name + ".pth")).absolute()
+        hint = (
+            "; <step>header.pth is the single file already"
+            if arguments.folder.suffix == ".pth"
+            else ""
+        )
+        raise InputError(
+            f"no folder {arguments.folder}: give the <step>header folder of a run "
+            f"with header_format=shards{hint}"
+        )
+    arguments.output = (
+        arguments.output or arguments.folder.with_name(arguments.folder.name + ".pth")
+    ).absolute()
     return arguments
 
 

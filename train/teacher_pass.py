@@ -1,4 +1,6 @@
-"""One pass of the teacher over the training set, which cache_teacher.py and class_centers.py share."""
+"""One pass of the teacher over the training set, which cache_teacher.py and class_centers.py
+share.
+"""
 
 import logging
 import sys
@@ -17,18 +19,29 @@ log = logging.getLogger(__name__)
 
 def log_to_console() -> None:
     """Show what the libraries report on rank 0, and the warnings of the others."""
-    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO if distributed.is_main() else logging.WARNING)
+    logging.basicConfig(
+        stream=sys.stdout,
+        format="%(message)s",
+        level=logging.INFO if distributed.is_main() else logging.WARNING,
+    )
 
 
 class TrainingImages:
-    """The images of a training set as eval.embed takes them, decoded ahead by workers: the batches of ``parts``, in that order and no other.
+    """The images of a training set as eval.embed takes them, decoded ahead by workers: the batches
+    of ``parts``, in that order and no other.
 
-    ``damaged``: {index: reason} of the records met so far whose images are those of the next good one.
+    ``damaged``: {index: reason} of the records met so far whose images are those of the next good
+    one.
     """
 
-    def __init__(self, dataset, parts: list[range], batch_size: int, num_workers: int, device: torch.device):
-        self.dataset, self.damaged = dataset, {}
-        self.reading = iter(open_loader(dataset, split(parts, batch_size), batch_size, num_workers, device))
+    def __init__(
+        self, dataset, parts: list[range], batch_size: int, num_workers: int, device: torch.device
+    ):
+        self.dataset = dataset
+        self.damaged = {}
+        self.reading = iter(
+            open_loader(dataset, split(parts, batch_size), batch_size, num_workers, device)
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -36,8 +49,14 @@ class TrainingImages:
     def __getitem__(self, batch: slice) -> torch.Tensor:
         found = next_batch(self.reading)
         for name, reason in found.bad:
-            index = next(index for index in range(batch.start, batch.stop) if self.dataset.name_of(index) == name)
-            log.warning("damaged record %s, the features are those of the next good one: %s", name, reason)
+            index = next(
+                index
+                for index in range(batch.start, batch.stop)
+                if self.dataset.name_of(index) == name
+            )
+            log.warning(
+                "damaged record %s, the features are those of the next good one: %s", name, reason
+            )
             self.damaged[index] = reason
         return found.images
 
@@ -52,19 +71,42 @@ class TeacherPass:
     """The teacher of ``cfg`` on this process's device, and how it is run over ``dataset``."""
 
     def __init__(self, cfg, dataset, device: torch.device):
-        self.cfg, self.dataset, self.device = cfg, dataset, device
+        self.cfg = cfg
+        self.dataset = dataset
+        self.device = device
         self.precision = choose_precision(cfg.precision, device)
-        self.teacher = load_teacher(cfg).to(device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+        self.teacher = load_teacher(cfg).to(
+            device,
+            memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format,
+        )
 
     def run(self, parts: list[range], keep) -> None:
-        """Call ``keep(part, features, damaged)`` for every part: (n, 2, D) float32 of images and mirror images, on the CPU; the indices of its damaged records."""
+        """Call ``keep(part, features, damaged)`` for every part: (n, 2, D) float32 of images and
+        mirror images, on the CPU; the indices of its damaged records.
+        """
         cfg = self.cfg
-        images = TrainingImages(self.dataset, parts, cfg.val_batch_size, cfg.num_workers, self.device)
+        images = TrainingImages(
+            self.dataset, parts, cfg.val_batch_size, cfg.num_workers, self.device
+        )
 
         def keep_part(part, features):
-            keep(part, features.view(len(part), 2, -1), [index for index in part if index in images.damaged])
+            keep(
+                part,
+                features.view(len(part), 2, -1),
+                [index for index in part if index in images.damaged],
+            )
+
         try:
-            embed_parts(self.teacher, images, parts, cfg.val_batch_size, keep_part, device=self.device, precision=self.precision,
-                        channels_last=cfg.channels_last, name="teacher")
+            embed_parts(
+                self.teacher,
+                images,
+                parts,
+                cfg.val_batch_size,
+                keep_part,
+                device=self.device,
+                precision=self.precision,
+                channels_last=cfg.channels_last,
+                name="teacher",
+            )
         finally:
             images.close()

@@ -1,12 +1,15 @@
 """Look at a teacher as it will be used, before a student is trained from it for days.
 
-    python train/teacher_report.py teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt --sample 5000
+    python train/teacher_report.py --sample 5000 \\
+        teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt
 
-prints the accuracy of the teacher on the pair sets of the configuration (those that are there; all, if the command line names them) and, on a sample of the training set, the
-mean cosine of a feature to the mean of its class's other images and to the nearest other class, and how often its own class is the nearest: with the
-colours as the teacher gets them and with red and blue exchanged. A teacher that does better with them exchanged gets the wrong ones
-(color_space), one that cannot tell the classes apart is the wrong file for this set; both are said in a line that begins with WARNING.
-On several ranks: torchrun --nproc_per_node 4 train/teacher_report.py ...
+prints the accuracy of the teacher on the pair sets of the configuration (those that are there; all,
+if the command line names them) and, on a sample of the training set, the mean cosine of a feature
+to the mean of its class's other images and to the nearest other class, and how often its own class
+is the nearest: with the colours as the teacher gets them and with red and blue exchanged. A teacher
+that does better with them exchanged gets the wrong ones (color_space), one that cannot tell the
+classes apart is the wrong file for this set; both are said in a line that begins with WARNING. On
+several ranks: torchrun --nproc_per_node 4 train/teacher_report.py ...
 """
 
 import argparse
@@ -31,22 +34,28 @@ from utils.errors import InputError, run
 from utils.precision import choose_precision
 from utils.teacher import load_teacher
 
-WINDOWS = 50            # places of the set where a sample is looked for
-SHORTEST_WINDOW = 20    # images there
-SMALLEST_CLASS = 2      # images: the others' mean needs one
-CLEAR = 3.0             # standard errors: less of a difference between the colour orders is chance
-DIFFERENT = 0.005       # cosine: less is of no consequence
-TELLS_APART = 0.05      # cosine: a teacher that knows faces has several tenths between own and other classes
+WINDOWS = 50  # places of the set where a sample is looked for
+SHORTEST_WINDOW = 20  # images there
+SMALLEST_CLASS = 2  # images: the others' mean needs one
+CLEAR = 3.0  # standard errors: less of a difference between the colour orders is chance
+DIFFERENT = 0.005  # cosine: less is of no consequence
+# cosine: a teacher that knows faces has several tenths between own and other classes
+TELLS_APART = 0.05
 
 
 class Closeness(NamedTuple):
-    """Of each sampled image, (n,): cosine to the mean of its class's other images, to the nearest other class's mean."""
+    """Of each sampled image, (n,): cosine to the mean of its class's other images, to the nearest
+    other class's mean.
+    """
 
     own: np.ndarray
     other: np.ndarray
 
     def describe(self) -> str:
-        return f"{self.own.mean():8.3f} {self.other.mean():14.3f} {100 * (self.own > self.other).mean():18.1f}"
+        return (
+            f"{self.own.mean():8.3f} {self.other.mean():14.3f} "
+            f"{100 * (self.own > self.other).mean():18.1f}"
+        )
 
 
 def main():
@@ -57,8 +66,14 @@ def main():
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     teacher = load_teacher(cfg).to(device, memory_format=layout)
     dataset = setup.build_dataset(cfg)
-    images, labels = distributed.all_succeed(lambda: read_sample(dataset, choose_sample(dataset, arguments.sample, cfg.seed)))
-    how = dict(device=device, precision=choose_precision(cfg.precision, device), channels_last=cfg.channels_last)
+    images, labels = distributed.all_succeed(
+        lambda: read_sample(dataset, choose_sample(dataset, arguments.sample, cfg.seed))
+    )
+    how = dict(
+        device=device,
+        precision=choose_precision(cfg.precision, device),
+        channels_last=cfg.channels_last,
+    )
     say(f"{teacher.name}, {how['precision']} on {distributed.world_size()} x {device.type}")
     report_pair_sets(teacher, cfg, how, arguments.sets_named)
     report_sample(teacher, images, labels, cfg, how)
@@ -66,14 +81,36 @@ def main():
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", default=str(ROOT / "config" / "config.py"), metavar="FILE", help="configuration file (default: config/config.py)")
-    parser.add_argument("--sample", type=int, default=5000, metavar="N", help="training images to look at (%(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration values, e.g. teacher=ir50 color_space=RGB")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        default=str(ROOT / "config" / "config.py"),
+        metavar="FILE",
+        help="configuration file (default: config/config.py)",
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=5000,
+        metavar="N",
+        help="training images to look at (%(default)s)",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="configuration values, e.g. teacher=ir50 color_space=RGB",
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.sample < 4:
         raise InputError(f"--sample {arguments.sample}: two classes of two images need 4")
-    arguments.sets_named = any(override.startswith("val_targets=") for override in arguments.overrides)
+    arguments.sets_named = any(
+        override.startswith("val_targets=") for override in arguments.overrides
+    )
     return arguments
 
 
@@ -88,15 +125,30 @@ def report_pair_sets(teacher: nn.Module, cfg, how: dict, all_must_be_there: bool
         if not all_must_be_there and not (Path(cfg.val_rec) / f"{name}.bin").is_file():
             say(f"{name:16}  skipped: no {Path(cfg.val_rec) / f'{name}.bin'}")
             continue
-        figures = verification.test(verification.load_targets(cfg.val_rec, [name])[name], teacher, cfg.val_batch_size, **how)
-        say(f"{name:16}  {100 * figures['Accuracy-Flip']:11.2f} ± {100 * figures['Accuracy-Std']:4.2f}")
+        figures = verification.test(
+            verification.load_targets(cfg.val_rec, [name])[name], teacher, cfg.val_batch_size, **how
+        )
+        say(
+            f"{name:16}  {100 * figures['Accuracy-Flip']:11.2f} ± "
+            f"{100 * figures['Accuracy-Std']:4.2f}"
+        )
 
 
-def report_sample(teacher: nn.Module, images: np.ndarray, labels: np.ndarray, cfg, how: dict) -> None:
-    """Print how close the sampled images are to their classes, in both colour orders, and what is suspicious about it."""
-    say(f"\n{len(images)} training images of {len(np.unique(labels))} classes: mean cosine to\ncolours           own class    nearest other    own is nearest (%)")
+def report_sample(
+    teacher: nn.Module, images: np.ndarray, labels: np.ndarray, cfg, how: dict
+) -> None:
+    """Print how close the sampled images are to their classes, in both colour orders, and what is
+    suspicious about it.
+    """
+    say(
+        f"\n{len(images)} training images of {len(np.unique(labels))} classes: mean cosine "
+        "to\ncolours           own class    nearest other    own is nearest (%)"
+    )
     found = {}
-    for name, network in ((f"{teacher.color_space}, as set", teacher), ("exchanged", Exchanged(teacher))):
+    for name, network in (
+        (f"{teacher.color_space}, as set", teacher),
+        ("exchanged", Exchanged(teacher)),
+    ):
         plain, mirrored = embed(network, images, cfg.val_batch_size, name=name, **how)
         found[name] = closeness((plain + mirrored).numpy(), labels)
         say(f"{name:16}  {found[name].describe()}")
@@ -121,20 +173,31 @@ def suspicions(as_set: Closeness, exchanged: Closeness) -> list[str]:
     gain = other_gap - gap
     words = []
     if gain.mean() > max(DIFFERENT, CLEAR * gain.std() / np.sqrt(len(gain))):
-        words.append(f"the classes lie {gain.mean():.3f} further apart with red and blue exchanged: the teacher gets the wrong colours; set color_space to the other order")
+        words.append(
+            f"the classes lie {gain.mean():.3f} further apart with red and blue "
+            "exchanged: the teacher gets the wrong colours; set color_space to the other order"
+        )
     if max(gap.mean(), other_gap.mean()) < TELLS_APART:
-        words.append(f"an image is hardly nearer to its own class than to another ({gap.mean():.3f}): the wrong weights, images of another alignment, or labels of another set")
+        words.append(
+            "an image is hardly nearer to its own class than to another "
+            f"({gap.mean():.3f}): the wrong weights, images of another alignment, or labels of "
+            "another set"
+        )
     return words
 
 
 def closeness(features: np.ndarray, labels: np.ndarray) -> Closeness:
     """features (n, D), not normalised; labels (n,), each with at least SMALLEST_CLASS images.
 
-    The own class's mean leaves the image itself out: with it even random features would seem close to their class.
+    The own class's mean leaves the image itself out: with it even random features would seem close
+    to their class.
     """
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     if not lengths.all():
-        raise InputError(f"the teacher's features of {int((lengths == 0).sum())} of {len(features)} images are zero: these are no trained weights")
+        raise InputError(
+            f"the teacher's features of {int((lengths == 0).sum())} of "
+            f"{len(features)} images are zero: these are no trained weights"
+        )
     features = features / lengths
     classes, row = np.unique(labels, return_inverse=True)
     sums = np.zeros((len(classes), features.shape[1]))
@@ -147,9 +210,11 @@ def closeness(features: np.ndarray, labels: np.ndarray) -> Closeness:
 
 
 def choose_sample(dataset, count: int, seed: int) -> np.ndarray:
-    """Indices of about ``count`` images of classes with at least SMALLEST_CLASS of them, rising. Errors: InputError if there are no two such classes.
+    """Indices of about ``count`` images of classes with at least SMALLEST_CLASS of them, rising.
+    Errors: InputError if there are no two such classes.
 
-    Sets that are grouped by class, as InsightFace's, show most of a class at a few places; of shuffled ones all labels are read.
+    Sets that are grouped by class, as InsightFace's, show most of a class at a few places; of
+    shuffled ones all labels are read.
     """
     count = min(count, len(dataset))
     windows = max(1, min(WINDOWS, count // SHORTEST_WINDOW))
@@ -160,12 +225,16 @@ def choose_sample(dataset, count: int, seed: int) -> np.ndarray:
     if len(chosen) < len(looked_at) / 2:
         every = np.arange(len(dataset))
         labels = dataset.labels(every)
-        order = np.random.default_rng(seed).permutation(labels.max() + 1)       # whole classes, in random order, until there are enough
+        # whole classes, in random order, until there are enough
+        order = np.random.default_rng(seed).permutation(labels.max() + 1)
         rank = np.append(order, len(order))[labels]
         members = every[np.argsort(rank, kind="stable")][:count]
         chosen = with_company(members, labels[members])
     if len(np.unique(dataset.labels(chosen))) < 2:
-        raise InputError(f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} images among {len(dataset)} images: nothing to compare")
+        raise InputError(
+            f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} images among "
+            f"{len(dataset)} images: nothing to compare"
+        )
     return np.sort(chosen)
 
 
@@ -176,15 +245,27 @@ def with_company(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def read_sample(dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 112, 112, 3) uint8 RGB and labels (n,), without damaged records and those they leave alone in their class."""
+    """Images (n, 112, 112, 3) uint8 RGB and labels (n,), without damaged records and those they
+    leave alone in their class.
+    """
     images, labels, bad = dataset.read_batch(indices.tolist())
     damaged = {name for name, _ in bad}
     if damaged:
         logging.warning("%d damaged records are left out", len(damaged))
-    good = np.array([place for place, index in enumerate(indices.tolist()) if dataset.name_of(index) not in damaged], np.int64)
+    good = np.array(
+        [
+            place
+            for place, index in enumerate(indices.tolist())
+            if dataset.name_of(index) not in damaged
+        ],
+        np.int64,
+    )
     good = with_company(good, labels[good])
     if len(np.unique(labels[good])) < 2:
-        raise InputError(f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} readable images in the sample: see data/README.md")
+        raise InputError(
+            f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} readable "
+            "images in the sample: see data/README.md"
+        )
     return images[good], labels[good]
 
 

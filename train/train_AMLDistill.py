@@ -1,9 +1,11 @@
 """AMLDistill (ArcDistill, CosDistill): train a student against the teacher's frozen class centres.
 
-    ./run_AMLDistill.sh pretrained_teacher_header_path=output/teacher/295672header.pth loss=ArcFace output=output/ArcDistill
+    ./run_AMLDistill.sh pretrained_teacher_header_path=output/teacher/295672header.pth \\
+        loss=ArcFace output=output/ArcDistill
 
-The student's features are pulled to where the teacher's classifier keeps each class (train/class_centers.py computes it where only
-a backbone is published); the teacher's network itself, or teacher_embeddings, is needed only for the geometry margin.
+The student's features are pulled to where the teacher's classifier keeps each class
+(train/class_centers.py computes it where only a backbone is published); the teacher's network
+itself, or teacher_embeddings, is needed only for the geometry margin.
 """
 
 import logging
@@ -24,14 +26,21 @@ def main():
     with setup.start(cfg, resume) as run:
         dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)
-        header = build_header("AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        header = build_header(
+            "AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+        )
         setup.load_teacher_centers(header, cfg)
         teacher = setup.open_teacher(cfg, run, dataset) if cfg.use_geom_margin else None
         if cfg.teacher_embeddings and not teacher:
-            logging.info("teacher_embeddings are not read: without the geometry margin AMLDistill needs the teacher's class centres only")
+            logging.info(
+                "teacher_embeddings are not read: without the geometry margin AMLDistill "
+                "needs the teacher's class centres only"
+            )
 
         def loss_of(student, batch, epoch):
-            return header(student(batch.images), batch.labels, teacher(batch) if teacher else None, epoch)
+            return header(
+                student(batch.images), batch.labels, teacher(batch) if teacher else None, epoch
+            )
 
         Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation).train()
 

@@ -1,11 +1,15 @@
-"""AdaDistill (Boutros et al., ECCV 2024): class centres are a moving average of teacher features, weighted by how well the student follows.
+"""AdaDistill (Boutros et al., ECCV 2024): class centres are a moving average of teacher features,
+weighted by how well the student follows.
 
-    ./run_AdaDistill.sh pretrained_teacher_path=output/teacher/295672backbone.pth adaptive_alpha=True output=output/AdaArcDistill
-    ./run_AdaDistill.sh pretrained_teacher_path=... loss=AdaFace use_geom_margin=True output=output/AdaDistillGeometry
-    ./run_AdaDistill.sh teacher_embeddings=data/teacher                      # its features, from train/cache_teacher.py: it is not run again
+    ./run_AdaDistill.sh pretrained_teacher_path=output/teacher/295672backbone.pth \\
+        output=output/AdaArcDistill
+    ./run_AdaDistill.sh pretrained_teacher_path=... loss=AdaFace use_geom_margin=True
+    # its features, from train/cache_teacher.py: it is not run again
+    ./run_AdaDistill.sh teacher_embeddings=data/teacher
 
-No gradient ever moves a centre: every step sets w_y <- alpha w_y + (1 - alpha) t, with alpha the student's cosine to the teacher
-(times the teacher's to the centre, if adaptive_alpha), and the student learns by cross-entropy against these centres.
+No gradient ever moves a centre: every step sets w_y <- alpha w_y + (1 - alpha) t, with alpha the
+student's cosine to the teacher (times the teacher's to the centre, if adaptive_alpha), and the
+student learns by cross-entropy against these centres.
 """
 
 import sys
@@ -25,7 +29,9 @@ def main():
     with setup.start(cfg, resume) as run:
         dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)
-        header = build_header("AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        header = build_header(
+            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+        )
         setup.load_pretrained_centers(header, cfg)
         teacher = setup.open_teacher(cfg, run, dataset)
 

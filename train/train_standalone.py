@@ -1,10 +1,11 @@
-"""Train a network on its own: a teacher (config.network="iresnet50") or the student that distillation is compared with.
+"""Train a network on its own: a teacher (config.network="iresnet50") or the student that
+distillation is compared with.
 
     ./run_standalone.sh                                          # config/config.py
     ./run_standalone.sh network=iresnet50 loss=ArcFace output=output/teacher
 
-Class centres are learned by SGD together with the network. The last <step>backbone.pth and <step>header.pth are what
-AMLDistill and AdaDistill take as teacher.
+Class centres are learned by SGD together with the network. The last <step>backbone.pth and
+<step>header.pth are what AMLDistill and AdaDistill take as teacher.
 """
 
 import sys
@@ -24,7 +25,9 @@ def main():
     with setup.start(cfg, resume) as run:
         dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
         student = setup.build_student(cfg)
-        header = build_header("standalone", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg))
+        header = build_header(
+            "standalone", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+        )
         setup.load_pretrained_centers(header, cfg)
 
         def loss_of(student, batch, epoch):

@@ -1,4 +1,6 @@
-"""AdaFace's augmentations (Kim et al., CVPR 2022), each on a fifth of the images: crop, low resolution, brightness/contrast/saturation."""
+"""AdaFace's augmentations (Kim et al., CVPR 2022), each on a fifth of the images: crop, low
+resolution, brightness/contrast/saturation.
+"""
 
 import numpy as np
 import torch
@@ -6,11 +8,17 @@ from torchvision.transforms.v2 import functional as tv
 
 SHARE = 0.2
 BLACK = -1.0
-INTERPOLATIONS = (tv.InterpolationMode.NEAREST, tv.InterpolationMode.BILINEAR, tv.InterpolationMode.BICUBIC)
+INTERPOLATIONS = (
+    tv.InterpolationMode.NEAREST,
+    tv.InterpolationMode.BILINEAR,
+    tv.InterpolationMode.BICUBIC,
+)
 
 
 def augment(images: torch.Tensor, seed: list[int]) -> torch.Tensor:
-    """Change (B, 3, H, W) images in [-1, 1] in place and return them; what is drawn depends on ``seed`` (integers) alone."""
+    """Change (B, 3, H, W) images in [-1, 1] in place and return them; what is drawn depends on
+    ``seed`` (integers) alone.
+    """
     rng = np.random.default_rng(seed)
     chosen = rng.random((len(images), 3)) < SHARE
     for row, on in zip(*chosen.nonzero()):
@@ -22,10 +30,13 @@ def crop(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Keep a box of 20 to 100 % of the area where it is, black around it."""
     height, width = image.shape[1:]
     area, ratio = rng.uniform(0.2, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    h, w = min(height, round(height * (area / ratio) ** 0.5)), min(width, round(width * (area * ratio) ** 0.5))
+    h, w = (
+        min(height, round(height * (area / ratio) ** 0.5)),
+        min(width, round(width * (area * ratio) ** 0.5)),
+    )
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     kept = torch.full_like(image, BLACK)
-    kept[:, top:top + h, left:left + w] = image[:, top:top + h, left:left + w]
+    kept[:, top : top + h, left : left + w] = image[:, top : top + h, left : left + w]
     return kept
 
 

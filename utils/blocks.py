@@ -1,8 +1,10 @@
-"""Blocks of records that lie one after another in a file, and a thread that reads them ahead: for disks on which random reads are slow.
+"""Blocks of records that lie one after another in a file, and a thread that reads them ahead: for
+disks on which random reads are slow.
 
-The order of an epoch is then a shuffle of blocks (``utils.sampler``). While one window of blocks is trained on, those of the next are read from the disk into
-the page cache, each in one go, so that the small reads of the DataLoader's workers find them in memory. The ranks of a machine share the blocks out
-and read each once; several machines each read all of them.
+The order of an epoch is then a shuffle of blocks (``utils.sampler``). While one window of blocks is
+trained on, those of the next are read from the disk into the page cache, each in one go, so that
+the small reads of the DataLoader's workers find them in memory. The ranks of a machine share the
+blocks out and read each once; several machines each read all of them.
 """
 
 from collections.abc import Sequence
@@ -13,14 +15,17 @@ import numpy as np
 from utils.record_set import Shard
 from utils.recordio import RecordError
 
-AT_ONCE = 1 << 22       # bytes of one read
+AT_ONCE = 1 << 22  # bytes of one read
 
 
 class RecordBlocks:
-    """The images of ``shards``, ``size`` at a time in the order of the files; the last block of a file is as small as its rest."""
+    """The images of ``shards``, ``size`` at a time in the order of the files; the last block of a
+    file is as small as its rest.
+    """
 
     def __init__(self, shards: Sequence[Shard], size: int):
-        self.shards, self.size = shards, size
+        self.shards = shards
+        self.size = size
         self._orders = [shard.file_order() for shard in shards]
         self._first_image = np.cumsum([0] + [shard.count for shard in shards])
         self._first_block = np.cumsum([0] + [-(-shard.count // size) for shard in shards])
@@ -41,10 +46,14 @@ class RecordBlocks:
         """The indices in the data set of the block's images, int64, in the order of the file."""
         number, first, end = self._place(block)
         order = self._orders[number]
-        return self._first_image[number] + (np.arange(first, end) if order is None else order[first:end].astype(np.int64))
+        return self._first_image[number] + (
+            np.arange(first, end) if order is None else order[first:end].astype(np.int64)
+        )
 
     def extent(self, block: int) -> tuple[int, int, int]:
-        """(shard, start, end): the bytes of the block, to the beginning of the next one or, at the last, to the end of its last record."""
+        """(shard, start, end): the bytes of the block, to the beginning of the next one or, at the
+        last, to the end of its last record.
+        """
         number, first, end = self._place(block)
         shard = self.shards[number]
         start = self._offset(number, first)
@@ -68,18 +77,24 @@ class RecordBlocks:
 
 
 class ReadAhead:
-    """Reads blocks in a thread beside the training. part, parts: this rank's share of every window, ``part`` of 0 ... ``parts`` - 1."""
+    """Reads blocks in a thread beside the training. part, parts: this rank's share of every window,
+    ``part`` of 0 ... ``parts`` - 1.
+    """
 
     def __init__(self, blocks: RecordBlocks, part: int = 0, parts: int = 1):
-        self.blocks, self.part, self.parts = blocks, part, parts
-        self._thread, self._reading = None, {}
+        self.blocks = blocks
+        self.part = part
+        self.parts = parts
+        self._thread = None
+        self._reading = {}
 
     def start(self, window: int, blocks: np.ndarray) -> None:
         """Begin to read this rank's share of the blocks of ``window``."""
-        self._reading[window] = self._submit(np.sort(blocks)[self.part::self.parts])
+        self._reading[window] = self._submit(np.sort(blocks)[self.part :: self.parts])
 
     def finish(self, window: int, blocks: np.ndarray) -> None:
-        """Wait until this rank's share of ``window`` is read; all of it if it was not begun, so that no rank begins among blocks that others still read.
+        """Wait until this rank's share of ``window`` is read; all of it if it was not begun, so
+        that no rank begins among blocks that others still read.
 
         An unreadable disk is not told here: the worker that needs a record there will name it.
         """
@@ -88,7 +103,8 @@ class ReadAhead:
 
     def _submit(self, blocks: np.ndarray) -> list[Future]:
         """Reads in the order of the disk."""
-        self._thread = self._thread or ThreadPoolExecutor(1)        # here and not before: the DataLoader forks its workers first
+        # here and not before: the DataLoader forks its workers first
+        self._thread = self._thread or ThreadPoolExecutor(1)
         return [self._thread.submit(self.blocks.read, int(block)) for block in blocks]
 
     def stop(self) -> None:

@@ -1,7 +1,10 @@
-"""Training images: RecordIO files (InsightFace or im2rec) or a folder of identities, decoded in batches by the DataLoader's workers.
+"""Training images: RecordIO files (InsightFace or im2rec) or a folder of identities, decoded in
+batches by the DataLoader's workers.
 
-Torch is imported only where a batch is made, so that the MXNet backend runs in MXNet's own environment, which has no torch.
+Torch is imported only where a batch is made, so that the MXNet backend runs in MXNet's own
+environment, which has no torch.
 """
+
 import hashlib
 import logging
 import os
@@ -30,19 +33,22 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
 JPEG_START = b"\xff\xd8\xff"
-PIXELS = b"P6\n%d %d\n255\n" % IMAGE_SIZE[::-1]        # begins an image that is stored as it is, a PPM file: read without OpenCV, in a tenth of the time
+# begins an image that is stored as it is, a PPM file: read without OpenCV, in a tenth of the time
+PIXELS = b"P6\n%d %d\n255\n" % IMAGE_SIZE[::-1]
 # of a set that does not ascend by label as InsightFace's does, and of one that does
 LABELS_LOOKED_AT, ASCENDING_LOOKED_AT = 1 << 19, 1 << 12
 # of the folders and files that a message is about
 NAMED = 3
-OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64      # for the identity of a set: half a second for six million images
+# for the identity of a set: half a second for six million images
+OFFSETS_LOOKED_AT, RECORDS_LOOKED_AT = 1 << 16, 64
 
 log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Images (B, 112, 112, 3) uint8 RGB; labels (B,) int64; the damaged records of this batch as (key, reason); the teacher's
-    features of the images and of their mirror images (B, 2, D) float16, None for a set without."""
+    """Images (B, 112, 112, 3) uint8 RGB; labels (B,) int64; the damaged records of this batch as
+    (key, reason); the teacher's features of the images and of their mirror images (B, 2, D)
+    float16, None for a set without."""
 
     images: "torch.Tensor"
     labels: "torch.Tensor"
@@ -51,10 +57,13 @@ class Batch(NamedTuple):
 
 
 def decode(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
-    """Decode a JPEG, PNG, ... to (H, W, 3) uint8 BGR. RecordError if OpenCV cannot. order: another way for OpenCV to read it."""
+    """Decode a JPEG, PNG, ... to (H, W, 3) uint8 BGR.
+
+    RecordError if OpenCV cannot. order: another way for OpenCV to read it.
+    """
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), order) if len(encoded) else None
-    except cv2.error as error:          # a damaged header that asks for gigapixels
+    except cv2.error as error:  # a damaged header that asks for gigapixels
         raise RecordError(f"{len(encoded)} bytes that OpenCV refuses: {error.err}") from None
     if image is None:
         raise RecordError(f"{len(encoded)} bytes that are no image OpenCV can read")
@@ -64,19 +73,26 @@ def decode(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
 def decode_rgb(encoded: bytes) -> np.ndarray:
     """As ``decode``, but RGB."""
     if bytes(encoded[:3]) == JPEG_START:
-        return decode(encoded, cv2.IMREAD_COLOR_RGB)        # saves a conversion; of some rare formats OpenCV gives BGR all the same
+        # saves a conversion; of some rare formats OpenCV gives BGR all the same
+        return decode(encoded, cv2.IMREAD_COLOR_RGB)
     return cv2.cvtColor(decode(encoded), cv2.COLOR_BGR2RGB)
 
 
 def decode_into(encoded: bytes, out: np.ndarray) -> None:
-    """Decode a JPEG, PNG, ... into ``out`` (112, 112, 3) uint8 RGB. RecordError if it is no image or not of that size."""
-    if len(encoded) == len(PIXELS) + out.nbytes and encoded[:len(PIXELS)] == PIXELS:
+    """Decode a JPEG, PNG, ... into ``out`` (112, 112, 3) uint8 RGB.
+
+    RecordError if it is no image or not of that size.
+    """
+    if len(encoded) == len(PIXELS) + out.nbytes and encoded[: len(PIXELS)] == PIXELS:
         np.copyto(out, np.frombuffer(encoded, np.uint8, offset=len(PIXELS)).reshape(out.shape))
         return
     image = decode_rgb(encoded)
     if image.shape != out.shape:
         height, width = image.shape[:2]
-        raise RecordError(f"the image is {width}x{height}, not {out.shape[1]}x{out.shape[0]}; align and crop it first")
+        raise RecordError(
+            f"the image is {width}x{height}, not {out.shape[1]}x{out.shape[0]}; "
+            "align and crop it first"
+        )
     np.copyto(out, image)
 
 
@@ -86,41 +102,66 @@ def first_label(header: IRHeader) -> float:
 
 
 class FaceImages:
-    """What both kinds of set share: decoding, the label check, and the replacement of damaged records.
+    """What both kinds of set share: decoding, the label check, and the replacement of damaged
+    records.
 
-    A subclass sets ``num_classes`` and ``root_dir`` and defines ``__len__``, ``_name(index)``, ``_encoded(index)`` -> (bytes, label), ``_label(index)`` and
-    ``identity()``; ``_classes(index)`` where labels of one part of the set are counted on from another's.
-    ``teacher_features``: where every batch finds its teacher features; None: nowhere.
+    A subclass sets ``num_classes`` and ``root_dir`` and defines ``__len__``, ``_name(index)``,
+    ``_encoded(index)`` -> (bytes, label), ``_label(index)`` and ``identity()``; ``_classes(index)``
+    where labels of one part of the set are counted on from another's. ``teacher_features``: where
+    every batch finds its teacher features; None: nowhere.
     """
 
     num_classes: int
     teacher_features: "TeacherCache | None" = None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(uint8 RGB image (112, 112, 3), label). RecordError if it is damaged, InputError if its label is out of range."""
+        """(uint8 RGB image (112, 112, 3), label).
+
+        RecordError if it is damaged, InputError if its label is out of range.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
         image = np.empty((*IMAGE_SIZE, 3), np.uint8)
         return image, self._read_one(index, image)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """The images of ``indices`` as one Batch; the DataLoader calls it once a batch (with ``collate_fn=keep_batch``).
+        """The images of ``indices`` as one Batch; the DataLoader calls it once a batch (with
+        ``collate_fn=keep_batch``).
 
-        A damaged record is listed in ``bad`` and replaced by the next good one (index + 1, cyclic), whose label and features come with it.
-        Errors: InputError for a label out of range, or if LONGEST_HOLE records in a row are damaged.
+        A damaged record is listed in ``bad`` and replaced by the next good one (index + 1, cyclic),
+        whose label and features come with it. Errors: InputError for a label out of range, or if
+        LONGEST_HOLE records in a row are damaged.
         """
         import torch
-        images, labels = empty_rows(len(indices))
-        features = None if self.teacher_features is None else np.empty((len(indices), 2, self.teacher_features.embedding_size), np.float16)
-        bad = self.read_into(indices, images, labels, features)
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), bad, None if features is None else torch.from_numpy(features))
 
-    def read_batch(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[tuple[int | str, str]]]:
+        images, labels = empty_rows(len(indices))
+        features = (
+            None
+            if self.teacher_features is None
+            else np.empty((len(indices), 2, self.teacher_features.embedding_size), np.float16)
+        )
+        bad = self.read_into(indices, images, labels, features)
+        return Batch(
+            torch.from_numpy(images),
+            torch.from_numpy(labels),
+            bad,
+            None if features is None else torch.from_numpy(features),
+        )
+
+    def read_batch(
+        self, indices: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int | str, str]]]:
         """As ``__getitems__``, in NumPy arrays and without features."""
         images, labels = empty_rows(len(indices))
         return images, labels, self.read_into(indices, images, labels)
 
-    def read_into(self, indices: Sequence[int], images: np.ndarray, labels: np.ndarray, features: np.ndarray | None = None) -> list[tuple[int | str, str]]:
+    def read_into(
+        self,
+        indices: Sequence[int],
+        images: np.ndarray,
+        labels: np.ndarray,
+        features: np.ndarray | None = None,
+    ) -> list[tuple[int | str, str]]:
         """As ``__getitems__``, into arrays of the shapes and types of a Batch; returns ``bad``."""
         bad, found = [], list(indices)
         for row, index in enumerate(indices):
@@ -134,15 +175,20 @@ class FaceImages:
         return bad
 
     def _read_next_good(self, index: int, out: np.ndarray) -> tuple[int, int]:
-        """Fill ``out`` with the first readable image after ``index``; returns (its index, its label)."""
+        """Fill ``out`` with the first readable image after ``index``; returns (its index, its
+        label).
+        """
         for step in range(1, min(len(self), LONGEST_HOLE + 1)):
             neighbour = (index + step) % len(self)
             try:
                 return neighbour, self._read_one(neighbour, out)
             except RecordError as error:
                 last = error
-        raise InputError(f"no readable image among the {min(len(self), LONGEST_HOLE)} after {self._name(index)} of {self.root_dir} "
-                         f"(the last: {last}); check the copy of this set")
+        raise InputError(
+            f"no readable image among the {min(len(self), LONGEST_HOLE)} after "
+            f"{self._name(index)} of {self.root_dir} "
+            f"(the last: {last}); check the copy of this set"
+        )
 
     def _read_one(self, index: int, out: np.ndarray) -> int:
         encoded, label = self._encoded(index)
@@ -150,7 +196,9 @@ class FaceImages:
         return self._checked(label, index)
 
     def _checked(self, label: float, index: int) -> int:
-        """The class of a record with ``label``; InputError naming the record if it is none of this set (a NaN is none either)."""
+        """The class of a record with ``label``; InputError naming the record if it is none of this
+        set (a NaN is none either).
+        """
         first, count = self._classes(index)
         if not 0 <= label < count or label != int(label):
             hint = f"; if its labels run from 1, {self.from_1(count)}" if label == count else ""
@@ -174,13 +222,25 @@ class FaceImages:
         return self._name(index)
 
     def stored(self, index: int) -> tuple[bytes, float]:
-        """(the image file as it is stored, the label as it stands there): neither is checked. RecordError if the record is damaged."""
+        """(the image file as it is stored, the label as it stands there): neither is checked.
+
+        RecordError if the record is damaged.
+        """
         return self._encoded(index)
 
     def labels(self, indices: Sequence[int]) -> np.ndarray:
-        """(n,) int64 labels without reading the images; -1 for a record without a readable header. Errors: InputError for a label out of range."""
+        """(n,) int64 labels without reading the images; -1 for a record without a readable header.
+
+        Errors: InputError for a label out of range.
+        """
         found = (self._label(index) for index in indices)
-        return np.array([-1 if label is None else self._checked(label, index) for index, label in zip(indices, found)], np.int64)
+        return np.array(
+            [
+                -1 if label is None else self._checked(label, index)
+                for index, label in zip(indices, found)
+            ],
+            np.int64,
+        )
 
     def from_1(self, count: int) -> str:
         """How to train where labels are 1 ... count."""
@@ -203,7 +263,9 @@ class FaceImages:
         )
 
     def identity(self) -> dict:
-        """What tells this set from any other, wherever it lies: kind, number and bytes of the images, and a SHA-256 over their order and over some of them."""
+        """What tells this set from any other, wherever it lies: kind, number and bytes of the
+        images, and a SHA-256 over their order and over some of them.
+        """
         raise NotImplementedError
 
 
@@ -275,32 +337,52 @@ def keep_batch(batch):
 
 
 class MXFaceDataset(FaceImages):
-    """A set of ``train.rec``, ``train.idx`` and ``property``, in key order; or several such files as one set, one after another (``utils.record_set``).
+    """A set of ``train.rec``, ``train.idx`` and ``property``, in key order; or several such files
+    as one set, one after another (``utils.record_set``).
 
-    ``ds[i]`` -> (uint8 RGB image (112, 112, 3), int label); ``len(ds)`` images; ``ds.num_classes`` from ``property`` or
-    the argument. InsightFace's layout (record 0 holds labels and no image): images are the keys 1 ... label[0] - 1.
-    Otherwise (im2rec) every record is an image. A vector label: the first value counts. A missing ``.idx`` or
-    ``property`` is rebuilt by scanning, and logged. ``backend="mxnet"`` reads and unpacks by MXNet 1.9.1 instead.
-    ``root_dir``: a folder, a ``.rec``, or a list of these. ``labels``: what those of several folders mean, "shared" or "separate". Records are
-    named by their key, those of several files by file and key.
-    Errors: InputError for a missing or empty set, for labels that are left open and for a label that is no class; RecordError (``ds[i]``) for a damaged record.
+    ``ds[i]`` -> (uint8 RGB image (112, 112, 3), int label); ``len(ds)`` images; ``ds.num_classes``
+    from ``property`` or the argument. InsightFace's layout (record 0 holds labels and no image):
+    images are the keys 1 ... label[0] - 1. Otherwise (im2rec) every record is an image. A vector
+    label: the first value counts. A missing ``.idx`` or ``property`` is rebuilt by scanning, and
+    logged. ``backend="mxnet"`` reads and unpacks by MXNet 1.9.1 instead. ``root_dir``: a folder, a
+    ``.rec``, or a list of these. ``labels``: what those of several folders mean, "shared" or
+    "separate". Records are named by their key, those of several files by file and key.
+    Errors: InputError for a missing or empty set, for labels that are left open and for a label
+    that is no class; RecordError (``ds[i]``) for a damaged record.
     """
 
-    def __init__(self, root_dir: str | Sequence[str], backend: str = "native", num_classes: int | None = None, labels: str = "auto"):
+    def __init__(
+        self,
+        root_dir: str | Sequence[str],
+        backend: str = "native",
+        num_classes: int | None = None,
+        labels: str = "auto",
+    ):
         self._folders = find_folders(root_dir)
         separate = check_labels(labels, self._folders)
         self.root_dir = ", ".join(folder.path for folder in self._folders)
-        self._shards = [Shard(folder.path, rec, backend) for folder in self._folders for rec in folder.recs]
-        self._folder_of = np.repeat(np.arange(len(self._folders)), [len(folder.recs) for folder in self._folders])     # of each shard
+        self._shards = [
+            Shard(folder.path, rec, backend) for folder in self._folders for rec in folder.recs
+        ]
+        # of each shard
+        self._folder_of = np.repeat(
+            np.arange(len(self._folders)), [len(folder.recs) for folder in self._folders]
+        )
         self._ends = np.cumsum([shard.count for shard in self._shards])
         for shard in self._shards:
             if shard.count == 0:
-                raise InputError(f"{shard.path} holds no image; make the set again with data/make_rec.py or copy it again")
+                raise InputError(
+                    f"{shard.path} holds no image; make the set again with "
+                    "data/make_rec.py or copy it again"
+                )
         # the class of label 0 and the number of labels, of each folder
         self._first_class, self._class_counts = self._count_classes(num_classes, separate)
-        self.num_classes = max(int((self._first_class + self._class_counts).max()), num_classes or 0)
+        self.num_classes = max(
+            int((self._first_class + self._class_counts).max()), num_classes or 0
+        )
         for shard, end in zip(self._shards, self._ends):
-            if shard.insightface:       # labels ascend there, so one look finds a property file of another set
+            # labels ascend there, so one look finds a property file of another set
+            if shard.insightface:
                 self._check_last_label(shard, int(end) - 1)
 
     def __len__(self) -> int:
@@ -334,15 +416,24 @@ class MXFaceDataset(FaceImages):
         return int(self._first_class[folder]), int(self._class_counts[folder])
 
     def identity(self) -> dict:
-        """The size of the ``.rec``, and a SHA-256 over all keys, their offsets and some whole records (every 89th offset and 64 records of MS1MV2).
+        """The size of the ``.rec``, and a SHA-256 over all keys, their offsets and some whole
+        records (every 89th offset and 64 records of MS1MV2).
 
         Of several files: their number, their sizes together, and a SHA-256 over the ones of all.
         """
         parts = [shard_identity(shard) for shard in self._shards]
         if len(parts) == 1:
             return parts[0]
-        together = hashlib.sha256("\n".join(f"{part['images']} {part['sha256']}" for part in parts).encode())
-        return dict(kind="records", files=len(parts), images=len(self), bytes=sum(part["bytes"] for part in parts), sha256=together.hexdigest())
+        together = hashlib.sha256(
+            "\n".join(f"{part['images']} {part['sha256']}" for part in parts).encode()
+        )
+        return dict(
+            kind="records",
+            files=len(parts),
+            images=len(self),
+            bytes=sum(part["bytes"] for part in parts),
+            sha256=together.hexdigest(),
+        )
 
     def labels_to_check(self) -> tuple[np.ndarray, bool]:
         """In the order of the files, which random reads would make a long look of."""
@@ -367,13 +458,17 @@ class MXFaceDataset(FaceImages):
         return self._shards
 
     def _count_classes(self, asked: int | None, separate: bool) -> tuple[np.ndarray, np.ndarray]:
-        """(the class of label 0, number of labels) of each folder. asked: the number of classes of all, None: as many as there are."""
+        """(the class of label 0, number of labels) of each folder. asked: the number of classes of
+        all, None: as many as there are.
+        """
         if len(self._folders) == 1:
             return np.array([0]), np.array([self._class_count(0, asked)])
         counts = np.array([self._class_count(number, None) for number in range(len(self._folders))])
         found = int(counts.sum() if separate else counts.max())
         if asked is not None and found > asked:
-            raise InputError(f"num_classes={asked} is smaller than the {found} classes of {self.root_dir}")
+            raise InputError(
+                f"num_classes={asked} is smaller than the {found} classes of {self.root_dir}"
+            )
         if asked is not None and found != asked:
             log.warning("%s have %d classes, num_classes=%d is used", self.root_dir, found, asked)
         if separate:
@@ -381,7 +476,9 @@ class MXFaceDataset(FaceImages):
         return np.zeros_like(counts), np.full_like(counts, asked or found)
 
     def _class_count(self, folder: int, asked: int | None) -> int:
-        """Number of classes of a folder: as asked, else from ``property``, else from the labels of all its records."""
+        """Number of classes of a folder: as asked, else from ``property``, else from the labels of
+        all its records.
+        """
         path = os.path.join(self._folders[folder].path, "property")
         stored = read_property(path) if os.path.isfile(path) else None
         if asked is not None:
@@ -400,7 +497,11 @@ class MXFaceDataset(FaceImages):
 
         That of a single class is not kept: it says nothing, and whoever trains on it is refused.
         """
-        shards = [shard for shard, its_folder in zip(self._shards, self._folder_of) if its_folder == folder]
+        shards = [
+            shard
+            for shard, its_folder in zip(self._shards, self._folder_of)
+            if its_folder == folder
+        ]
         count = sum(shard.count for shard in shards)
         log.warning("%s is missing: counting the classes in the headers of %d records", path, count)
         smallest, largest = EXACT_IN_FLOAT32, -1
@@ -422,7 +523,11 @@ class MXFaceDataset(FaceImages):
         try:
             self[index]
         except RecordError as error:
-            log.warning("the last image of %s is damaged: %s", os.path.dirname(shard.path) if len(self._shards) == 1 else shard.path, error)
+            log.warning(
+                "the last image of %s is damaged: %s",
+                os.path.dirname(shard.path) if len(self._shards) == 1 else shard.path,
+                error,
+            )
 
 
 def shard_identity(shard: Shard) -> dict:
@@ -431,7 +536,7 @@ def shard_identity(shard: Shard) -> dict:
     keys, offsets = index.keys[images], index.offsets[images]
     digest = hashlib.sha256()
     for first in range(0, len(keys), 1 << 20):
-        digest.update(keys[first:first + (1 << 20)].astype("<i8").tobytes())
+        digest.update(keys[first : first + (1 << 20)].astype("<i8").tobytes())
     digest.update(offsets[sampled(len(keys), OFFSETS_LOOKED_AT)].astype("<i8").tobytes())
     for at in sampled(len(keys), RECORDS_LOOKED_AT):
         try:
@@ -439,14 +544,21 @@ def shard_identity(shard: Shard) -> dict:
         except RecordError:
             record = b"damaged"
         digest.update(hashlib.sha256(record).digest())
-    return dict(kind="records", images=shard.count, bytes=os.path.getsize(shard.path), sha256=digest.hexdigest())
+    return dict(
+        kind="records",
+        images=shard.count,
+        bytes=os.path.getsize(shard.path),
+        sha256=digest.hexdigest(),
+    )
 
 
 class FaceDatasetFolder(FaceImages):
-    """A folder of identities: sorted sub-folders are the labels 0, 1, ..., their sorted image files the images.
+    """A folder of identities: sorted sub-folders are the labels 0, 1, ..., their sorted image files
+    the images.
 
-    ``sample``: the first so many images of each identity (all if None). Items, ``num_classes`` and batches as MXFaceDataset;
-    records are named by their path below ``root_dir``. Raises InputError as ``list_identities``.
+    ``sample``: the first so many images of each identity (all if None). Items, ``num_classes`` and
+    batches as MXFaceDataset; records are named by their path below ``root_dir``. Raises InputError
+    as ``list_identities``.
     """
 
     def __init__(self, root_dir: str, sample: int | None = None):
@@ -456,7 +568,8 @@ class FaceDatasetFolder(FaceImages):
         groups = [group[:sample] for group in found.groups]
         self.identities = found.names
         self.num_classes = len(groups)
-        # one array of bytes: half a million str objects would be copied into every worker by their reference counts
+        # one array of bytes: half a million str objects would be copied into every worker by their
+        # reference counts
         self._paths = np.array([os.fsencode(path) for group in groups for path in group])
         self._labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
 
@@ -489,7 +602,9 @@ class FaceDatasetFolder(FaceImages):
         )
 
     def identity(self) -> dict:
-        """The bytes of all files together, and a SHA-256 over all paths below ``root_dir``, their sizes and 64 whole files."""
+        """The bytes of all files together, and a SHA-256 over all paths below ``root_dir``, their
+        sizes and 64 whole files.
+        """
         sizes = np.array([self._size(index) for index in range(len(self))], "<i8")
         digest = hashlib.sha256(b"\n".join(self._paths.tolist()) + sizes.tobytes())
         for index in sampled(len(self), RECORDS_LOOKED_AT):
@@ -498,13 +613,18 @@ class FaceDatasetFolder(FaceImages):
             except RecordError:
                 content = b"damaged"
             digest.update(hashlib.sha256(content).digest())
-        return dict(kind="folder", images=len(self), bytes=int(sizes[sizes >= 0].sum()), sha256=digest.hexdigest())
+        return dict(
+            kind="folder",
+            images=len(self),
+            bytes=int(sizes[sizes >= 0].sum()),
+            sha256=digest.hexdigest(),
+        )
 
     def _size(self, index: int) -> int:
         try:
             return os.path.getsize(os.path.join(self.root_dir, self._name(index)))
         except OSError:
-            return -1       # a damaged record like any other
+            return -1  # a damaged record like any other
 
 
 class Identities(NamedTuple):
@@ -523,7 +643,8 @@ class Identities(NamedTuple):
 
 
 def list_identities(root_dir: str, sample: int | None = None) -> list[list[str]]:
-    """Image paths below ``root_dir``, one sorted list per identity (sub-folder, sorted by name; hidden ones are skipped).
+    """Image paths below ``root_dir``, one sorted list per identity (sub-folder, sorted by name;
+    hidden ones are skipped).
 
     ``sample``: at most so many of each. Raises InputError if there is no such folder, no image, or
     an identity without images. Logs which files and sub-folders are left out.
@@ -588,7 +709,7 @@ def few(names: Sequence[str], most: int = NAMED) -> str:
 
 
 def suffixes(paths: Sequence[str]) -> str:
-    """"3 .jfif, 2 without": how many files have which suffix."""
+    """ "3 .jfif, 2 without": how many files have which suffix."""
     counts = Counter(os.path.splitext(path)[1].lower() or "without" for path in paths)
     return few([f"{count} {suffix}" for suffix, count in counts.most_common()], 8)
 

@@ -1,4 +1,6 @@
-"""Faces in photographs by OpenCV's YuNet, whose file the user fetches: where they are and the five points that utils/align.py needs."""
+"""Faces in photographs by OpenCV's YuNet, whose file the user fetches: where they are and the five
+points that utils/align.py needs.
+"""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,15 +19,18 @@ DYNAMIC, STATIC = "face_detection_yunet_2026may.onnx", "face_detection_yunet_202
 FOLDER = Path(__file__).resolve().parents[1] / "deploy"
 SOURCE = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_yunet"
 DETECTOR_HELP = f"YuNet's file (deploy/{DYNAMIC}, or {STATIC})"
-LONGEST = 640           # pixels: a photograph is shrunk to it, for YuNet was trained on faces of 10 to 300 pixels
-FLOOR = 0.5             # score: what is below is background
-MIN_SCORE = 0.8         # what is below is no face to learn from or decide by
+# pixels: a photograph is shrunk to it, for YuNet was trained on faces of 10 to 300 pixels
+LONGEST = 640
+FLOOR = 0.5  # score: what is below is background
+MIN_SCORE = 0.8  # what is below is no face to learn from or decide by
 OVERLAP, MOST = 0.3, 5000
 REASONS = ("no face", "low score", "too small", "several faces")
 
 
 class Face(NamedTuple):
-    """box: x, y, width, height; points: (5, 2) as (x, y), in the order of utils.align.TEMPLATE; all in the photograph's pixels. score: 0 ... 1."""
+    """box: x, y, width, height; points: (5, 2) as (x, y), in the order of utils.align.TEMPLATE; all
+    in the photograph's pixels. score: 0 ... 1.
+    """
 
     box: tuple[float, float, float, float]
     points: np.ndarray
@@ -33,7 +38,10 @@ class Face(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The side, in the photograph's pixels, of the square that becomes the aligned crop. Errors: InputError for points unlike a face."""
+        """The side, in the photograph's pixels, of the square that becomes the aligned crop.
+
+        Errors: InputError for points unlike a face.
+        """
         return SIZE / np.sqrt(np.linalg.det(similarity(self.points)[:, :2]))
 
     def describe(self) -> str:
@@ -42,7 +50,8 @@ class Face(NamedTuple):
 
 
 class Detector:
-    """photograph (H, W, 3) uint8 RGB -> its faces, from left to right, those of a score of at least FLOOR.
+    """photograph (H, W, 3) uint8 RGB -> its faces, from left to right, those of a score of at least
+    FLOOR.
 
     path: YuNet's file; None: the one of ``file_names()`` that lies in deploy/.
     longest: photographs with a longer side are shrunk to it; more finds smaller faces.
@@ -50,14 +59,17 @@ class Detector:
     """
 
     def __init__(self, path: str | Path | None = None, longest: int = LONGEST):
-        self.path, self.longest = Path(path) if path else default_file(), longest
+        self.path = Path(path) if path else default_file()
+        self.longest = longest
         if not self.path.is_file():
             raise InputError(
-                f"--detector: no file {self.path.absolute()}: {advice()} and name it with --detector"
+                f"--detector: no file {self.path.absolute()}: {advice()} and name it with "
+                "--detector"
                 f" or put it into {FOLDER}; or give faces that are aligned already, or points from"
                 " elsewhere"
             )
-        # what OpenCV has to say of an unreadable file is said below, in one line; the function's name is that of OpenCV 4, then that of 5
+        # what OpenCV has to say of an unreadable file is said below, in one line; the function's
+        # name is that of OpenCV 4, then that of 5
         (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
         # the file's content, not its name: OpenCV crashes on a name that is not UTF-8
         content, no_text = np.fromfile(self.path, np.uint8), np.empty(0, np.uint8)
@@ -82,8 +94,16 @@ class Detector:
         self.network.setInputSize(size)
         _, rows = self.network.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
         back = np.array([width / size[0], height / size[1]])
-        # YuNet's points: right eye, left eye, nose, right and left corner of the mouth, as the person has them: left to right as seen
-        faces = [Face((*(row[:2] * back), *(row[2:4] * back)), row[4:14].reshape(5, 2) * back, float(row[14])) for row in ([] if rows is None else rows.astype(np.float64))]
+        # YuNet's points: right eye, left eye, nose, right and left corner of the mouth, as the
+        # person has them: left to right as seen
+        faces = [
+            Face(
+                (*(row[:2] * back), *(row[2:4] * back)),
+                row[4:14].reshape(5, 2) * back,
+                float(row[14]),
+            )
+            for row in ([] if rows is None else rows.astype(np.float64))
+        ]
         return from_left(faces)
 
 
@@ -93,7 +113,9 @@ def file_names() -> tuple[str, str]:
 
 
 def default_file() -> Path:
-    """The first of ``file_names()`` that lies in deploy/; if neither does, where the first should."""
+    """The first of ``file_names()`` that lies in deploy/; if neither does, where the first
+    should.
+    """
     places = [FOLDER / name for name in file_names()]
     return next((place for place in places if place.is_file()), places[0])
 
@@ -107,10 +129,14 @@ def from_left(faces: list[Face]) -> list[Face]:
     return sorted(faces, key=lambda face: float(face.points[:, 0].mean()))
 
 
-def choose(faces: list[Face], which: str = "only", min_score: float = MIN_SCORE, min_size: float = 0) -> Face:
-    """The face that is meant. which: "only" (there must be one), "largest", or its number from the left, which an image with one face ignores.
+def choose(
+    faces: list[Face], which: str = "only", min_score: float = MIN_SCORE, min_size: float = 0
+) -> Face:
+    """The face that is meant. which: "only" (there must be one), "largest", or its number from the
+    left, which an image with one face ignores.
 
-    min_score, min_size (pixels, see ``Face.size``): of faces that count. Errors: InputError that says why there is none, a word of ``utils.detection.REASONS`` first.
+    min_score, min_size (pixels, see ``Face.size``): of faces that count. Errors: InputError that
+    says why there is none, a word of ``utils.detection.REASONS`` first.
     """
     if not faces:
         raise InputError("no face")
@@ -119,11 +145,16 @@ def choose(faces: list[Face], which: str = "only", min_score: float = MIN_SCORE,
         raise InputError(f"low score: {max(face.score for face in faces):.2f}, below {min_score:g}")
     usable = [face for face in sure if face.size >= min_size]
     if not usable:
-        raise InputError(f"too small: {max(face.size for face in sure):.0f} pixels, below {min_size:g}")
+        raise InputError(
+            f"too small: {max(face.size for face in sure):.0f} pixels, below {min_size:g}"
+        )
     if len(usable) == 1:
         return usable[0]
     if which == "largest":
         return max(usable, key=lambda face: face.size)
     if which.isdecimal() and 1 <= int(which) <= len(usable):
         return usable[int(which) - 1]
-    raise InputError(f"several faces: {len(usable)}, from left to right {'; '.join(face.describe() for face in usable)}")
+    raise InputError(
+        f"several faces: {len(usable)}, from left to right "
+        f"{'; '.join(face.describe() for face in usable)}"
+    )

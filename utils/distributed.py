@@ -1,7 +1,8 @@
 """Ranks, devices and the few collectives this project uses; a world of one needs no process group.
 
-Under torchrun the environment names the rank (RANK, LOCAL_RANK, WORLD_SIZE). Without it, or with one process,
-every function here is the identity, so the code above never asks how many ranks there are.
+Under torchrun the environment names the rank (RANK, LOCAL_RANK, WORLD_SIZE). Without it, or with
+one process, every function here is the identity, so the code above never asks how many ranks there
+are.
 """
 
 import atexit
@@ -16,61 +17,100 @@ import torch.distributed as dist
 from utils.errors import InputError
 
 _alone = False
-begun = 0       # collectives and batches that this rank has begun: what utils/watch.py compares
-TIMEOUT = timedelta(minutes=30)      # the slowest wait of a rank: another one writing checkpoints or loading sets
-PATIENCE = timedelta(days=30)        # where every rank does work of its own
+begun = 0  # collectives and batches that this rank has begun: what utils/watch.py compares
+# the slowest wait of a rank: another one writing checkpoints or loading sets
+TIMEOUT = timedelta(minutes=30)
+PATIENCE = timedelta(days=30)  # where every rank does work of its own
+
 
 def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
 
-    timeout: the longest wait of a collective, after which the waiting ranks die without a word; utils/watch.py speaks earlier.
-    device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:N" or "mps". Under torchrun each rank takes cuda:LOCAL_RANK.
-    Errors: InputError if a GPU is asked for and there is none, or fewer than ranks on this machine; for several ranks on MPS.
+    timeout: the longest wait of a collective, after which the waiting ranks die without a word;
+    utils/watch.py speaks earlier. device: "auto" (a CUDA GPU if there is one), "cpu", "cuda",
+    "cuda:N" or "mps". Under torchrun each rank takes cuda:LOCAL_RANK. Errors: InputError if a GPU
+    is asked for and there is none, or fewer than ranks on this machine; for several ranks on MPS.
     """
     if device == "mps":
         check_mps()
         return torch.device("mps")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device={device} asks for a GPU, but PyTorch sees none here; set device=cpu or install a CUDA driver")
+        raise InputError(
+            f"device={device} asks for a GPU, but PyTorch sees none here; set "
+            "device=cpu or install a CUDA driver"
+        )
     if device == "cpu" or not torch.cuda.is_available():
         chosen = torch.device("cpu")
     else:
         if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
-            raise InputError(f"device={device} names one GPU for several processes: set device=cuda, each takes its own, or NPROC_PER_NODE=1")
+            raise InputError(
+                f"device={device} names one GPU for several processes: set "
+                "device=cuda, each takes its own, or NPROC_PER_NODE=1"
+            )
         index = int(device.split(":")[1]) if ":" in device else local_rank
         if index >= torch.cuda.device_count():
-            raise InputError(f"rank {os.environ.get('RANK', 0)} needs cuda:{index}, but this machine has {torch.cuda.device_count()} GPUs; "
-                             "start at most one process per GPU (NPROC_PER_NODE)")
+            raise InputError(
+                f"rank {os.environ.get('RANK', 0)} needs cuda:{index}, but this "
+                f"machine has {torch.cuda.device_count()} GPUs; "
+                "start at most one process per GPU (NPROC_PER_NODE)"
+            )
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # gloo beside nccl: flags and strings travel between the hosts without touching the GPU's queue
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=timeout,
-                                device_id=chosen if chosen.type == "cuda" else None, **meeting_place())
+        # gloo beside nccl: flags and strings travel between the hosts without touching the GPU's
+        # queue
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
+            **meeting_place(),
+        )
     return chosen
 
 
 def check_mps() -> None:
     """Raises InputError if this process cannot have an Apple GPU for itself."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("device=mps: an Apple GPU is used by one process; set NPROC_PER_NODE=1 (and accumulate for larger steps), or device=cpu")
+        raise InputError(
+            "device=mps: an Apple GPU is used by one process; set NPROC_PER_NODE=1 "
+            "(and accumulate for larger steps), or device=cpu"
+        )
     if not torch.backends.mps.is_available():
-        reason = "PyTorch finds no Apple GPU here" if torch.backends.mps.is_built() else f"this PyTorch ({torch.__version__}) was built without it"
-        raise InputError(f"device=mps asks for an Apple GPU, but {reason}; set device=cpu, or device=cuda for an NVIDIA GPU")
+        reason = (
+            "PyTorch finds no Apple GPU here"
+            if torch.backends.mps.is_built()
+            else (f"this PyTorch ({torch.__version__}) was built without it")
+        )
+        raise InputError(
+            f"device=mps asks for an Apple GPU, but {reason}; set device=cpu, or "
+            "device=cuda for an NVIDIA GPU"
+        )
 
 
 def meeting_place() -> dict:
-    """Where the ranks meet after torchrun has restarted them: nothing (its usual store), or a fresh part of that store.
+    """Where the ranks meet after torchrun has restarted them: nothing (its usual store), or a fresh
+    part of that store.
 
     torchrun keeps one store for all restarts of a launch (pytorch issue 135712), in which the addresses of the ranks that have died are still found. On several
-    machines, which may have restarted differently often, launch/environment.sh has it make a new store each time instead.
+    machines, which may have restarted differently often, launch/environment.sh has it make a new
+    store each time instead.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts == "0" or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"] or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if (
+        restarts == "0"
+        or os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]
+        or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ):
         return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT)
-    return dict(store=dist.PrefixStore(f"restart {restarts}", store), rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT
+    )
+    return dict(
+        store=dist.PrefixStore(f"restart {restarts}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 def shutdown() -> None:
@@ -78,9 +118,9 @@ def shutdown() -> None:
 
     The last call of a command that has done all its work. The interpreter would still take down
     DistributedDataParallel and gloo's threads, and PyTorch aborts now and then while it does
-    ("terminate called without an active exception"): torchrun would report a finished run as failed,
-    or start it again. So what the interpreter does for others is done here: what is registered with
-    atexit (temporary folders, logs, child processes), and the streams are flushed.
+    ("terminate called without an active exception"): torchrun would report a finished run as
+    failed, or start it again. So what the interpreter does for others is done here: what is
+    registered with atexit (temporary folders, logs, child processes), and the streams are flushed.
     """
     if not dist.is_initialized():
         return
@@ -95,7 +135,9 @@ def shutdown() -> None:
 
 @contextmanager
 def alone():
-    """Within, this process takes itself for the only rank: each does work of its own, and no collective runs."""
+    """Within, this process takes itself for the only rank: each does work of its own, and no
+    collective runs.
+    """
     global _alone
     _alone = True
     try:
@@ -124,11 +166,16 @@ def is_main() -> bool:
 
 def place_on_node() -> tuple[int, int]:
     """(number of this rank among those of its machine, number of these)."""
-    return (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if world_size() > 1 else (0, 1)
+    return (
+        (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if world_size() > 1
+        else (0, 1)
+    )
 
 
 def once_per_node(function):
-    """The value of ``function()``, a small picklable one, of the first rank of each machine, on all its ranks; an InputError of any is raised on all.
+    """The value of ``function()``, a small picklable one, of the first rank of each machine, on all
+    its ranks; an InputError of any is raised on all.
 
     The others wait as long as it takes.
     """
@@ -136,7 +183,11 @@ def once_per_node(function):
     value = all_succeed(lambda: function() if place_on_node()[0] == 0 else None, group)
     node = os.environ.get("GROUP_RANK", "0")
     values = all_gather_object((node, place_on_node()[0], value), group)
-    return next(value for its_node, local_rank, value in values if (its_node, local_rank) == (node, 0) or len(values) == 1)
+    return next(
+        value
+        for its_node, local_rank, value in values
+        if (its_node, local_rank) == (node, 0) or len(values) == 1
+    )
 
 
 def barrier() -> None:
@@ -166,7 +217,9 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_object(value, group=None) -> list:
-    """Every rank's small picklable value, in rank order, on every rank. ``group``: None, or a ``patient_group()``."""
+    """Every rank's small picklable value, in rank order, on every rank. ``group``: None, or a
+    ``patient_group()``.
+    """
     if world_size() == 1:
         return [value]
     begin()
@@ -176,12 +229,16 @@ def all_gather_object(value, group=None) -> list:
 
 
 def patient_group():
-    """All ranks, who may wait for each other for days; all call it together. None in a world of one."""
+    """All ranks, who may wait for each other for days; all call it together.
+
+    None in a world of one.
+    """
     return dist.new_group(backend="gloo", timeout=PATIENCE) if world_size() > 1 else None
 
 
 def all_succeed(function, group=None):
-    """Call ``function()`` on every rank and return its value; an InputError of any rank is raised on all of them, so that none waits for another.
+    """Call ``function()`` on every rank and return its value; an InputError of any rank is raised
+    on all of them, so that none waits for another.
 
     ``group``: None, or a ``patient_group()``.
     """
@@ -197,7 +254,9 @@ def all_succeed(function, group=None):
 
 
 def main_computes(function):
-    """Rank 0's value of ``function()``, a small picklable one, on every rank; its InputError too."""
+    """Rank 0's value of ``function()``, a small picklable one, on every rank; its InputError
+    too.
+    """
     return all_gather_object(all_succeed(lambda: function() if is_main() else None))[0]
 
 
@@ -212,21 +271,25 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenate along the first axis, in rank order; ranks may give different numbers of rows, none included."""
+    """Concatenate along the first axis, in rank order; ranks may give different numbers of rows,
+    none included.
+    """
     if world_size() == 1:
         return tensor
     counts = all_gather(torch.tensor([tensor.shape[0]], device=tensor.device)).tolist()
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
-    padded[:tensor.shape[0]] = tensor
+    padded[: tensor.shape[0]] = tensor
     parts = all_gather(padded).split(max(counts))
     return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
 
 class _GatherFeatures(torch.autograd.Function):
-    """All-gather forward; backward sums every rank's gradient of my rows and multiplies by the world size.
+    """All-gather forward; backward sums every rank's gradient of my rows and multiplies by the
+    world size.
 
-    Each rank sees the loss through its own class shard only, so the sum over ranks is the whole gradient of the global
-    mean; the factor undoes DistributedDataParallel's division by the world size.
+    Each rank sees the loss through its own class shard only, so the sum over ranks is the whole
+    gradient of the global mean; the factor undoes DistributedDataParallel's division by the world
+    size.
     """
 
     @staticmethod
@@ -243,12 +306,16 @@ class _GatherFeatures(torch.autograd.Function):
 
 
 def gather_features(tensor: torch.Tensor) -> torch.Tensor:
-    """(b, D) of this rank -> (b * world, D) of all ranks, differentiable (see ``_GatherFeatures``)."""
+    """(b, D) of this rank -> (b * world, D) of all ranks, differentiable (see
+    ``_GatherFeatures``).
+    """
     return tensor if world_size() == 1 else _GatherFeatures.apply(tensor)
 
 
 def sync_buffers(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save one network."""
+    """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save one
+    network.
+    """
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)

@@ -9,26 +9,44 @@ import time
 from difflib import get_close_matches
 
 # an OSError of these kinds tells of the user's disk or folders, not of a bug
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.ENOENT, errno.EEXIST}
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENOENT,
+    errno.EEXIST,
+}
 
 
 class InputError(ValueError):
-    """Wrong or missing input. The message is one line: what, where it was looked for, how to mend it."""
+    """Wrong or missing input.
+
+    The message is one line: what, where it was looked for, how to mend it.
+    """
 
 
 def nearest(word, known) -> str:
-    """", did you mean 'x'?" for the known name most like ``word``, "" if none is."""
+    """ ", did you mean 'x'?" for the known name most like ``word``, "" if none is."""
     near = get_close_matches(str(word), known, 1, 0.5)
     return f", did you mean {near[0]!r}?" if near else ""
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
-    """What another library's error says, short enough for a line of ours; its type where it says nothing."""
+    """What another library's error says, short enough for a line of ours; its type where it says
+    nothing.
+    """
     return (str(error) or type(error).__name__).splitlines()[0][:most]
 
 
 def run(main) -> None:
-    """Call ``main()``; an InputError or a full or forbidden disk becomes one line on stderr and exit status 1, all else is a bug and keeps its traceback."""
+    """Call ``main()``; an InputError or a full or forbidden disk becomes one line on stderr and
+    exit status 1, all else is a bug and keeps its traceback.
+    """
     print_any_name()
     try:
         main()
@@ -41,7 +59,8 @@ def run(main) -> None:
 
 
 def print_any_name() -> None:
-    """Let stdout show what its encoding lacks as ``\\udce9`` or ``\\xe9``, as stderr does by itself.
+    """Let stdout show what its encoding lacks as ``\\udce9`` or ``\\xe9``, as stderr does by
+    itself.
 
     The name of a file may be any bytes.
     """
@@ -51,12 +70,16 @@ def print_any_name() -> None:
 
 
 def fail(message: str) -> None:
-    """Print the line and end this process; the ranks that wait for it in a collective are ended by torchrun."""
+    """Print the line and end this process; the ranks that wait for it in a collective are ended by
+    torchrun.
+    """
     if int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(2)       # rank 0 speaks first; where all ranks fail alike, torchrun ends this one meanwhile and the line stands once
+        # rank 0 speaks first; where all ranks fail alike, torchrun ends this one meanwhile and the
+        # line stands once
+        time.sleep(2)
     print(f"error: {message}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
-        os._exit(1)         # leaving the other ranks in an orderly way would wait for them
+        os._exit(1)  # leaving the other ranks in an orderly way would wait for them
     sys.exit(1)

@@ -14,7 +14,9 @@ from utils.errors import InputError
 
 @contextmanager
 def replacing(path: str, mode: str = "wb"):
-    """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block ends well, else it is removed."""
+    """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block
+    ends well, else it is removed.
+    """
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with open(temporary, mode) as file:
@@ -30,9 +32,8 @@ def replacing(path: str, mode: str = "wb"):
 def read_text(path: str | Path) -> str:
     """What somebody wrote by hand: UTF-8 with or without a byte order mark, or UTF-16 with one.
 
-    Lines end as "\\n". The names of files that are not UTF-8 come as Python gives them, so that they
-    find the files.
-    Raises InputError for UTF-16 that is damaged.
+    Lines end as "\\n". The names of files that are not UTF-8 come as Python gives them, so that
+    they find the files. Raises InputError for UTF-16 that is damaged.
     """
     content = Path(path).read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -67,7 +68,9 @@ def utf8_path(path: Path) -> str:
 
 @contextmanager
 def scratch(prefix: str, folder: Path):
-    """A temporary folder inside ``folder``, whose files can be renamed to where they belong; it goes when the block ends, also by SIGTERM. For the main thread."""
+    """A temporary folder inside ``folder``, whose files can be renamed to where they belong; it
+    goes when the block ends, also by SIGTERM. For the main thread.
+    """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as path:
@@ -77,14 +80,18 @@ def scratch(prefix: str, folder: Path):
 
 
 def take_lock(path: str, shared: bool = False, wait: bool = True):
-    """Lock the file ``path``, made if it is missing, until the returned file is closed or this process and its forks have ended.
+    """Lock the file ``path``, made if it is missing, until the returned file is closed or this
+    process and its forks have ended.
 
-    None if another process has it and ``wait`` is False. Whoever removes ``path`` holds its lock: one that was waiting meanwhile starts again on the new file.
+    None if another process has it and ``wait`` is False. Whoever removes ``path`` holds its lock:
+    one that was waiting meanwhile starts again on the new file.
     """
     while True:
         file = open(path, "ab")
         try:
-            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(
+                file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+            )
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
             file.close()

@@ -16,9 +16,11 @@ def decode(buffer: bytes | bytearray | np.ndarray) -> np.ndarray:
 
 
 def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Scale (H, W, 3) uint8 so that the shorter side, relative to ``size`` = (height, width), fits; cut the centre of the other.
+    """Scale (H, W, 3) uint8 so that the shorter side, relative to ``size`` = (height, width), fits;
+    cut the centre of the other.
 
-    The rounding is that of MXNet's ``resize_short``. An image of the right size is returned as it is.
+    The rounding is that of MXNet's ``resize_short``. An image of the right size is returned as it
+    is.
     """
     height, width = size
     rows, columns = image.shape[:2]
@@ -32,7 +34,7 @@ def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     interpolation = cv2.INTER_AREA if scaled[0] < rows else cv2.INTER_CUBIC
     image = cv2.resize(image, scaled[::-1], interpolation=interpolation)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return image[top:top + height, left:left + width]
+    return image[top : top + height, left : left + width]
 
 
 def mirror(x: torch.Tensor) -> torch.Tensor:
@@ -40,12 +42,18 @@ def mirror(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1)
 
 
-def to_input(images: torch.Tensor, flip: torch.Tensor | None = None, channels_last: bool = False, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def to_input(
+    images: torch.Tensor,
+    flip: torch.Tensor | None = None,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Turn uint8 images into what the networks read, on the device they lie on.
 
-    ``images``: (B, H, W, 3) uint8 RGB. ``flip``: (B,) bool on the same device, True mirrors that image.
-    Returns (B, 3, H, W), (x / 255 - 0.5) / 0.5 in [-1, 1], computed in float32; ``dtype`` bfloat16 rounds that. Raises TypeError for images of another
-    dtype: floats in 0…1 would otherwise give plausible, wrong features.
+    ``images``: (B, H, W, 3) uint8 RGB. ``flip``: (B,) bool on the same device, True mirrors that
+    image. Returns (B, 3, H, W), (x / 255 - 0.5) / 0.5 in [-1, 1], computed in float32; ``dtype``
+    bfloat16 rounds that. Raises TypeError for images of another dtype: floats in 0…1 would
+    otherwise give plausible, wrong features.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, not {images.dtype}")
@@ -63,12 +71,19 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
 
 
 def look_up(images: torch.Tensor, flip: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``normalise`` on a CPU: (B, H, W, 3) uint8 to ``dtype`` through a table of its 256 values, image by image in the cache: a quarter of the time, the same bits."""
-    table, x = normalise(torch.arange(256, dtype=torch.float32)).to(dtype), torch.empty(images.shape, dtype=dtype)
-    if dtype == torch.bfloat16:     # which NumPy does not know: its bits
+    """``normalise`` on a CPU: (B, H, W, 3) uint8 to ``dtype`` through a table of its 256 values,
+    image by image in the cache: a quarter of the time, the same bits.
+    """
+    table, x = (
+        normalise(torch.arange(256, dtype=torch.float32)).to(dtype),
+        torch.empty(images.shape, dtype=dtype),
+    )
+    if dtype == torch.bfloat16:  # which NumPy does not know: its bits
         table, rows = table.view(torch.int16).numpy(), x.view(torch.int16).numpy()
     else:
         table, rows = table.numpy(), x.numpy()
-    for image, out, mirrored in zip(images.numpy(), rows, [False] * len(images) if flip is None else flip.tolist()):
+    for image, out, mirrored in zip(
+        images.numpy(), rows, [False] * len(images) if flip is None else flip.tolist()
+    ):
         cv2.LUT(cv2.flip(image, 1) if mirrored else image, table, dst=out)
     return x

@@ -28,5 +28,5 @@ def ends_early(encoded: bytes | memoryview) -> bool:
             return False
         # a segment is passed over: a thumbnail in it has an end marker of its own
         if code not in _BARE:
-            at += int.from_bytes(encoded[at:at + 2], "big")
+            at += int.from_bytes(encoded[at : at + 2], "big")
     return True

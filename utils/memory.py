@@ -1,4 +1,7 @@
-"""Memory that goes back to the system. The heap keeps what it once had, for the networks' sake (launch/environment.sh says why)."""
+"""Memory that goes back to the system.
+
+The heap keeps what it once had, for the networks' sake (launch/environment.sh says why).
+"""
 
 import mmap
 
@@ -6,14 +9,18 @@ import numpy as np
 
 
 def scratch(count: int, kind: type = np.int64) -> np.ndarray:
-    """(count,) zeros whose memory is returned to the system when they are dropped, and which take none where nothing is written."""
+    """(count,) zeros whose memory is returned to the system when they are dropped, and which take
+    none where nothing is written.
+    """
     size = count * np.dtype(kind).itemsize
-    return np.frombuffer(mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), kind, count)
+    return np.frombuffer(
+        mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), kind, count
+    )
 
 
 def counted(count: int, kind: type = np.int64) -> np.ndarray:
     """0, 1, ... count - 1 in such memory."""
     values = scratch(count, kind)
     for first in range(0, count, 1 << 20):
-        values[first:first + (1 << 20)] = np.arange(first, min(first + (1 << 20), count))
+        values[first : first + (1 << 20)] = np.arange(first, min(first + (1 << 20), count))
     return values

@@ -1,4 +1,6 @@
-"""JSON that every reader takes: infinite and undefined numbers, for which JSON has no word, become null."""
+"""JSON that every reader takes: infinite and undefined numbers, for which JSON has no word, become
+null.
+"""
 
 import json
 import math

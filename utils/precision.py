@@ -4,7 +4,8 @@ import torch
 
 from utils.errors import InputError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}      # autocast's dtype; None: no autocast
+# autocast's dtype; None: no autocast
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -14,18 +15,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """"auto" -> bf16 where the hardware multiplies it natively, else fp32.
+    """ "auto" -> bf16 where the hardware multiplies it natively, else fp32.
 
     Raises InputError if the precision is not one that is used on this device.
     """
     if device.type == "mps":
         if precision not in ("auto", "fp32"):
-            raise InputError(f"precision={precision}: device=mps computes in float32; set precision=fp32")
+            raise InputError(
+                f"precision={precision}: device=mps computes in float32; set precision=fp32"
+            )
         return "fp32"
     if precision == "auto":
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:       # no public name for these in PyTorch 2.11 to 2.15; AVX-512 without bf16 only emulates it, three times slower than fp32
+        else:
+            # no public name for these in PyTorch 2.11 to 2.15; AVX-512 without bf16 only emulates
+            # it, three times slower than fp32
             native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return "bf16" if native else "fp32"
     return precision

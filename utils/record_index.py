@@ -1,9 +1,12 @@
-"""Where the records of a ``.rec`` begin: two integer arrays, which all processes of a machine share.
+"""Where the records of a ``.rec`` begin: two integer arrays, which all processes of a machine
+share.
 
-An index of millions of records is read from its ``.idx`` once a machine and laid down in a file in the temporary folder (TMPDIR), which every rank and
-every reading process then maps: 12 bytes a record, in memory once. The file tells which ``.idx`` and ``.rec`` it was made from, by path, size, times and
-inode; when any of these changes, it is made again. Nothing is written into the data folder, so that may be read-only. Where the temporary folder cannot be
-used, each rank has arrays of its own, and the log says so.
+An index of millions of records is read from its ``.idx`` once a machine and laid down in a file in
+the temporary folder (TMPDIR), which every rank and every reading process then maps: 12 bytes a
+record, in memory once. The file tells which ``.idx`` and ``.rec`` it was made from, by path, size,
+times and inode; when any of these changes, it is made again. Nothing is written into the data
+folder, so that may be read-only. Where the temporary folder cannot be used, each rank has arrays of
+its own, and the log says so.
 """
 
 import json
@@ -24,10 +27,11 @@ from utils.memory import scratch
 
 # 2: a repeated line is dropped, a repeated key refused
 FORMAT = 2
-HEADER = 4096                   # bytes before the arrays: JSON, padded
-SHARED_FROM = 1 << 20           # bytes of .idx from which on it is shared; below, copies cost less than a file
-SHARED_FROM_RECORDS = 1 << 28   # the same for a .rec without .idx
-TEXT_AT_ONCE = 1 << 20       # bytes of .idx that are parsed at a time
+HEADER = 4096  # bytes before the arrays: JSON, padded
+# bytes of .idx from which on it is shared; below, copies cost less than a file
+SHARED_FROM = 1 << 20
+SHARED_FROM_RECORDS = 1 << 28  # the same for a .rec without .idx
+TEXT_AT_ONCE = 1 << 20  # bytes of .idx that are parsed at a time
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ def open_index(
     before they are used. Raises InputError if a line of the ``.idx`` is not ``key<tab>offset``, if
     lines contradict each other (``ascending``, ``order_in_file``), and what ``check`` raises.
     """
+
     def find() -> tuple[np.ndarray, np.ndarray]:
         if not os.path.isfile(idx_path):
             return scan()
@@ -91,35 +96,57 @@ def open_index(
             try:
                 save(path, stamp, *pairs, idx_path)
             except OSError as error:
-                log.warning("%s: %s; every process keeps the index of %s for itself (TMPDIR names another folder)", path, error.strerror, rec_path)
+                log.warning(
+                    "%s: %s; every process keeps the index of %s for itself (TMPDIR names "
+                    "another folder)",
+                    path,
+                    error.strerror,
+                    rec_path,
+                )
                 return in_memory(*pairs, idx_path)
             index = load(path, stamp)
     return index
 
 
 def shared_folder() -> str | None:
-    """This user's folder for shared indices, for nobody else to write to; None, with a word in the log, if there can be none."""
+    """This user's folder for shared indices, for nobody else to write to; None, with a word in the
+    log, if there can be none.
+    """
     folder = os.path.join(tempfile.gettempdir(), f"record-index-{os.getuid()}")
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         status = os.lstat(folder)
-        if status.st_uid != os.getuid() or status.st_mode & 0o022 or not os.path.isdir(folder) or os.path.islink(folder):
+        if (
+            status.st_uid != os.getuid()
+            or status.st_mode & 0o022
+            or not os.path.isdir(folder)
+            or os.path.islink(folder)
+        ):
             raise PermissionError(0, "it is not this user's alone")
-        take_lock(os.path.join(folder, "lock")).close()         # can it be written to, and locked?
+        take_lock(os.path.join(folder, "lock")).close()  # can it be written to, and locked?
     except OSError as error:
-        log.warning("%s: %s; every process keeps the index of its records for itself (TMPDIR names another folder)", folder, error.strerror)
+        log.warning(
+            "%s: %s; every process keeps the index of its records for itself (TMPDIR names "
+            "another folder)",
+            folder,
+            error.strerror,
+        )
         return None
     return folder
 
 
 def origin(idx_path: str, rec_path: str) -> dict:
     """What an index was made from."""
-    paths = sha256(b"\0".join(os.fsencode(os.path.abspath(path)) for path in (rec_path, idx_path))).hexdigest()
+    paths = sha256(
+        b"\0".join(os.fsencode(os.path.abspath(path)) for path in (rec_path, idx_path))
+    ).hexdigest()
     return dict(format=FORMAT, paths=paths, rec=marks(rec_path), idx=marks(idx_path))
 
 
 def marks(path: str) -> list[int] | None:
-    """What changes when a file is replaced or written to, even where its size and time are kept (rsync -a): the inode and the time of change."""
+    """What changes when a file is replaced or written to, even where its size and time are kept
+    (rsync -a): the inode and the time of change.
+    """
     if not os.path.isfile(path):
         return None
     status = os.stat(path)
@@ -166,7 +193,7 @@ def ascending(
     contradicting = again[offsets[again] != offsets[again - 1]]
     if len(contradicting):
         count, key = len(np.unique(keys[contradicting])), keys[contradicting[0]]
-        its_offsets = offsets[np.searchsorted(keys, key):np.searchsorted(keys, key, "right")]
+        its_offsets = offsets[np.searchsorted(keys, key) : np.searchsorted(keys, key, "right")]
         listed = ", ".join(map(str, its_offsets[:3])) + (", ..." if len(its_offsets) > 3 else "")
         raise InputError(
             f"{idx_path} lists keys several times with different offsets ({count} of them; key "
@@ -187,7 +214,7 @@ def order_in_file(parts: list[tuple[np.ndarray, np.ndarray]], idx_path: str) -> 
     if len(offsets[0]) == 0:
         return None
     # all but the first record, without a copy
-    rest = offsets[-1][2 - len(parts):]
+    rest = offsets[-1][2 - len(parts) :]
     order, shared = None, None
     if rising(rest):
         at = np.searchsorted(rest, offsets[0][0])
@@ -196,7 +223,7 @@ def order_in_file(parts: list[tuple[np.ndarray, np.ndarray]], idx_path: str) -> 
         offsets = joined(offsets)
         order = order_of(offsets)
         for first in range(0, len(order), 1 << 20):
-            part = offsets[order[first:first + (1 << 20) + 1]]
+            part = offsets[order[first : first + (1 << 20) + 1]]
             same = np.flatnonzero(part[1:] == part[:-1])
             if len(same):
                 shared = order[first + same[0]], order[first + same[0] + 1]
@@ -215,14 +242,16 @@ def rising(values: np.ndarray) -> bool:
 
 
 def order_of(values: np.ndarray) -> np.ndarray:
-    """``np.argsort(values, kind="stable")`` of non-negative int64, sorted in place beside the positions where both fit into 63 bits: half the memory."""
+    """``np.argsort(values, kind="stable")`` of non-negative int64, sorted in place beside the
+    positions where both fit into 63 bits: half the memory.
+    """
     bits = len(values).bit_length()
     if int(values.max()) >= 1 << 63 - bits:
         return np.argsort(values, kind="stable")
     packed = scratch(len(values))
     np.left_shift(values, bits, out=packed)
     for first in range(0, len(packed), 1 << 20):
-        part = packed[first:first + (1 << 20)]
+        part = packed[first : first + (1 << 20)]
         part |= np.arange(first, first + len(part))
     packed.sort()
     packed &= (1 << bits) - 1
@@ -231,14 +260,19 @@ def order_of(values: np.ndarray) -> np.ndarray:
 
 # --- the text
 
+
 def read_index(idx_path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of an ``.idx`` file, two int64 arrays in file order. InputError if a line is not ``key<tab>offset``."""
-    most = os.path.getsize(idx_path) // 4 + 1          # the shortest line is 0<tab>0; pages that are not written to take no memory
+    """(keys, offsets) of an ``.idx`` file, two int64 arrays in file order.
+
+    InputError if a line is not ``key<tab>offset``.
+    """
+    # the shortest line is 0<tab>0; pages that are not written to take no memory
+    most = os.path.getsize(idx_path) // 4 + 1
     keys, offsets, count = scratch(most), scratch(most), 0
     for pairs in parsed(idx_path):
         if len(pairs) and pairs.min() < 0:
             raise InputError(f"{idx_path} names a negative key or offset; {rebuild(idx_path)}")
-        keys[count:count + len(pairs)], offsets[count:count + len(pairs)] = pairs.T
+        keys[count : count + len(pairs)], offsets[count : count + len(pairs)] = pairs.T
         count += len(pairs)
     return keys[:count], offsets[:count]
 
@@ -256,8 +290,13 @@ def parsed(idx_path: str) -> Iterator[np.ndarray]:
 def parse(text: bytes, idx_path: str) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", DeprecationWarning)      # how NumPy reports text that is no number
-            numbers = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
+            # how NumPy reports text that is no number
+            warnings.simplefilter("error", DeprecationWarning)
+            numbers = (
+                np.fromstring(text, dtype=np.int64, sep=" ")
+                if text.strip()
+                else np.empty(0, np.int64)
+            )
         return numbers.reshape(-1, 2)
     except (ValueError, DeprecationWarning):
         raise InputError(
@@ -283,6 +322,7 @@ def write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> N
 
 # --- the shared file: header, offsets, keys, and the positions by offset if these are not in order
 
+
 def save(path: str, stamp: dict, keys: np.ndarray, offsets: np.ndarray, idx_path: str) -> None:
     """Lay down the index of (keys, offsets), in any order. Raises as ``open_index``."""
     parts, repeated = ascending(keys, offsets, idx_path)
@@ -307,11 +347,13 @@ def save(path: str, stamp: dict, keys: np.ndarray, offsets: np.ndarray, idx_path
 
 def write_as(kind: type, values: np.ndarray, file) -> None:
     for first in range(0, len(values), 1 << 20):
-        file.write(values[first:first + (1 << 20)].astype(kind).data)
+        file.write(values[first : first + (1 << 20)].astype(kind).data)
 
 
 def load(path: str, stamp: dict) -> Index | None:
-    """Map the index in ``path``; None if there is none, or it was made from other files than ``stamp`` says."""
+    """Map the index in ``path``; None if there is none, or it was made from other files than
+    ``stamp`` says.
+    """
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as file:
@@ -319,15 +361,24 @@ def load(path: str, stamp: dict) -> Index | None:
             header = json.loads(file.read(HEADER))
         except ValueError:
             return None
-        if not isinstance(header, dict) or any(header.get(key) != value for key, value in stamp.items()):
+        if not isinstance(header, dict) or any(
+            header.get(key) != value for key, value in stamp.items()
+        ):
             return None
-        count, kind = header["records"], np.dtype(np.uint32 if header["key_bytes"] == 4 else np.int64)
+        count, kind = (
+            header["records"],
+            np.dtype(np.uint32 if header["key_bytes"] == 4 else np.int64),
+        )
         size = HEADER + count * (8 + kind.itemsize + (4 if header["by_offset"] else 0))
         if os.fstat(file.fileno()).st_size != size:
             return None
         content = mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ)
     keys_at = HEADER + 8 * count
-    by_offset = np.frombuffer(content, np.uint32, count, keys_at + kind.itemsize * count) if header["by_offset"] else None
+    by_offset = (
+        np.frombuffer(content, np.uint32, count, keys_at + kind.itemsize * count)
+        if header["by_offset"]
+        else None
+    )
     return Index(
         np.frombuffer(content, kind, count, keys_at),
         np.frombuffer(content, np.int64, count, HEADER),

@@ -1,14 +1,17 @@
-"""The files of a RecordIO set: one ``train.rec``, shards of one set, or several sets; and the two ways of reading their records.
+"""The files of a RecordIO set: one ``train.rec``, shards of one set, or several sets; and the two
+ways of reading their records.
 
 What ``config.rec`` may name:
 
-    a folder                       its train.rec; without one all its train*.rec (train_0.rec, train-00001.rec, ...), as shards of one set
-    a .rec file
-    several of these               (separated by commas, or a list)
+    a folder                       its train.rec; without one all its train*.rec (train_0.rec,
+    train-00001.rec, ...), as shards of one set a .rec file several of these
+    (separated by commas, or a list)
 
-Beside NAME.rec lies NAME.idx; ``property`` is one for all files of a folder. Shards come in the order of their names, with numbers in them taken as numbers.
-Labels: files of one folder share theirs, label 3 is the same person in all of them. Several folders must say what theirs mean (``config.rec_labels``):
-"shared": parts of one set, as above; "separate": sets of different people, the labels of each are counted on from the classes of those before.
+Beside NAME.rec lies NAME.idx; ``property`` is one for all files of a folder. Shards come in the
+order of their names, with numbers in them taken as numbers. Labels: files of one folder share
+theirs, label 3 is the same person in all of them. Several folders must say what theirs mean
+(``config.rec_labels``): "shared": parts of one set, as above; "separate": sets of different people,
+the labels of each are counted on from the classes of those before.
 """
 
 import logging
@@ -41,7 +44,7 @@ class Folder(NamedTuple):
     """The files of one folder that belong to a set."""
 
     path: str
-    recs: list[str]         # names in it
+    recs: list[str]  # names in it
 
     def existing(self) -> list[str]:
         """Names of all files that are there: records, their indices, the property file."""
@@ -59,29 +62,43 @@ def by_number(name: str) -> list:
 
 
 def find_folders(rec: str | Sequence[str]) -> list[Folder]:
-    """The files that ``rec``, a path or a list of paths, names, by folder. Errors: InputError for what is missing or named twice."""
+    """The files that ``rec``, a path or a list of paths, names, by folder.
+
+    Errors: InputError for what is missing or named twice.
+    """
     folders = {}
     for entry in [rec] if isinstance(rec, (str, os.PathLike)) else rec:
         path = os.path.abspath(entry)
-        folder, names = os.path.split(path) if path.endswith(".rec") and not os.path.isdir(path) else (path, None)
+        folder, names = (
+            os.path.split(path)
+            if path.endswith(".rec") and not os.path.isdir(path)
+            else (path, None)
+        )
         for name in [names] if names else records_in(folder):
             if name in folders.setdefault(folder, []):
-                raise InputError(f"rec names {os.path.join(folder, name)} twice; every file of a set once")
+                raise InputError(
+                    f"rec names {os.path.join(folder, name)} twice; every file of a set once"
+                )
             folders[folder].append(name)
     if not folders:
-        raise InputError("rec names no file: the folder of train.rec, or several paths separated by commas")
+        raise InputError(
+            "rec names no file: the folder of train.rec, or several paths separated by commas"
+        )
     return [Folder(path, names) for path, names in folders.items()]
 
 
 def records_in(folder: str) -> list[str]:
     """The record files of a folder: train.rec, or its shards."""
     if os.path.isfile(os.path.join(folder, "train.rec")) or not os.path.isdir(folder):
-        return ["train.rec"]        # a missing one is told by whoever opens it
+        return ["train.rec"]  # a missing one is told by whoever opens it
     names = sorted((name for name in os.listdir(folder) if name.endswith(".rec")), key=by_number)
     shards = [name for name in names if name.startswith("train")]
     if not shards and names:
-        raise InputError(f"no record file {os.path.join(folder, 'train.rec')} and no shards train*.rec beside it; it holds {', '.join(names[:5])}: "
-                         f"name the files of the set, rec={os.path.join(folder, names[0])},...")
+        raise InputError(
+            f"no record file {os.path.join(folder, 'train.rec')} and no shards "
+            f"train*.rec beside it; it holds {', '.join(names[:5])}: "
+            f"name the files of the set, rec={os.path.join(folder, names[0])},..."
+        )
     return shards or ["train.rec"]
 
 
@@ -108,12 +125,19 @@ def split_paths(text: str, base: Path) -> list[str]:
 
 
 def check_labels(labels: str, folders: Sequence[Folder]) -> bool:
-    """Whether the labels of the folders are counted on. Errors: InputError if several folders leave it open."""
+    """Whether the labels of the folders are counted on.
+
+    Errors: InputError if several folders leave it open.
+    """
     if labels not in LABELS:
         raise InputError(f"rec_labels={labels!r} is unknown; allowed: {', '.join(LABELS)}")
     if labels == "auto" and len(folders) > 1:
-        raise InputError(f"rec names {len(folders)} folders ({', '.join(folder.path for folder in folders)}): set rec_labels=shared if a label is the same person in all "
-                         "of them, or rec_labels=separate if each has people of its own")
+        raise InputError(
+            f"rec names {len(folders)} folders "
+            f"({', '.join(folder.path for folder in folders)}): set rec_labels=shared if a label "
+            "is the same person in all "
+            "of them, or rec_labels=separate if each has people of its own"
+        )
     return labels == "separate"
 
 
@@ -271,8 +295,10 @@ class Shard:
         return None if glance.id < 0 else glance.label
 
     def file_order(self) -> np.ndarray | None:
-        """Numbers of the images in the order in which they lie in the file; None: as they are counted."""
-        offsets = self.index.index.offsets[self.first:self.first + self.count]
+        """Numbers of the images in the order in which they lie in the file; None: as they are
+        counted.
+        """
+        offsets = self.index.index.offsets[self.first : self.first + self.count]
         if bool((offsets[1:] > offsets[:-1]).all()):
             return None
         known = self.index.index.by_offset
@@ -294,16 +320,25 @@ class NativeRecords:
 
 
 class MXNetRecords:
-    """Records through MXNet itself (Python <= 3.11, requirements/mxnet.txt): to prove that the native reader agrees."""
+    """Records through MXNet itself (Python <= 3.11, requirements/mxnet.txt): to prove that the
+    native reader agrees.
+    """
 
     def __init__(self, index: IndexedRecordIO):
         try:
             import mxnet
-        except (ImportError, OSError, AttributeError) as error:     # OSError: a library is missing; AttributeError: NumPy has no np.bool
-            raise InputError(f'rec_backend "mxnet" needs MXNet, which does not import here ({error}); install requirements/mxnet.txt '
-                             f'in an environment with Python <= 3.11, or use rec_backend="native"') from None
+        except (ImportError, OSError, AttributeError) as error:
+            # OSError: a library is missing; AttributeError: NumPy has no np.bool
+            raise InputError(
+                'rec_backend "mxnet" needs MXNet, which does not import here '
+                f"({error}); install requirements/mxnet.txt "
+                f'in an environment with Python <= 3.11, or use rec_backend="native"'
+            ) from None
         if not os.path.isfile(index.idx_path):
-            raise InputError(f'rec_backend "mxnet" needs {index.idx_path}, and its folder is not writable; use rec_backend="native"')
+            raise InputError(
+                f'rec_backend "mxnet" needs {index.idx_path}, and its folder is not '
+                'writable; use rec_backend="native"'
+            )
         self._keys = index.key_array
         self._records = mxnet.recordio.MXIndexedRecordIO(index.idx_path, index.rec_path, "r")
         self._unpack = mxnet.recordio.unpack
@@ -352,7 +387,13 @@ def read_property(path: str) -> int:
         if num_classes < 1:
             raise ValueError
     except ValueError:
-        raise InputError(f"{path} holds {text[:40]!r} instead of classes,height,width; delete it to have it rebuilt") from None
+        raise InputError(
+            f"{path} holds {text[:40]!r} instead of classes,height,width; delete it "
+            "to have it rebuilt"
+        ) from None
     if (height, width) != IMAGE_SIZE:
-        raise InputError(f"{path} says images of {height}x{width}; this project trains on 112x112 crops, make the set again with data/make_rec.py")
+        raise InputError(
+            f"{path} says images of {height}x{width}; this project trains on 112x112 "
+            "crops, make the set again with data/make_rec.py"
+        )
     return num_classes

@@ -1,10 +1,13 @@
-"""RecordIO files as MXNet 1.9.1 writes them: the record, the index and the image header. Needs NumPy only.
+"""RecordIO files as MXNet 1.9.1 writes them: the record, the index and the image header. Needs
+NumPy only.
 
-A record is ``uint32 magic, uint32 (3-bit cflag << 29 | 29-bit length), payload padded to 4 bytes``. A payload that
-contains the magic on a 4-byte boundary is cut there: cflag 1, 2, 3 mark its first, middle and last part, 0 a whole one.
-Source: dmlc-core ``recordio.h`` (the record), ``mxnet/recordio.py`` (the index and IRHeader), InsightFace
-``face2rec2.py`` (which keys are images).
+A record is ``uint32 magic, uint32 (3-bit cflag << 29 | 29-bit length), payload padded to 4 bytes``.
+A payload that contains the magic on a 4-byte boundary is cut there: cflag 1, 2, 3 mark its first,
+middle and last part, 0 a whole one. Source: dmlc-core ``recordio.h`` (the record),
+``mxnet/recordio.py`` (the index and IRHeader), InsightFace ``face2rec2.py`` (which keys are
+images).
 """
+
 import logging
 import numbers
 import os
@@ -24,8 +27,9 @@ MAGIC_BYTES = struct.pack("<I", MAGIC)
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 LENGTH_BITS = 29
 LENGTH_MASK = (1 << LENGTH_BITS) - 1
-MOST_AT_ONCE = 1 << 16          # bytes read together with a record's frame, in the hope that they are all of it
-EXACT_IN_FLOAT32 = 1 << 24      # labels are float32: identity ranges above this would be rounded
+# bytes read together with a record's frame, in the hope that they are all of it
+MOST_AT_ONCE = 1 << 16
+EXACT_IN_FLOAT32 = 1 << 24  # labels are float32: identity ranges above this would be rounded
 # from here on the counter of whoever wrote the index overflowed
 NO_OFFSET = 1 << 62
 
@@ -36,11 +40,16 @@ log = logging.getLogger(__name__)
 
 
 class RecordError(InputError):
-    """A record that is truncated or damaged. The message names the file, the key and the byte offset."""
+    """A record that is truncated or damaged.
+
+    The message names the file, the key and the byte offset.
+    """
 
 
 class IRHeader(NamedTuple):
-    """What precedes the image: number of float32 labels (0: the one here), label, the record's key, a second id (unused)."""
+    """What precedes the image: number of float32 labels (0: the one here), label, the record's key,
+    a second id (unused).
+    """
 
     flag: int
     label: float | np.ndarray
@@ -49,7 +58,10 @@ class IRHeader(NamedTuple):
 
 
 def pack(header: IRHeader, payload: bytes) -> bytes:
-    """Put ``header`` before ``payload``; a scalar label gives flag 0, a vector flag = its length. Source: mxnet.recordio.pack."""
+    """Put ``header`` before ``payload``; a scalar label gives flag 0, a vector flag = its length.
+
+    Source: mxnet.recordio.pack.
+    """
     flag, label, key, key2 = header
     if isinstance(label, numbers.Number):
         return _HEADER.pack(0, label, key, key2) + payload
@@ -58,29 +70,39 @@ def pack(header: IRHeader, payload: bytes) -> bytes:
 
 
 def unpack(record: bytes) -> tuple[IRHeader, bytes]:
-    """Split a record's payload into (IRHeader, image bytes); ``label`` is a float, or a float32 vector if flag > 0.
+    """Split a record's payload into (IRHeader, image bytes); ``label`` is a float, or a float32
+    vector if flag > 0.
 
-    Accepts any bytes-like object and returns a slice of it. Errors: RecordError if the header does not fit.
-    Source: mxnet.recordio.unpack.
+    Accepts any bytes-like object and returns a slice of it. Errors: RecordError if the header does
+    not fit. Source: mxnet.recordio.unpack.
     """
     if len(record) < _HEADER.size:
-        raise RecordError(f"a payload of {len(record)} bytes has no room for the image header of {_HEADER.size}")
+        raise RecordError(
+            f"a payload of {len(record)} bytes has no room for the image header of {_HEADER.size}"
+        )
     flag, label, key, key2 = _HEADER.unpack_from(record)
     start = _HEADER.size + 4 * flag
     if start > len(record):
-        raise RecordError(f"the image header promises {flag} labels, the payload has {len(record)} bytes")
+        raise RecordError(
+            f"the image header promises {flag} labels, the payload has {len(record)} bytes"
+        )
     if flag:
         label = np.frombuffer(record, "<f4", flag, _HEADER.size)
     return IRHeader(flag, label, key, key2), record[start:]
 
 
 def frame(payload: bytes) -> bytes:
-    """The bytes that store ``payload`` (under 2**29 bytes): frames, parts and padding. Source: dmlc RecordIOWriter."""
+    """The bytes that store ``payload`` (under 2**29 bytes): frames, parts and padding.
+
+    Source: dmlc RecordIOWriter.
+    """
     if len(payload) > LENGTH_MASK:
         raise ValueError(f"a record holds less than {LENGTH_MASK + 1} bytes, got {len(payload)}")
     parts, start = [], 0
     for cut in _aligned_magics(payload):
-        parts.append(_FRAME.pack(MAGIC, ((FIRST if start == 0 else MIDDLE) << LENGTH_BITS) | (cut - start)))
+        parts.append(
+            _FRAME.pack(MAGIC, ((FIRST if start == 0 else MIDDLE) << LENGTH_BITS) | (cut - start))
+        )
         parts.append(payload[start:cut])
         start = cut + 4
     cflag = LAST if start else WHOLE
@@ -120,11 +142,15 @@ class Glance(NamedTuple):
 
 
 class RecordFile:
-    """Random reads from a ``.rec`` by byte offset. Safe in threads, after fork and in pickles: every read names its position."""
+    """Random reads from a ``.rec`` by byte offset.
+
+    Safe in threads, after fork and in pickles: every read names its position.
+    """
 
     def __init__(self, path: str):
         self.path = path
-        self._file, self._usual = None, 0
+        self._file = None
+        self._usual = 0
 
     def __getstate__(self) -> dict:
         return {"path": self.path, "_file": None, "_usual": 0}
@@ -136,15 +162,22 @@ class RecordFile:
         return os.pread(self._file.fileno(), size, offset)
 
     def read_through(self, start: int, end: int, at_once: int) -> None:
-        """Read the bytes ``start`` ... ``end - 1`` from the disk into the page cache, ``at_once`` at a time, one after another; their values go nowhere."""
+        """Read the bytes ``start`` ... ``end - 1`` from the disk into the page cache, ``at_once``
+        at a time, one after another; their values go nowhere.
+        """
         buffer = bytearray(min(at_once, max(end - start, 1)))
-        with open(self.path, "rb", buffering=0) as file:    # of its own: the kernel judges by the reads of one opening whether they are sequential
+        # of its own: the kernel judges by the reads of one opening whether they are sequential
+        with open(self.path, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_SEQUENTIAL)
-            while start < end and (got := os.preadv(file.fileno(), [memoryview(buffer)[:end - start]], start)):
+            while start < end and (
+                got := os.preadv(file.fileno(), [memoryview(buffer)[: end - start]], start)
+            ):
                 start += got
 
     def read(self, offset: int, name: str | int) -> bytes | memoryview:
-        """The payload of the record at ``offset``; RecordError, saying ``name`` (a number: of a key) and the offset, if it is damaged."""
+        """The payload of the record at ``offset``; RecordError, saying ``name`` (a number: of a
+        key) and the offset, if it is damaged.
+        """
         cflag, payload, end = self._part(offset, name)
         if cflag == WHOLE:
             return payload
@@ -162,13 +195,16 @@ class RecordFile:
         """(cflag, bytes, offset after the padding) of the part at ``offset``."""
         window = self.pread(_FRAME.size + self._usual, offset)
         cflag, length = self._frame(window, offset, name)
-        payload = memoryview(window)[_FRAME.size:_FRAME.size + length]
+        payload = memoryview(window)[_FRAME.size : _FRAME.size + length]
         if len(payload) < length:
             payload = self.pread(length, offset + _FRAME.size)
-        # records of a file are alike: one call reads most of them whole; what a large one asked for is forgotten step by step
+        # records of a file are alike: one call reads most of them whole; what a large one asked for
+        # is forgotten step by step
         self._usual = min(max(length, self._usual - (self._usual >> 4)), MOST_AT_ONCE)
         if len(payload) < length:
-            raise self._damaged(name, offset, f"truncated, {len(payload)} of {length} bytes are there")
+            raise self._damaged(
+                name, offset, f"truncated, {len(payload)} of {length} bytes are there"
+            )
         return cflag, payload, _after(offset, length)
 
     def _frame(self, start: bytes, offset: int, name: str | int) -> tuple[int, int]:
@@ -177,19 +213,26 @@ class RecordFile:
             raise self._damaged(name, offset, "truncated, the file ends before it")
         magic, word = _FRAME.unpack_from(start)
         if magic != MAGIC:
-            raise self._damaged(name, offset, f"no record starts there (0x{magic:08x} instead of the magic)")
+            raise self._damaged(
+                name, offset, f"no record starts there (0x{magic:08x} instead of the magic)"
+            )
         return word >> LENGTH_BITS, word & LENGTH_MASK
 
     def _damaged(self, name: str | int, offset: int, reason: str) -> RecordError:
-        return RecordError(f"{self.path}: {name if isinstance(name, str) else f'key {name}'} at offset {offset}: {reason}")
+        return RecordError(
+            f"{self.path}: {name if isinstance(name, str) else f'key {name}'} at "
+            f"offset {offset}: {reason}"
+        )
 
     def glance(self, offset: int, name: str | int) -> Glance:
-        """What the first bytes of the record at ``offset`` tell, without reading the image; RecordError as ``read``."""
+        """What the first bytes of the record at ``offset`` tell, without reading the image;
+        RecordError as ``read``.
+        """
         wanted = _HEADER.size + 4
         window = self.pread(_FRAME.size + wanted, offset)
         cflag, length = self._frame(window, offset, name)
         if cflag == WHOLE:
-            start, end = window[_FRAME.size:_FRAME.size + length], _after(offset, length)
+            start, end = window[_FRAME.size : _FRAME.size + length], _after(offset, length)
         else:
             start, end = self.read(offset, name), self._end_of_split(offset, name)
             length = len(start)
@@ -222,7 +265,8 @@ def _after(offset: int, length: int) -> int:
 
 
 def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx`` held.
+    """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx``
+    held.
 
     The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's
     face2rec2 and this project put it. Where ids are absent or repeat (a converter that left them 0,
@@ -275,19 +319,22 @@ def number_anew(
 
 
 class IndexedRecordIO:
-    """Records by integer key, as ``mxnet.recordio.MXIndexedRecordIO``: ``read_idx``, ``write_idx``, ``keys``, ``close``.
+    """Records by integer key, as ``mxnet.recordio.MXIndexedRecordIO``: ``read_idx``, ``write_idx``,
+    ``keys``, ``close``.
 
-    ``"r"``: a missing ``.idx`` is rebuilt by scanning (``scan_index``), logged, and saved if the folder is writable. A
-    reader may be shared by threads and forked or spawned workers; a large index is in a machine's memory once (``utils.record_index``).
-    Besides by key, records are read by position, 0 ... len - 1 in ascending order of their keys.
-    ``"w"``: both files get their names on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither.
-    Raises InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts
-    itself (a key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError
-    for a damaged record; KeyError for an unknown key.
+    ``"r"``: a missing ``.idx`` is rebuilt by scanning (``scan_index``), logged, and saved if the
+    folder is writable. A reader may be shared by threads and forked or spawned workers; a large
+    index is in a machine's memory once (``utils.record_index``). Besides by key, records are read
+    by position, 0 ... len - 1 in ascending order of their keys. ``"w"``: both files get their names
+    on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither. Raises
+    InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts itself (a
+    key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError for a
+    damaged record; KeyError for an unknown key.
     """
 
     def __init__(self, idx_path: str, rec_path: str, flag: str):
-        self.idx_path, self.rec_path = os.fspath(idx_path), os.fspath(rec_path)
+        self.idx_path = os.fspath(idx_path)
+        self.rec_path = os.fspath(rec_path)
         self.writable = flag == "w"
         if flag == "r":
             self._open_reader()
@@ -299,7 +346,10 @@ class IndexedRecordIO:
 
     def _open_reader(self) -> None:
         if not os.path.isfile(self.rec_path):
-            raise InputError(f"no record file {os.path.abspath(self.rec_path)}; check the path or make one with data/make_rec.py")
+            raise InputError(
+                f"no record file {os.path.abspath(self.rec_path)}; check the path or "
+                "make one with data/make_rec.py"
+            )
         self.records = RecordFile(self.rec_path)
         self.index = open_index(
             self.idx_path, self.rec_path, self._rebuild_index, self._refuse_foreign_offsets
@@ -330,7 +380,7 @@ class IndexedRecordIO:
         try:
             return self.records.glance(offset, keys[last]).end > size
         except RecordError:
-            return self.records.pread(4, offset) == MAGIC_BYTES[:size - offset]
+            return self.records.pread(4, offset) == MAGIC_BYTES[: size - offset]
 
     def _report_index(self) -> None:
         """Log what is strange about the index, and can be lived with."""
@@ -352,7 +402,11 @@ class IndexedRecordIO:
 
     def __getstate__(self) -> dict:
         """A shared index is not sent along to a spawned process: that maps it itself."""
-        return dict(self.__dict__, index=None) if not self.writable and self.index.mapped else self.__dict__
+        return (
+            dict(self.__dict__, index=None)
+            if not self.writable and self.index.mapped
+            else self.__dict__
+        )
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -370,13 +424,16 @@ class IndexedRecordIO:
 
     @property
     def keys(self) -> list[int]:
-        """All keys in the order of the index file, read anew into a list as in MXNet; for millions of records see ``key_array``."""
+        """All keys in the order of the index file, read anew into a list as in MXNet; for millions
+        of records see ``key_array``.
+        """
         if self.writable:
             return self._keys.tolist()
         if os.path.isfile(self.idx_path):
             keys = read_index(self.idx_path)[0].tolist()
             return list(dict.fromkeys(keys)) if self.index.repeated else keys
-        return self.index.keys[np.argsort(self.index.offsets, kind="stable")].tolist()      # a scan finds them in this order
+        # a scan finds them in this order
+        return self.index.keys[np.argsort(self.index.offsets, kind="stable")].tolist()
 
     @property
     def key_array(self) -> np.ndarray:
@@ -387,7 +444,8 @@ class IndexedRecordIO:
         """Where ``key`` stands among all keys in ascending order."""
         keys = self.index.keys
         if 0 <= key <= np.iinfo(keys.dtype).max:
-            at = int(np.searchsorted(keys, keys.dtype.type(key)))       # of the array's own type: with another one, NumPy converts the whole array
+            # of the array's own type: with another one, NumPy converts the whole array
+            at = int(np.searchsorted(keys, keys.dtype.type(key)))
             if at < len(keys) and keys[at] == key:
                 return at
         raise KeyError(f"{self.rec_path} has no record with key {key}")
@@ -413,7 +471,9 @@ class IndexedRecordIO:
         return self.records.glance(int(self.index.offsets[position]), self.index.keys[position])
 
     def _open_writer(self) -> None:
-        self._keys, self._offsets = array("q"), array("q")      # 16 bytes a record where lists would take 72
+        # 16 bytes a record where lists would take 72
+        self._keys = array("q")
+        self._offsets = array("q")
         self._position = 0
         self._temporary = f"{self.rec_path}.tmp-{os.getpid()}"
         self._file = open(self._temporary, "wb")
@@ -427,14 +487,18 @@ class IndexedRecordIO:
         self._position += len(framed)
 
     def close(self) -> None:
-        """Release the file; a writer gives its two files their names. A second call does nothing."""
+        """Release the file; a writer gives its two files their names.
+
+        A second call does nothing.
+        """
         if not self.writable:
             self.records.close()
         elif not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            # a crash between the two renames leaves a .rec without .idx, which readers mend; never one with a stale .idx
+            # a crash between the two renames leaves a .rec without .idx, which readers mend; never
+            # one with a stale .idx
             if os.path.exists(self.idx_path):
                 os.unlink(self.idx_path)
             os.replace(self._temporary, self.rec_path)
@@ -456,18 +520,24 @@ class IndexedRecordIO:
             self.close()
 
 
-def write_property(root_dir: str, num_classes: int, image_size: tuple[int, int] = (112, 112)) -> None:
+def write_property(
+    root_dir: str, num_classes: int, image_size: tuple[int, int] = (112, 112)
+) -> None:
     """Write ``root_dir/property``: ``classes,height,width``."""
     with replacing(os.path.join(root_dir, "property"), "w") as file:
         file.write(f"{num_classes},{image_size[0]},{image_size[1]}\n")
 
 
-def write_insightface(root_dir: str, groups: Iterable[Iterable[bytes]], image_size: tuple[int, int] = (112, 112)) -> int:
-    """Write a set in InsightFace's layout: ``train.rec``, ``train.idx``, ``property``; returns the number of images.
+def write_insightface(
+    root_dir: str, groups: Iterable[Iterable[bytes]], image_size: tuple[int, int] = (112, 112)
+) -> int:
+    """Write a set in InsightFace's layout: ``train.rec``, ``train.idx``, ``property``; returns the
+    number of images.
 
-    ``groups``: one iterable of encoded images (JPEG bytes) per identity, consumed as a stream; labels are 0, 1, ... in
-    that order. Keys: images 1 ... N; identities N+1 ..., each with label [first key, end); record 0, written last, with
-    label [N+1, end of the identities). Errors: InputError if the keys outgrow float32. Source: InsightFace face2rec2.py.
+    ``groups``: one iterable of encoded images (JPEG bytes) per identity, consumed as a stream;
+    labels are 0, 1, ... in that order. Keys: images 1 ... N; identities N+1 ..., each with label
+    [first key, end); record 0, written last, with label [N+1, end of the identities). Errors:
+    InputError if the keys outgrow float32. Source: InsightFace face2rec2.py.
     """
     os.makedirs(root_dir, exist_ok=True)
     paths = os.path.join(root_dir, "train.idx"), os.path.join(root_dir, "train.rec")
@@ -480,8 +550,11 @@ def write_insightface(root_dir: str, groups: Iterable[Iterable[bytes]], image_si
             starts.append(key)
         end = key + len(starts) - 1
         if end > EXACT_IN_FLOAT32:
-            raise InputError(f"{root_dir}: InsightFace's layout keeps keys as float32, exact to {EXACT_IN_FLOAT32} records, got {end}; "
-                             f"use the plain layout (data/make_rec.py --layout plain)")
+            raise InputError(
+                f"{root_dir}: InsightFace's layout keeps keys as float32, exact to "
+                f"{EXACT_IN_FLOAT32} records, got {end}; "
+                f"use the plain layout (data/make_rec.py --layout plain)"
+            )
         for identity, span in enumerate(zip(starts, starts[1:])):
             writer.write_idx(key + identity, pack(IRHeader(2, span, key + identity, 0), b""))
         writer.write_idx(0, pack(IRHeader(2, (key, end), 0, 0), b""))

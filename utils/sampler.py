@@ -1,4 +1,5 @@
-"""Which images a rank sees, in which order, mirrored or not: a function of seed, epoch and position only.
+"""Which images a rank sees, in which order, mirrored or not: a function of seed, epoch and position
+only.
 
 So an interrupted run goes on with the very next image, on any number of ranks.
 """
@@ -11,25 +12,43 @@ import torch
 from utils.blocks import ReadAhead
 from utils.memory import counted, scratch
 
-WINDOW = 64         # blocks that are shuffled together
-WINDOW_STREAM = 64, 0       # beside seed, epoch and window: random numbers that neither mirrors nor augmentation use
+WINDOW = 64  # blocks that are shuffled together
+# beside seed, epoch and window: random numbers that neither mirrors nor augmentation use
+WINDOW_STREAM = 64, 0
 
 
 class EpochBatches:
-    """Batch sampler of one rank: consecutive global batches of one shuffled order, each rank a contiguous part; the rest of the epoch is dropped.
+    """Batch sampler of one rank: consecutive global batches of one shuffled order, each rank a
+    contiguous part; the rest of the epoch is dropped.
 
-    ``seek(epoch, samples)`` sets where the next iteration starts: ``samples`` images of that epoch are done, over all ranks.
-    read_ahead: the blocks of the set, whose order is shuffled then, and within windows of them that of the images; None: that of all images.
+    ``seek(epoch, samples)`` sets where the next iteration starts: ``samples`` images of that epoch
+    are done, over all ranks. read_ahead: the blocks of the set, whose order is shuffled then, and
+    within windows of them that of the images; None: that of all images.
     """
 
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool = True, read_ahead: ReadAhead | None = None):
-        self.length, self.batch_size, self.rank = length, batch_size, rank
-        self.world_size, self.global_batch = world_size, batch_size * world_size
-        self.seed, self.shuffle, self.read_ahead = seed, shuffle, read_ahead
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool = True,
+        read_ahead: ReadAhead | None = None,
+    ):
+        self.length = length
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.global_batch = batch_size * world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.read_ahead = read_ahead
         self.seek(0, 0)
 
     def seek(self, epoch: int, samples: int) -> None:
-        self.epoch, self.samples = epoch, samples
+        self.epoch = epoch
+        self.samples = samples
 
     def __len__(self) -> int:
         return (self.length - self.samples) // self.global_batch
@@ -50,10 +69,15 @@ class EpochBatches:
         return range(first, first + len(self) * self.global_batch, self.global_batch)
 
     def _own_part(self) -> np.ndarray:
-        """(batches, batch size) of this rank alone, so that all ranks of a machine hold the order of millions of images once."""
+        """(batches, batch size) of this rank alone, so that all ranks of a machine hold the order
+        of millions of images once.
+        """
         order = counted(self.length, np.int32 if self.length < 1 << 31 else np.int64)
-        np.random.default_rng([self.seed, self.epoch]).shuffle(order)           # the same numbers as permutation(length), in half the memory
-        whole = order[self.samples:self.samples + len(self) * self.global_batch].reshape(-1, self.world_size, self.batch_size)
+        # the same numbers as permutation(length), in half the memory
+        np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        whole = order[self.samples : self.samples + len(self) * self.global_batch].reshape(
+            -1, self.world_size, self.batch_size
+        )
         mine = scratch(len(self) * self.batch_size, order.dtype).reshape(-1, self.batch_size)
         mine[:] = whole[:, self.rank]
         return mine
@@ -68,14 +92,21 @@ class EpochBatches:
 
 
 class BlockOrder:
-    """The order of an epoch as shuffled blocks, shuffled once more within windows of WINDOW of them; made, and read from the disk, a window ahead."""
+    """The order of an epoch as shuffled blocks, shuffled once more within windows of WINDOW of
+    them; made, and read from the disk, a window ahead.
+    """
 
     def __init__(self, read_ahead: ReadAhead, seed: int, epoch: int):
-        self.read_ahead, self.blocks, self.seed, self.epoch = read_ahead, read_ahead.blocks, seed, epoch
+        self.read_ahead = read_ahead
+        self.blocks = read_ahead.blocks
+        self.seed = seed
+        self.epoch = epoch
         self.order = np.random.default_rng([seed, epoch]).permutation(len(self.blocks))
         ends = np.cumsum(self.blocks.sizes[self.order], dtype=np.int64)
-        self.starts = np.concatenate([[0], ends[WINDOW - 1:-1:WINDOW], ends[-1:]])      # of the windows, and the end of the last one
-        self.current, self.images = -1, None
+        # of the windows, and the end of the last one
+        self.starts = np.concatenate([[0], ends[WINDOW - 1 : -1 : WINDOW], ends[-1:]])
+        self.current = -1
+        self.images = None
 
     def take(self, first: int, count: int) -> np.ndarray:
         """The images ``first`` ... ``first + count - 1`` of the epoch; for growing ``first``."""
@@ -83,7 +114,7 @@ class BlockOrder:
         while count:
             window = int(np.searchsorted(self.starts, first, side="right")) - 1
             self._enter(window)
-            parts.append(self.images[first - self.starts[window]:][:count])
+            parts.append(self.images[first - self.starts[window] :][:count])
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return np.concatenate(parts)
 
@@ -94,13 +125,20 @@ class BlockOrder:
         self.read_ahead.finish(window, self._blocks_of(window))
         if window + 2 < len(self.starts):
             self.read_ahead.start(window + 1, self._blocks_of(window + 1))
-        self.current, self.images = window, np.concatenate([self.blocks.indices(int(block)) for block in self._blocks_of(window)])
+        self.current, self.images = (
+            window,
+            np.concatenate([self.blocks.indices(int(block)) for block in self._blocks_of(window)]),
+        )
         np.random.default_rng([self.seed, self.epoch, window, *WINDOW_STREAM]).shuffle(self.images)
 
     def _blocks_of(self, window: int) -> np.ndarray:
-        return self.order[window * WINDOW:(window + 1) * WINDOW]
+        return self.order[window * WINDOW : (window + 1) * WINDOW]
 
 
 def mirrored(seed: int, epoch: int, samples: int, global_batch: int) -> torch.Tensor:
-    """(global_batch,) bool: which images are mirrored in the global batch that starts after ``samples`` images of the epoch."""
-    return torch.from_numpy(np.random.default_rng([seed, epoch, samples]).random(global_batch) < 0.5)
+    """(global_batch,) bool: which images are mirrored in the global batch that starts after
+    ``samples`` images of the epoch.
+    """
+    return torch.from_numpy(
+        np.random.default_rng([seed, epoch, samples]).random(global_batch) < 0.5
+    )

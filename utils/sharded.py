@@ -1,7 +1,9 @@
-"""Class centres that fit on no single rank, on disk: a folder to which every rank writes its share, in parallel, as safetensors files.
+"""Class centres that fit on no single rank, on disk: a folder to which every rank writes its share,
+in parallel, as safetensors files.
 
-torch.distributed.checkpoint does the work and shares the rows out anew when another number of ranks reads them. Its own format describes the files
-in a pickle; the one of Hugging Face used here does so in JSON, so nothing in such a folder can run.
+torch.distributed.checkpoint does the work and shares the rows out anew when another number of ranks
+reads them. Its own format describes the files in a pickle; the one of Hugging Face used here does
+so in JSON, so nothing in such a folder can run.
 """
 
 from functools import cache
@@ -9,51 +11,79 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 
 from utils import distributed
-from utils.weights.kinds import UNREADABLE
 from utils.errors import InputError, first_line
+from utils.weights.kinds import UNREADABLE
 
-ROWS = ("weight", "momentum")       # (C, D); everything else is small and the same on all ranks
+ROWS = ("weight", "momentum")  # (C, D); everything else is small and the same on all ranks
 
 
 def save_header(folder: Path, header) -> None:
-    """Write weight, momentum (of learned centres that have moved) and the margin's statistics of all ranks into ``folder``. A collective.
+    """Write weight, momentum (of learned centres that have moved) and the margin's statistics of
+    all ranks into ``folder``. A collective.
 
     Errors: InputError, on all ranks, if one cannot write its share.
     """
     tensors = tensors_of(header)
-    files = {name: 1 + (name == "momentum") for name in tensors}      # one after the other: a file is put together in memory
+    # one after the other: a file is put together in memory
+    files = {name: 1 + (name == "momentum") for name in tensors}
     try:
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), files, save_distributed=True), no_dist=distributed.world_size() == 1)
+        dcp.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(folder), files, save_distributed=True),
+            no_dist=distributed.world_size() == 1,
+        )
     except dcp.api.CheckpointException as error:
-        reasons = ", ".join(f"rank {rank}: {first_line(failure[0], 150)}" for rank, failure in sorted(error.failures.items()))
-        raise InputError(f"cannot save {folder} ({reasons}); earlier checkpoints are untouched, go on with --resume") from error
+        reasons = ", ".join(
+            f"rank {rank}: {first_line(failure[0], 150)}"
+            for rank, failure in sorted(error.failures.items())
+        )
+        raise InputError(
+            f"cannot save {folder} ({reasons}); earlier checkpoints are untouched, go "
+            "on with --resume"
+        ) from error
 
 
 def load_header(folder: Path, header, moved: bool) -> None:
     """Read this rank's rows of what any number of ranks have written. A collective.
 
-    moved: whether learned centres had a momentum when they were saved. Errors: InputError for missing or damaged shares, and for other shapes."""
+    moved: whether learned centres had a momentum when they were saved. Errors: InputError for
+    missing or damaged shares, and for other shapes."""
     found = shapes_in(folder)
     expected = (header.centers.num_classes, header.centers.weight.shape[1])
     if found.get("weight") != expected:
-        raise InputError(f"{folder} holds class centres of shape {found.get('weight')}, but (num_classes, embedding_size) is {expected}")
+        raise InputError(
+            f"{folder} holds class centres of shape {found.get('weight')}, but "
+            f"(num_classes, embedding_size) is {expected}"
+        )
     if header.centers.learned and moved:
         header.centers.momentum = torch.zeros_like(header.centers.weight)
     tensors = tensors_of(header)
     del tensors["num_classes"]
     if missing := tensors.keys() - found.keys():
-        raise InputError(f"{folder} lacks {', '.join(sorted(missing))}: files are missing, or it is of another method or loss")
+        raise InputError(
+            f"{folder} lacks {', '.join(sorted(missing))}: files are missing, or it "
+            "is of another method or loss"
+        )
     read(folder, tensors, distributed.world_size() == 1)
 
 
 def read_whole(folder: Path) -> dict[str, torch.Tensor]:
-    """All rows of ``folder`` in this process's memory: {"weight": (C, D), ...}. Errors: as ``load_header``."""
+    """All rows of ``folder`` in this process's memory: {"weight": (C, D), ...}. Errors: as
+    ``load_header``.
+    """
     if damage := damage_of(folder):
         raise InputError(damage)
-    tensors = {name: torch.empty(shape) for name, shape in shapes_in(folder).items() if name not in ("momentum", "num_classes")}
+    tensors = {
+        name: torch.empty(shape)
+        for name, shape in shapes_in(folder).items()
+        if name not in ("momentum", "num_classes")
+    }
     read(folder, tensors, alone=True)
     return tensors
 
@@ -66,8 +96,16 @@ def damage_of(folder: Path) -> str:
         read(folder, count, alone=True)
     except InputError as error:
         return str(error)
-    short = [f"{rows[0]} of {int(count['num_classes'])} rows of {name}" for name, rows in found.items() if name in ROWS and rows[0] != int(count["num_classes"])]
-    return f"{folder} is damaged: it holds {' and '.join(short)}, some ranks' files are missing" if short else ""
+    short = [
+        f"{rows[0]} of {int(count['num_classes'])} rows of {name}"
+        for name, rows in found.items()
+        if name in ROWS and rows[0] != int(count["num_classes"])
+    ]
+    return (
+        f"{folder} is damaged: it holds {' and '.join(short)}, some ranks' files are missing"
+        if short
+        else ""
+    )
 
 
 def read(folder: Path, tensors: dict, alone: bool) -> None:
@@ -78,35 +116,62 @@ def read(folder: Path, tensors: dict, alone: bool) -> None:
 
 
 def damaged(folder: Path, error: BaseException) -> InputError:
-    return InputError(f"{folder} is damaged ({first_line(error, 150)}); go on from an earlier step with global_step=")
+    return InputError(
+        f"{folder} is damaged ({first_line(error, 150)}); go on from an earlier step "
+        "with global_step="
+    )
 
 
 def tensors_of(header) -> dict[str, torch.Tensor]:
     """What a header keeps, by the names it has on disk; the rows as parts of the whole."""
     centers = header.centers
     rows = {"weight": centers.weight, "momentum": getattr(centers, "momentum", None)}
-    whole = {name: part_of_whole(shard.detach(), centers.num_classes) for name, shard in rows.items() if shard is not None}
-    return whole | header.margin.state_dict() | {"num_classes": torch.tensor([float(centers.num_classes)], dtype=torch.float64)}
+    whole = {
+        name: part_of_whole(shard.detach(), centers.num_classes)
+        for name, shard in rows.items()
+        if shard is not None
+    }
+    return (
+        whole
+        | header.margin.state_dict()
+        | {"num_classes": torch.tensor([float(centers.num_classes)], dtype=torch.float64)}
+    )
 
 
 def part_of_whole(shard: torch.Tensor, num_classes: int) -> torch.Tensor:
     if distributed.world_size() == 1:
         return shard
     from torch.distributed.tensor import DTensor, Shard
-    return DTensor.from_local(shard, mesh(shard.device.type, distributed.world_size()), [Shard(0)], run_check=False, shape=torch.Size((num_classes, shard.shape[1])), stride=(shard.shape[1], 1))
+
+    return DTensor.from_local(
+        shard,
+        mesh(shard.device.type, distributed.world_size()),
+        [Shard(0)],
+        run_check=False,
+        shape=torch.Size((num_classes, shard.shape[1])),
+        stride=(shard.shape[1], 1),
+    )
 
 
 @cache
 def mesh(device: str, world: int):
     """All ranks in a row; made once, for it may come with a process group of its own."""
     from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(device, (world,))
 
 
 def shapes_in(folder: Path) -> dict[str, tuple]:
-    """{name: shape} of what lies in ``folder``. Errors: InputError if a file is damaged or rows are missing (the last ones show in the shape alone)."""
+    """{name: shape} of what lies in ``folder``.
+
+    Errors: InputError if a file is damaged or rows are missing (the last ones show in the shape
+    alone).
+    """
     if not list(Path(folder).glob("*.safetensors")):
-        raise InputError(f"{folder} holds no *.safetensors files: it is no header of a run with header_format=shards")
+        raise InputError(
+            f"{folder} holds no *.safetensors files: it is no header of a run with "
+            "header_format=shards"
+        )
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except UNREADABLE as error:
@@ -114,5 +179,8 @@ def shapes_in(folder: Path) -> dict[str, tuple]:
     for name in found.keys() & set(ROWS):
         rows = sum(chunk.sizes[0] for chunk in found[name].chunks)
         if rows != found[name].size[0]:
-            raise InputError(f"{folder} is damaged: {rows} rows of {name} are there, some ranks' files are missing; go on from an earlier step with global_step=")
+            raise InputError(
+                f"{folder} is damaged: {rows} rows of {name} are there, some ranks' "
+                "files are missing; go on from an earlier step with global_step="
+            )
     return {name: tuple(entry.size) for name, entry in found.items()}

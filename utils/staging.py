@@ -1,14 +1,16 @@
-"""Copies of a set on a disk of this machine (``config.stage_to``), made once and kept for the next run.
+"""Copies of a set on a disk of this machine (``config.stage_to``), made once and kept for the next
+run.
 
-    <stage_to>/<name of the folder>-<digest>/       the digest tells the source: path, names, sizes and times of its files
-        source.json      what is copied; written first
-        ...              the files; while one is copied, NAME.partial and NAME.sums (SHA-256 of every PART of it)
+    <stage_to>/<name of the folder>-<digest>/       the digest tells the source: path, names, sizes
+        and times of its files source.json      what is copied; written first ...              the
+        files; while one is copied, NAME.partial and NAME.sums (SHA-256 of every PART of it)
         complete.json    sizes and times of the copies; written last
-        reading          locked, shared, by the runs that read here: while one does, nobody removes the folder
-        copying          locked by the run that copies
+        reading          locked, shared, by the runs that read here: while one does, nobody removes
+        the folder copying          locked by the run that copies
 
-A source that has changed gets a folder of its own; the one before it is removed unless a run still reads it. An interrupted copy goes on at the first part
-whose sum does not fit. Every part is read back from the disk and compared before the file gets its name.
+A source that has changed gets a folder of its own; the one before it is removed unless a run still
+reads it. An interrupted copy goes on at the first part whose sum does not fit. Every part is read
+back from the disk and compared before the file gets its name.
 """
 
 import json
@@ -23,17 +25,19 @@ from pathlib import Path
 from utils.errors import InputError
 from utils.files import replacing, take_lock
 
-PART = 1 << 24          # bytes
-SAY_EVERY = 30          # seconds between two words about a long copy
+PART = 1 << 24  # bytes
+SAY_EVERY = 30  # seconds between two words about a long copy
 
 log = logging.getLogger(__name__)
-_held = []              # locks of the copies that this process reads, until it ends
+_held = []  # locks of the copies that this process reads, until it ends
 
 
 def stage(source: str | Path, names: Sequence[str], to: str | Path) -> Path:
-    """The folder below ``to`` with sound copies of the files ``names`` of the folder ``source``; copies them, or waits for the run that does, if need be.
+    """The folder below ``to`` with sound copies of the files ``names`` of the folder ``source``;
+    copies them, or waits for the run that does, if need be.
 
-    Errors: InputError if the disk is too small, cannot be written to, or does not give back what was written, or if the source changes meanwhile.
+    Errors: InputError if the disk is too small, cannot be written to, or does not give back what
+    was written, or if the source changes meanwhile.
     """
     source = Path(source).absolute()
     copy = None
@@ -47,8 +51,11 @@ def stage(source: str | Path, names: Sequence[str], to: str | Path) -> Path:
                 if not is_complete(copy, described):
                     make(copy, source, described)
     except OSError as error:
-        raise InputError(f"stage_to: cannot copy {source} to {copy or to} ({error.strerror}: {error.filename}); what is done is kept: make room, choose another folder, "
-                         "or set stage_to= to read the set where it is") from error
+        raise InputError(
+            f"stage_to: cannot copy {source} to {copy or to} ({error.strerror}: "
+            f"{error.filename}); what is done is kept: make room, choose another folder, "
+            "or set stage_to= to read the set where it is"
+        ) from error
     _held.append(reading)
     log.info("%s is read from its copy %s", source, copy)
     return copy
@@ -89,7 +96,9 @@ def read_json(path: Path) -> dict | None:
 
 
 def make(copy: Path, source: Path, described: dict) -> None:
-    """Copy what is missing, or is not any more what was copied; no other process does so meanwhile."""
+    """Copy what is missing, or is not any more what was copied; no other process does so
+    meanwhile.
+    """
     remove_outdated(copy, described)
     for name, then in (read_json(copy / "complete.json") or {}).items():
         if (copy / name).is_file() and marks(copy / name) != then:
@@ -101,20 +110,33 @@ def make(copy: Path, source: Path, described: dict) -> None:
     refuse_too_small(copy, source, described)
     for name, then in described["files"].items():
         target = copy / name
-        if not (target.is_file() and target.stat().st_size == then[0]):         # it got its name when it was found to be sound
+        # it got its name when it was found to be sound
+        if not (target.is_file() and target.stat().st_size == then[0]):
             copy_file(source / name, target)
         if marks(source / name) != then:
             target.unlink()
-            raise InputError(f"stage_to: {source / name} changed while it was copied to {copy}; start again when it is finished")
+            raise InputError(
+                f"stage_to: {source / name} changed while it was copied to {copy}; "
+                "start again when it is finished"
+            )
     with replacing(copy / "complete.json") as file:
-        file.write((json.dumps({name: marks(copy / name) for name in described["files"]}, indent=2) + "\n").encode())
+        file.write(
+            (
+                json.dumps({name: marks(copy / name) for name in described["files"]}, indent=2)
+                + "\n"
+            ).encode()
+        )
 
 
 def remove_outdated(copy: Path, described: dict) -> None:
     """Remove copies of what these files were before, unless a run reads them."""
     for other in copy.parent.iterdir():
         found = read_json(other / "source.json") if other.is_dir() and other != copy else None
-        if found is None or found.get("source") != described["source"] or found.get("files", {}).keys() != described["files"].keys():
+        if (
+            found is None
+            or found.get("source") != described["source"]
+            or found.get("files", {}).keys() != described["files"].keys()
+        ):
             continue
         reading = take_lock(other / "reading", wait=False)
         if reading is None:
@@ -126,12 +148,20 @@ def remove_outdated(copy: Path, described: dict) -> None:
 
 
 def refuse_too_small(copy: Path, source: Path, described: dict) -> None:
-    there = sum(part.stat().st_size for name in described["files"] for part in (copy / name, partial(copy / name)) if part.is_file())
+    there = sum(
+        part.stat().st_size
+        for name in described["files"]
+        for part in (copy / name, partial(copy / name))
+        if part.is_file()
+    )
     needed = sum(size for size, _ in described["files"].values()) - there
     free = shutil.disk_usage(copy).free
     if needed > free:
-        raise InputError(f"stage_to: {source} takes {needed / 1e9:.3f} GB more in {copy.parent}, {free / 1e9:.3f} GB are free on its disk; make room, "
-                         "choose another folder, or set stage_to= to read the set where it is")
+        raise InputError(
+            f"stage_to: {source} takes {needed / 1e9:.3f} GB more in {copy.parent}, "
+            f"{free / 1e9:.3f} GB are free on its disk; make room, "
+            "choose another folder, or set stage_to= to read the set where it is"
+        )
 
 
 def partial(target: Path) -> Path:
@@ -139,12 +169,19 @@ def partial(target: Path) -> Path:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy one file part by part, from where an interrupted copy was; it gets its name when all of it was read back from the disk."""
+    """Copy one file part by part, from where an interrupted copy was; it gets its name when all of
+    it was read back from the disk.
+    """
     size, sums_path = source.stat().st_size, target.with_name(f"{target.name}.sums")
     sums = sums_path.read_text().split() if sums_path.is_file() else []
     said = time.monotonic()
-    with open(source, "rb", buffering=0) as original, open(partial(target), "r+b" if partial(target).is_file() else "w+b", buffering=0) as written:
-        sums = sums[:sound_parts(written, sums, size)]
+    with (
+        open(source, "rb", buffering=0) as original,
+        open(
+            partial(target), "r+b" if partial(target).is_file() else "w+b", buffering=0
+        ) as written,
+    ):
+        sums = sums[: sound_parts(written, sums, size)]
         kept = len(sums)
         with open(sums_path, "w") as journal:
             journal.writelines(f"{line}\n" for line in sums)
@@ -156,20 +193,31 @@ def copy_file(source: Path, target: Path) -> None:
                 journal.flush()
                 if time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
-                    log.info("%s: %.1f of %.1f GB are copied", target, (start + len(content)) / 1e9, size / 1e9)
+                    log.info(
+                        "%s: %.1f of %.1f GB are copied",
+                        target,
+                        (start + len(content)) / 1e9,
+                        size / 1e9,
+                    )
         written.truncate(size)
         os.fsync(written.fileno())
-        os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)        # so that it is read back from the disk itself
+        # so that it is read back from the disk itself
+        os.posix_fadvise(written.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         sound = sound_parts(written, sums, size, kept)
     if sound * PART < size:
         sums_path.unlink()
-        raise InputError(f"stage_to: {target} is not what was written to it, at byte {sound * PART}; its disk is damaged: choose another folder")
+        raise InputError(
+            f"stage_to: {target} is not what was written to it, at byte "
+            f"{sound * PART}; its disk is damaged: choose another folder"
+        )
     os.replace(partial(target), target)
     sums_path.unlink()
 
 
 def sound_parts(written, sums: Sequence[str], size: int, first: int = 0) -> int:
-    """How many parts, from the beginning, hold what ``sums`` says; the ``first`` ones are known to."""
+    """How many parts, from the beginning, hold what ``sums`` says; the ``first`` ones are known
+    to.
+    """
     for number in range(first, min(len(sums), -(-size // PART))):
         if sha256(read_part(written, number * PART)).hexdigest() != sums[number]:
             return number
@@ -177,7 +225,9 @@ def sound_parts(written, sums: Sequence[str], size: int, first: int = 0) -> int:
 
 
 def read_part(file, start: int) -> bytes:
-    """PART bytes at ``start``, fewer at the end of the file; a network file system may give them piece by piece."""
+    """PART bytes at ``start``, fewer at the end of the file; a network file system may give them
+    piece by piece.
+    """
     pieces, end = [], start + PART
     while start < end and (piece := os.pread(file.fileno(), end - start, start)):
         pieces.append(piece)

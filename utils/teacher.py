@@ -1,4 +1,6 @@
-"""The teacher: any published face network, loaded strictly, frozen, in eval mode, outside DistributedDataParallel, and never random."""
+"""The teacher: any published face network, loaded strictly, frozen, in eval mode, outside
+DistributedDataParallel, and never random.
+"""
 
 import logging
 from pathlib import Path
@@ -14,30 +16,50 @@ from utils.onnx_network import NORMALISED, OnnxNetwork
 from utils.weights.load import embedding_size_in, empty_backbone, load_into, read_weights
 from utils.weights.read import digest_of, sha256
 
-HINT = "train one with run_standalone.sh, set pretrained_teacher_path to a published backbone, or teacher=cvlface_ir50 to fetch one"
-ONNX = "onnx:"      # onnx:PATH, any ONNX face model
+HINT = (
+    "train one with run_standalone.sh, set pretrained_teacher_path to a published backbone, or "
+    "teacher=cvlface_ir50 to fetch one"
+)
+ONNX = "onnx:"  # onnx:PATH, any ONNX face model
 
 log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """What a name of ``config.teacher`` stands for: one of our networks; and of a repository, what its configuration must say."""
+    """What a name of ``config.teacher`` stands for: one of our networks; and of a repository, what
+    its configuration must say.
+    """
 
     network: str
     use_se: bool = False
-    repo_id: str = ""               # read unless another repository or a path is set
-    color_space: str = ""           # "": what the file or its configuration says
-    embedding_size: int = 0         # 0: likewise
+    repo_id: str = ""  # read unless another repository or a path is set
+    color_space: str = ""  # "": what the file or its configuration says
+    embedding_size: int = 0  # 0: likewise
 
 
-TEACHERS = {name: Entry(name) for name in NAMES} | {f"{name}_se": Entry(name, use_se=True) for name in NAMES if name.startswith("iresnet")} | {
-    "cvlface_ir50": Entry("ir50", repo_id="minchul/cvlface_adaface_ir50_webface4m", color_space="RGB", embedding_size=512),
-    "cvlface_ir101": Entry("ir101", repo_id="minchul/cvlface_adaface_ir101_webface12m", color_space="RGB", embedding_size=512),
-}
+TEACHERS = (
+    {name: Entry(name) for name in NAMES}
+    | {f"{name}_se": Entry(name, use_se=True) for name in NAMES if name.startswith("iresnet")}
+    | {
+        "cvlface_ir50": Entry(
+            "ir50",
+            repo_id="minchul/cvlface_adaface_ir50_webface4m",
+            color_space="RGB",
+            embedding_size=512,
+        ),
+        "cvlface_ir101": Entry(
+            "ir101",
+            repo_id="minchul/cvlface_adaface_ir101_webface12m",
+            color_space="RGB",
+            embedding_size=512,
+        ),
+    }
+)
 
 
 class Teacher(nn.Module):
-    """A frozen network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32 features without gradient.
+    """A frozen network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32 features without
+    gradient.
 
     Of one that ``load_teacher`` made: name (the configuration's word), path and sha256 (of the file
     that its weights are from), color_space ("RGB" or "BGR": of the images it was trained on) and
@@ -59,13 +81,17 @@ class Teacher(nn.Module):
     ):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
-        self.name, self.path, self.sha256 = name, path, sha256
-        self.normalisation, self.embedding_size = normalisation, embedding_size
+        self.name = name
+        self.path = path
+        self.sha256 = sha256
+        self.normalisation = normalisation
+        self.embedding_size = embedding_size
         self.color_space = color_space
         self.own_color_space = own_color_space or color_space
 
     def train(self, mode: bool = True):
-        return super().train(False)      # BatchNorm of a teacher must never follow the student's batches
+        # BatchNorm of a teacher must never follow the student's batches
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images):
@@ -73,35 +99,61 @@ class Teacher(nn.Module):
 
 
 def load_teacher(cfg, embedding_size: int | None = None) -> Teacher:
-    """The teacher that ``cfg`` names, with its published weights; what it is and what it sees is logged.
+    """The teacher that ``cfg`` names, with its published weights; what it is and what it sees is
+    logged.
 
     cfg: teacher, pretrained_teacher_path, teacher_repo_id, teacher_cache and color_space are read.
     embedding_size: the number of dimensions its features must have; None: any.
-    Errors: InputError if the weights are missing, cannot be fetched or read, or are of another network, colour order or number of dimensions.
+    Errors: InputError if the weights are missing, cannot be fetched or read, or are of another
+    network, colour order or number of dimensions.
     """
     path, repo_id = cfg.pretrained_teacher_path, cfg.teacher_repo_id
     if path and repo_id:
-        raise InputError(f"pretrained_teacher_path={path} and teacher_repo_id={repo_id} both name the teacher's weights: "
-                         "keep the one that is meant, empty the other")
+        raise InputError(
+            f"pretrained_teacher_path={path} and teacher_repo_id={repo_id} both name "
+            "the teacher's weights: "
+            "keep the one that is meant, empty the other"
+        )
     if cfg.teacher.startswith(ONNX):
         if path or repo_id:
-            raise InputError(f"teacher={cfg.teacher} names its file itself: empty {'pretrained_teacher_path' if path else 'teacher_repo_id'}")
+            raise InputError(
+                f"teacher={cfg.teacher} names its file itself: empty "
+                f"{'pretrained_teacher_path' if path else 'teacher_repo_id'}"
+            )
         teacher, origin = load_onnx(cfg)
     else:
         teacher, origin = load_published(cfg)
     if embedding_size and teacher.embedding_size != embedding_size:
-        raise InputError(f"teacher: {cfg.teacher} ({teacher.path}) has {teacher.embedding_size}-d features, but embedding_size={embedding_size}: the student learns "
-                         f"in the teacher's space: set embedding_size={teacher.embedding_size}, or choose a teacher of {embedding_size} dimensions")
-    count = getattr(teacher.network, "parameter_count", 0) or sum(parameter.numel() for parameter in teacher.network.parameters())
-    log.info("Teacher %s: %s parameters, %d-d features, 112x112 %s input, %s, %s, SHA-256 %s", full_name(cfg.teacher), f"{count:,}", teacher.embedding_size,
-             teacher.color_space, teacher.normalisation, origin, teacher.sha256)
+        raise InputError(
+            f"teacher: {cfg.teacher} ({teacher.path}) has {teacher.embedding_size}-d "
+            f"features, but embedding_size={embedding_size}: the student learns "
+            f"in the teacher's space: set embedding_size={teacher.embedding_size}, or "
+            f"choose a teacher of {embedding_size} dimensions"
+        )
+    count = getattr(teacher.network, "parameter_count", 0) or sum(
+        parameter.numel() for parameter in teacher.network.parameters()
+    )
+    log.info(
+        "Teacher %s: %s parameters, %d-d features, 112x112 %s input, %s, %s, SHA-256 %s",
+        full_name(cfg.teacher),
+        f"{count:,}",
+        teacher.embedding_size,
+        teacher.color_space,
+        teacher.normalisation,
+        origin,
+        teacher.sha256,
+    )
     return teacher
 
 
 def full_name(name: str) -> str:
     """The configuration's word, with the network it stands for where that is another."""
     entry = TEACHERS.get(name, Entry(name))
-    return name if entry.network == name else f"{name} ({entry.network}{' with SE' if entry.use_se else ''})"
+    return (
+        name
+        if entry.network == name
+        else (f"{name} ({entry.network}{' with SE' if entry.use_se else ''})")
+    )
 
 
 def load_published(cfg) -> tuple[Teacher, str]:
@@ -117,7 +169,8 @@ def load_published(cfg) -> tuple[Teacher, str]:
     check_stated(loaded.stated, cfg.teacher, entry)
     if loaded.stated and loaded.stated.embedding_size != size:
         raise InputError(
-            f"teacher: {loaded.stated.path} states output_dim {loaded.stated.embedding_size}, but the "
+            f"teacher: {loaded.stated.path} states output_dim {loaded.stated.embedding_size}, but "
+            "the "
             f"features of {file} have {size} dimensions"
         )
     own = loaded.own_color_space
@@ -161,15 +214,25 @@ def load_onnx(cfg) -> tuple[Teacher, str]:
 
 def repository_of(cfg) -> str:
     """The repository that ``cfg`` takes the weights from; "": a file."""
-    return cfg.teacher_repo_id or ("" if cfg.pretrained_teacher_path or cfg.teacher.startswith(ONNX) else TEACHERS[cfg.teacher].repo_id)
+    return cfg.teacher_repo_id or (
+        ""
+        if cfg.pretrained_teacher_path or cfg.teacher.startswith(ONNX)
+        else TEACHERS[cfg.teacher].repo_id
+    )
 
 
 def locate(cfg, entry: Entry) -> tuple[Path | str, str, Stated | None]:
-    """(the weights' file, where it is from in words, what the configuration beside it states), fetched where a repository is meant."""
+    """(the weights' file, where it is from in words, what the configuration beside it states),
+    fetched where a repository is meant.
+    """
     path, repo_id = cfg.pretrained_teacher_path, repository_of(cfg)
     if repo_id:
         folder = fetch(repo_id, cfg.teacher_cache)
-        return find_weights(folder), f"{repo_id} at revision {folder.name}", configuration_of(folder)
+        return (
+            find_weights(folder),
+            f"{repo_id} at revision {folder.name}",
+            configuration_of(folder),
+        )
     if path and Path(path).is_dir():
         file = find_weights(Path(path))
         return file, str(file), configuration_of(Path(path))
@@ -179,8 +242,11 @@ def locate(cfg, entry: Entry) -> tuple[Path | str, str, Stated | None]:
 def configuration_of(folder: Path) -> Stated:
     stated = read_configuration(folder)
     if stated is None:
-        raise InputError(f"teacher: {folder} has no configuration of CVLFace's ({' or '.join(CONFIGURATIONS)}); "
-                         "set pretrained_teacher_path to the weights' file")
+        raise InputError(
+            f"teacher: {folder} has no configuration of CVLFace's "
+            f"({' or '.join(CONFIGURATIONS)}); "
+            "set pretrained_teacher_path to the weights' file"
+        )
     return stated
 
 
@@ -189,8 +255,17 @@ def check_stated(stated: Stated | None, name: str, entry: Entry) -> None:
     if stated is None:
         return
     if stated.network != entry.network or entry.use_se:
-        raise InputError(f"teacher: {stated.path} states the network {stated.network}, not that of teacher={name}: set teacher={stated.network}")
-    for word, found, expected in (("color_space", stated.color_space, entry.color_space), ("output_dim", stated.embedding_size, entry.embedding_size)):
+        raise InputError(
+            f"teacher: {stated.path} states the network {stated.network}, not that of "
+            f"teacher={name}: set teacher={stated.network}"
+        )
+    for word, found, expected in (
+        ("color_space", stated.color_space, entry.color_space),
+        ("output_dim", stated.embedding_size, entry.embedding_size),
+    ):
         if expected and found != expected:
-            raise InputError(f"teacher: {stated.path} states {word} {found}, but teacher={name} has {expected}: "
-                             f"set teacher={stated.network}, which goes by the configuration")
+            raise InputError(
+                f"teacher: {stated.path} states {word} {found}, but teacher={name} "
+                f"has {expected}: "
+                f"set teacher={stated.network}, which goes by the configuration"
+            )

@@ -1,7 +1,10 @@
-"""Names the rank that hangs: a training process that stands still makes all others wait in a collective, without a word.
+"""Names the rank that hangs: a training process that stands still makes all others wait in a
+collective, without a word.
 
-Every rank posts once a second, from a thread, how many collectives and batches it has begun. Where nothing has moved on a rank for ``minutes``, its thread looks
-at what the others have posted: who has fallen silent (stopped, its machine gone), else who has begun fewest, is who the others wait for.
+Every rank posts once a second, from a thread, how many collectives and batches it has begun. Where
+nothing has moved on a rank for ``minutes``, its thread looks at what the others have posted: who
+has fallen silent (stopped, its machine gone), else who has begun fewest, is who the others wait
+for.
 """
 
 import os
@@ -14,21 +17,30 @@ import torch.distributed as dist
 
 from utils import distributed
 
-EVERY = 1.0         # seconds between posts
-SILENT = 5.0        # seconds without a post: that process does not run
+EVERY = 1.0  # seconds between posts
+SILENT = 5.0  # seconds without a post: that process does not run
 
 
 class Watch:
-    """``with Watch(minutes):`` around what all ranks do together; ends this process when it stands still. Nothing to do for a world of one, or for 0 minutes."""
+    """``with Watch(minutes):`` around what all ranks do together; ends this process when it stands
+    still. Nothing to do for a world of one, or for 0 minutes.
+    """
 
     def __init__(self, minutes: float):
-        self.seconds, self.rank, self.world = 60 * minutes, distributed.rank(), distributed.world_size()
+        self.seconds = 60 * minutes
+        self.rank = distributed.rank()
+        self.world = distributed.world_size()
         self.active = self.world > 1 and minutes > 0
         self.stopped = threading.Event()
 
     def __enter__(self) -> "Watch":
         if self.active:
-            self.store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=60))
+            self.store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=60),
+            )
             self.store.set_timeout(timedelta(seconds=SILENT))
             self.thread = threading.Thread(target=self.watch, daemon=True)
             self.thread.start()
@@ -40,7 +52,11 @@ class Watch:
             self.thread.join(SILENT)
 
     def watch(self) -> None:
-        """Post and look, until the block ends. What others have posted is compared over SILENT seconds, before anybody is said to be silent."""
+        """Post and look, until the block ends.
+
+        What others have posted is compared over SILENT seconds, before anybody is said to be
+        silent.
+        """
         count, begun, since, before = 0, -1, time.monotonic(), None
         while not self.stopped.wait(EVERY):
             count += 1
@@ -54,28 +70,47 @@ class Watch:
                 elif standing > self.seconds + SILENT:
                     self.end(before, self.posts())
             except dist.DistError:
-                if standing > self.seconds:     # on several machines rank 0's process holds the store
-                    self.say_and_exit("rank 0, which holds the store in which ranks report, no longer answers")
+                # on several machines rank 0's process holds the store
+                if standing > self.seconds:
+                    self.say_and_exit(
+                        "rank 0, which holds the store in which ranks report, no longer answers"
+                    )
 
     def end(self, before: list, after: list) -> None:
-        """Say who is waited for, once, and end this process: torchrun then ends the others, or restarts all."""
+        """Say who is waited for, once, and end this process: torchrun then ends the others, or
+        restarts all.
+        """
         silent = [rank for rank in range(self.world) if before[rank][0] == after[rank][0]]
         fewest = min(begun for _, begun in after)
         behind = silent or [rank for rank in range(self.world) if after[rank][1] == fewest]
         waiting = [rank for rank in range(self.world) if rank not in behind]
-        what = "no longer answers" if silent else "is behind" if waiting else "stand still at the same point"
+        what = (
+            "no longer answers"
+            if silent
+            else "is behind"
+            if waiting
+            else ("stand still at the same point")
+        )
         if self.rank == min(waiting, default=0):
             names = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(map(str, behind))
             self.say_and_exit(f"{names} {what}{', the others wait for it' if waiting else ''}")
         else:
-            time.sleep(2)               # the one that speaks comes first
+            time.sleep(2)  # the one that speaks comes first
             os._exit(1)
 
     def say_and_exit(self, what: str) -> None:
-        print(f"error: no progress for {self.seconds:g} seconds (timeout): {what}; go on with --resume", file=sys.stderr, flush=True)
+        print(
+            f"error: no progress for {self.seconds:g} seconds (timeout): {what}; go on with "
+            "--resume",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(1)
 
     def posts(self) -> list[tuple[int, int]]:
         """(posts, collectives begun) of every rank; zeros for one that has never posted."""
         keys = [f"watch/{rank}" for rank in range(self.world)]
-        return [tuple(map(int, self.store.get(key).split())) if self.store.check([key]) else (0, 0) for key in keys]
+        return [
+            tuple(map(int, self.store.get(key).split())) if self.store.check([key]) else (0, 0)
+            for key in keys
+        ]

@@ -1,4 +1,6 @@
-"""Header = where the class centres come from (centers.py) x what the margin does to the own cosine (margins.py)."""
+"""Header = where the class centres come from (centers.py) x what the margin does to the own cosine
+(margins.py).
+"""
 
 from functools import partial
 
@@ -16,23 +18,33 @@ from utils.losses.softmax import MarginSoftmaxLoss
 class Header(nn.Module):
     """Cross-entropy over s * margin(cos(features, centres)), on any number of ranks.
 
-    header(features, labels, features_t=None, epoch=0.0) -> (loss, stats)
-        features (b, D) raw student features and labels (b,) of this rank; features_t (b, D) raw teacher features, which AdaDistill and the geometry margin
-        need; epoch: fractional, for the geometry margin's warm-up. loss: 0-d float32, the mean over the global batch, the same on all ranks.
-        stats: 0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill), margin_scaler (AdaFace), geom (geometry margin).
+    header(features, labels, features_t=None, epoch=0.0) -> (loss, stats) features (b, D) raw
+        student features and labels (b,) of this rank; features_t (b, D) raw teacher features, which
+        AdaDistill and the geometry margin need; epoch: fractional, for the geometry margin's
+        warm-up. loss: 0-d float32, the mean over the global batch, the same on all ranks. stats:
+        0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill), margin_scaler
+        (AdaFace), geom (geometry margin).
     Everything here is float32, under autocast too: a cosine rounded to bf16 moves a logit by 0.1.
-    Feature gradients come times the world size, so that DistributedDataParallel's average is the gradient of that mean.
+    Feature gradients come times the world size, so that DistributedDataParallel's average is the
+    gradient of that mean.
     """
 
     def __init__(self, centers, margin, s, adaptive_alpha, geometry, sample_rate):
         super().__init__()
-        self.centers, self.margin, self.s = centers, margin, s
-        self.adaptive_alpha, self.geometry, self.sample_rate = adaptive_alpha, geometry, sample_rate
+        self.centers = centers
+        self.margin = margin
+        self.s = s
+        self.adaptive_alpha = adaptive_alpha
+        self.geometry = geometry
+        self.sample_rate = sample_rate
 
     def forward(self, features, labels, features_t=None, epoch=0.0):
         adaptive = isinstance(self.centers, AdaptiveCenters)
         if features_t is None and (adaptive or self.geometry):
-            raise ValueError("AdaDistill and the geometry margin need the teacher's features: header(features, labels, features_t)")
+            raise ValueError(
+                "AdaDistill and the geometry margin need the teacher's features: "
+                "header(features, labels, features_t)"
+            )
         with torch.autocast(features.device.type, enabled=False):
             features = distributed.gather_features(features.float())
             labels = distributed.all_gather(labels)
@@ -44,7 +56,9 @@ class Header(nn.Module):
             if features_t is not None:
                 teacher = F.normalize(distributed.all_gather(features_t.detach().float()))
                 followed = (features.detach() * teacher).sum(1).clamp(-1, 1)
-                confidence = cosine_to_own_center(teacher, self.centers, mine, columns).clamp(1e-6, 1)
+                confidence = cosine_to_own_center(teacher, self.centers, mine, columns).clamp(
+                    1e-6, 1
+                )
             if self.geometry:
                 geom = stats["geom"] = self.geometry(confidence, followed, epoch)
             if adaptive:
@@ -53,8 +67,17 @@ class Header(nn.Module):
                     self.centers.update(teacher, alpha, mine, columns)
                 stats.update(alpha=alpha, lam=confidence, cos_st=followed)
             chosen, columns = self.sampled(mine, columns)
-            loss = MarginSoftmaxLoss.apply(features, self.centers.weight, self.centers, chosen, mine, columns, partial(self.apply_margin, norms, geom, stats),
-                                           self.s, self.margin.clip)
+            loss = MarginSoftmaxLoss.apply(
+                features,
+                self.centers.weight,
+                self.centers,
+                chosen,
+                mine,
+                columns,
+                partial(self.apply_margin, norms, geom, stats),
+                self.s,
+                self.margin.clip,
+            )
         return loss, {name: value.detach().mean() for name, value in stats.items()}
 
     def apply_margin(self, norms, geom, stats, cosine):
@@ -63,91 +86,166 @@ class Header(nn.Module):
         return target
 
     def sampled(self, mine, columns):
-        """All centres of this rank, or with sample_rate < 1 that share of them: those in the batch and others drawn at random (Partial FC, An et al. 2022).
+        """All centres of this rank, or with sample_rate < 1 that share of them: those in the batch
+        and others drawn at random (Partial FC, An et al. 2022).
 
-        Returns (the chosen rows of ``weight`` ascending, or None for all; the columns of the batch among them). A share smaller than the global batch has
-        the batch's size: how many classes a batch really has here is known to the GPU alone.
+        Returns (the chosen rows of ``weight`` ascending, or None for all; the columns of the batch
+        among them). A share smaller than the global batch has the batch's size: how many classes a
+        batch really has here is known to the GPU alone.
         """
         count, device = len(self.centers.weight), self.centers.weight.device
         wanted = max(round(self.sample_rate * count), min(len(columns), count))
         if self.sample_rate == 1 or wanted == count:
             return None, columns
         positives = columns.to(device), torch.where(mine, 2.0, 0.0).to(device)
-        chance = torch.rand(count, device=device).scatter_reduce_(0, *positives, "amax")       # the positives always come along
+        # the positives always come along
+        chance = torch.rand(count, device=device).scatter_reduce_(0, *positives, "amax")
         chosen = chance.topk(wanted, sorted=False).indices.sort().values
-        return chosen, torch.searchsorted(chosen, columns.to(device)).clamp_(max=wanted - 1).to(columns.device)
+        return chosen, torch.searchsorted(chosen, columns.to(device)).clamp_(max=wanted - 1).to(
+            columns.device
+        )
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
-        """{"kernel": (D, C) float32 on the CPU, and AdaFace's batch_mean and batch_std}; a collective, called on all ranks."""
+        """{"kernel": (D, C) float32 on the CPU, and AdaFace's batch_mean and batch_std}; a
+        collective, called on all ranks.
+        """
         state = {} if destination is None else destination
         state[prefix + "kernel"] = self.centers.whole(self.centers.weight).float()
         return self.margin.state_dict(destination=state, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state: dict, strict: bool = True):
-        """Take back what ``state_dict`` gives, whole, on any number of ranks; strict=False passes over missing statistics and over keys of other headers.
+        """Take back what ``state_dict`` gives, whole, on any number of ranks; strict=False passes
+        over missing statistics and over keys of other headers.
 
-        Returns (missing_keys, unexpected_keys). Errors: InputError naming keys or shapes that differ.
+        Returns (missing_keys, unexpected_keys). Errors: InputError naming keys or shapes that
+        differ.
         """
         expected = ["kernel", *self.margin.state_dict()]
-        missing, unexpected = [key for key in expected if key not in state], [key for key in state if key not in expected]
+        missing, unexpected = (
+            [key for key in expected if key not in state],
+            [key for key in state if key not in expected],
+        )
         if "kernel" in missing or strict and (missing or unexpected):
-            raise InputError(f"a header with keys {sorted(expected)} was expected, this one has {sorted(state)}")
+            raise InputError(
+                f"a header with keys {sorted(expected)} was expected, this one has {sorted(state)}"
+            )
         self.load_kernel(state["kernel"])
         for key, buffer in self.margin.named_buffers():
             if key in state and state[key].numel() != 1:
-                raise InputError(f"the header's {key} is {tuple(state[key].shape)}, but it is one number")
+                raise InputError(
+                    f"the header's {key} is {tuple(state[key].shape)}, but it is one number"
+                )
             buffer.copy_(state[key].reshape(1)) if key in state else None
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     @torch.no_grad()
     def load_kernel(self, kernel: torch.Tensor) -> None:
-        """Set the centres from a whole (D, C) kernel. Errors: InputError if it has another shape."""
+        """Set the centres from a whole (D, C) kernel.
+
+        Errors: InputError if it has another shape.
+        """
         expected = (self.centers.weight.shape[1], self.centers.num_classes)
         if tuple(kernel.shape) != expected:
-            raise InputError(f"the header's kernel is {tuple(kernel.shape)}, but (embedding_size, num_classes) is {expected}")
+            raise InputError(
+                f"the header's kernel is {tuple(kernel.shape)}, but (embedding_size, "
+                f"num_classes) is {expected}"
+            )
         self.centers.weight.copy_(self.centers.shard(kernel))
 
 
 class GeometryMargin:
-    """g = w_eff k max(lam - c, 0) lam: more margin where the teacher is sure of the class and the student does not follow it yet."""
+    """g = w_eff k max(lam - c, 0) lam: more margin where the teacher is sure of the class and the
+    student does not follow it yet.
+    """
 
     def __init__(self, w, k, warmup_epoch):
-        self.w, self.k, self.warmup_epoch = w, k, warmup_epoch
+        self.w = w
+        self.k = k
+        self.warmup_epoch = warmup_epoch
 
     def __call__(self, confidence, followed, epoch):
         warm = min(max(epoch / self.warmup_epoch, 0.0), 1.0) if self.warmup_epoch > 0 else 1.0
         return self.w * warm * self.k * (confidence - followed).clamp_min(0) * confidence
 
 
-def build_header(method, loss, embedding_size, num_classes, *, s=64.0, m=None, h=0.333, t_alpha=0.01, adaptive_alpha=True,
-                 use_geom_margin=False, geom_margin_w=1.0, geom_margin_k=3.0, geom_margin_warmup_epoch=0, sample_rate=1.0,
-                 centers_dtype=torch.float32, centers_on_host=False) -> nn.Module:
+def build_header(
+    method,
+    loss,
+    embedding_size,
+    num_classes,
+    *,
+    s=64.0,
+    m=None,
+    h=0.333,
+    t_alpha=0.01,
+    adaptive_alpha=True,
+    use_geom_margin=False,
+    geom_margin_w=1.0,
+    geom_margin_k=3.0,
+    geom_margin_warmup_epoch=0,
+    sample_rate=1.0,
+    centers_dtype=torch.float32,
+    centers_on_host=False,
+) -> nn.Module:
     """A header for (D = embedding_size, C = num_classes); see ``Header`` for what it returns.
 
-    method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or "AdaDistill" (moving average of teacher features).
-    loss: "MLLoss", "CosFace", "ArcFace" or "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.45, 0.4). s: scale of the logits.
-    h, t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha. geom_*: geometry margin, warm-up in epochs.
-    sample_rate: share of the classes that enter the softmax of a step, those of the batch always among them.
-    centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all products are float32. centers_on_host: they stay in the
-    host's memory when the header is moved to a GPU.
+    method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or
+    "AdaDistill" (moving average of teacher features). loss: "MLLoss", "CosFace", "ArcFace" or
+    "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.45, 0.4). s: scale of the logits. h,
+    t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha.
+    geom_*: geometry margin, warm-up in epochs. sample_rate: share of the classes that enter the
+    softmax of a step, those of the batch always among them. centers_dtype: float32 or bfloat16, in
+    which centres (and learned ones' momentum) are kept; all products are float32. centers_on_host:
+    they stay in the host's memory when the header is moved to a GPU.
     Errors: InputError for unknown names and for combinations that make no sense.
     """
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
         if name not in known:
-            raise InputError(f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+            raise InputError(
+                f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
+            )
     if use_geom_margin and method == "standalone":
-        raise InputError("use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set use_geom_margin=False")
+        raise InputError(
+            "use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set "
+            "use_geom_margin=False"
+        )
     if use_geom_margin and loss == "MLLoss":
-        raise InputError("use_geom_margin widens a margin and MLLoss has none: choose ArcFace, CosFace or AdaFace")
+        raise InputError(
+            "use_geom_margin widens a margin and MLLoss has none: choose ArcFace, "
+            "CosFace or AdaFace"
+        )
     if not 0 < sample_rate <= 1:
-        raise InputError(f"sample_rate={sample_rate} is no share of the classes: it must be above 0 and at most 1")
+        raise InputError(
+            f"sample_rate={sample_rate} is no share of the classes: it must be above "
+            "0 and at most 1"
+        )
     m = MARGINS[loss].default_m if m is None else m
     margin = AdaFace(m, h, t_alpha) if loss == "AdaFace" else MARGINS[loss](m)
-    geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch) if use_geom_margin else None
-    return Header(CENTERS[method](num_classes, embedding_size, centers_dtype, centers_on_host), margin, s, adaptive_alpha, geometry, sample_rate)
+    geometry = (
+        GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch)
+        if use_geom_margin
+        else None
+    )
+    return Header(
+        CENTERS[method](num_classes, embedding_size, centers_dtype, centers_on_host),
+        margin,
+        s,
+        adaptive_alpha,
+        geometry,
+        sample_rate,
+    )
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Refuse labels without a class, which no rank would own. On CPUs only: the data sets check them as well, and a GPU would have to stop and look."""
-    if labels.device.type == "cpu" and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
-        raise InputError(f"label {int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())} is outside 0..{num_classes - 1}: num_classes is too small for this data set")
+    """Refuse labels without a class, which no rank would own.
+
+    On CPUs only: the data sets check them as well, and a GPU would have to stop and look.
+    """
+    if labels.device.type == "cpu" and not (
+        0 <= int(labels.min()) and int(labels.max()) < num_classes
+    ):
+        raise InputError(
+            "label "
+            f"{int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())} is outside "
+            f"0..{num_classes - 1}: num_classes is too small for this data set"
+        )

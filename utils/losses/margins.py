@@ -1,8 +1,10 @@
-"""What a loss does to the cosine between a feature and its own class centre: B values, never the (B, C) matrix.
+"""What a loss does to the cosine between a feature and its own class centre: B values, never the
+(B, C) matrix.
 
-A margin is called as ``margin(cosine, norms, geom)``: cosine (B,) float32 to the own centre, norms (B,) of the raw features, geom (B,) the
-geometry margin's term or None. It returns the cosine with the margin and a dict of named statistics (B,). ``clip`` bounds all
-cosines of the logits, or is None.
+A margin is called as ``margin(cosine, norms, geom)``: cosine (B,) float32 to the own centre, norms
+(B,) of the raw features, geom (B,) the geometry margin's term or None. It returns the cosine with
+the margin and a dict of named statistics (B,). ``clip`` bounds all cosines of the logits, or is
+None.
 """
 
 import math
@@ -10,7 +12,9 @@ import math
 import torch
 from torch import nn
 
-SMALLEST_SIN_SQUARED = 1e-7      # float32 resolves 1 - cos^2 no better; it keeps d(sin)/d(cos) finite where a student meets its centre
+# float32 resolves 1 - cos^2 no better; it keeps d(sin)/d(cos) finite where a student meets its
+# centre
+SMALLEST_SIN_SQUARED = 1e-7
 
 
 class MLLoss(nn.Module):
@@ -39,19 +43,22 @@ class CosFace(MLLoss):
 class ArcFace(MLLoss):
     """cos(theta + m) (Deng et al., CVPR 2019); with the geometry margin m (1 + min(g, 1)).
 
-    Written as cos(theta) cos(m) - sin(theta) sin(m): acos has an infinite slope at +-1, the square root is bounded instead.
+    Written as cos(theta) cos(m) - sin(theta) sin(m): acos has an infinite slope at +-1, the square
+    root is bounded instead.
     """
 
-    default_m = 0.45      # as AdaDistill trains; InsightFace takes 0.5
+    default_m = 0.45  # as AdaDistill trains; InsightFace takes 0.5
 
     def forward(self, cosine, norms, geom):
-        m = torch.full_like(cosine, self.m) if geom is None else widened(self.m, geom)     # made on the device: a copy from the host would wait for it
+        # made on the device: a copy from the host would wait for it
+        m = torch.full_like(cosine, self.m) if geom is None else widened(self.m, geom)
         sine = ((1 - cosine) * (1 + cosine)).clamp_min(SMALLEST_SIN_SQUARED).sqrt()
         return cosine * m.cos() - sine * m.sin(), {}
 
 
 class AdaFace(MLLoss):
-    """Image-quality adaptive margin (Kim et al., CVPR 2022): the feature norm against its running statistics scales the margin.
+    """Image-quality adaptive margin (Kim et al., CVPR 2022): the feature norm against its running
+    statistics scales the margin.
 
     The statistics are those of the global batch, because every rank sees the norms of all.
     """
@@ -61,7 +68,8 @@ class AdaFace(MLLoss):
 
     def __init__(self, m: float, h: float, t_alpha: float):
         super().__init__(m)
-        self.h, self.t_alpha = h, t_alpha
+        self.h = h
+        self.t_alpha = t_alpha
         self.register_buffer("batch_mean", torch.tensor([20.0]))
         self.register_buffer("batch_std", torch.tensor([100.0]))
 
@@ -76,7 +84,9 @@ class AdaFace(MLLoss):
         return theta.cos() - (self.m + self.m * scaler), {"margin_scaler": scaler}
 
     def follow(self, norms):
-        """Move the running mean and unbiased standard deviation towards this batch; one sample alone has no deviation."""
+        """Move the running mean and unbiased standard deviation towards this batch; one sample
+        alone has no deviation.
+        """
         self.batch_mean.lerp_(norms.mean(), self.t_alpha)
         if norms.numel() > 1:
             self.batch_std.lerp_(norms.std(), self.t_alpha)

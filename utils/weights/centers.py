@@ -29,36 +29,66 @@ RANK_FILES = (
 )
 
 
-def read_kernel(path: str | Path, what: str, embedding_size: int, num_classes: int, hint: str = "") -> torch.Tensor:
+def read_kernel(
+    path: str | Path, what: str, embedding_size: int, num_classes: int, hint: str = ""
+) -> torch.Tensor:
     """Class centres (D, C) in float32, from whatever a training has left of them.
 
-    path: a file with ``kernel`` (D, C) (AdaDistill's and this project's header.pth), ``head.kernel`` (D, C) (AdaFace's .ckpt), ``weight`` (C, D)
-    (arcface_torch) or a bare (C, D) tensor; or what arcface_torch's and CVLFace's ranks wrote, a file each with their share of ``weight``: the
-    folder, or a pattern such as "folder/checkpoint_gpu_*.pt".
-    Errors: as ``read_tensors``, and InputError for other contents or shapes, and for shares that are missing or not as Partial FC deals classes out.
+    path: a file with ``kernel`` (D, C) (AdaDistill's and this project's header.pth),
+    ``head.kernel`` (D, C) (AdaFace's .ckpt), ``weight`` (C, D) (arcface_torch) or a bare (C, D)
+    tensor; or what arcface_torch's and CVLFace's ranks wrote, a file each with their share of
+    ``weight``: the folder, or a pattern such as "folder/checkpoint_gpu_*.pt".
+    Errors: as ``read_tensors``, and InputError for other contents or shapes, and for shares that
+    are missing or not as Partial FC deals classes out.
     """
     files = find_shares(path, what)
-    kernel = join_shares(files, what, num_classes) if files else find_centers(read_file(path, what, hint), f"{what}: {path}")
+    kernel = (
+        join_shares(files, what, num_classes)
+        if files
+        else find_centers(read_file(path, what, hint), f"{what}: {path}")
+    )
     if tuple(kernel.shape) != (embedding_size, num_classes):
         mend = ""
         if not files and rank_of(Path(path).name)[0] in RANK_FILES:
-            mend = f"; {Path(path).name} looks like one rank's share: name its folder, {Path(path).parent}"
+            mend = (
+                f"; {Path(path).name} looks like one rank's share: name its folder, "
+                f"{Path(path).parent}"
+            )
         elif kernel.shape[1] == num_classes:
-            mend = f"; the student learns in the space of these centres: set embedding_size={kernel.shape[0]}"
-        raise InputError(f"{what}: {path} holds class centres {tuple(kernel.shape)}, but (embedding_size, num_classes) "
-                         f"of this run is {(embedding_size, num_classes)}{mend}")
+            mend = (
+                "; the student learns in the space of these centres: set "
+                f"embedding_size={kernel.shape[0]}"
+            )
+        raise InputError(
+            f"{what}: {path} holds class centres {tuple(kernel.shape)}, but "
+            "(embedding_size, num_classes) "
+            f"of this run is {(embedding_size, num_classes)}{mend}"
+        )
     if not torch.isfinite(kernel).all():
-        raise InputError(f"{what}: {path} holds class centres that are not finite (NaN or infinite): take the header of an earlier step")
+        raise InputError(
+            f"{what}: {path} holds class centres that are not finite (NaN or "
+            "infinite): take the header of an earlier step"
+        )
     return kernel.float()
 
 
 def find_centers(content, subject: str) -> torch.Tensor:
-    """The (D, C) class centres among a file's contents; which axis is which is told by the key. Errors: InputError if there are none."""
+    """The (D, C) class centres among a file's contents; which axis is which is told by the key.
+
+    Errors: InputError if there are none.
+    """
     if isinstance(content, torch.Tensor) and content.dim() == 2:
-        return content.t()      # arcface_torch's rank_0_softmax_weight.pt
+        return content.t()  # arcface_torch's rank_0_softmax_weight.pt
     if not isinstance(content, dict):
         raise InputError(f"{subject} holds a {type(content).__name__}, not class centres")
-    state = next((content[key] for key in ("state_dict_softmax_fc", "state_dict") if isinstance(content.get(key), dict)), content)
+    state = next(
+        (
+            content[key]
+            for key in ("state_dict_softmax_fc", "state_dict")
+            if isinstance(content.get(key), dict)
+        ),
+        content,
+    )
     state = {bare(str(key)): value for key, value in state.items()}
     for key, classes_first in CENTER_KEYS.items():
         if isinstance(state.get(key), torch.Tensor) and state[key].dim() == 2:
@@ -66,48 +96,83 @@ def find_centers(content, subject: str) -> torch.Tensor:
     network = next(networks_in(content), None)
     look = looks_like(content)
     if network:
-        look = f"{network.name}, a network: train/class_centers.py computes the class centres of one"
-    raise InputError(f"{subject} has no class centres ({', '.join(CENTER_KEYS)}); its keys are {', '.join(list(state)[:5])}{advice(look)}")
+        look = (
+            f"{network.name}, a network: train/class_centers.py computes the class centres of one"
+        )
+    raise InputError(
+        f"{subject} has no class centres ({', '.join(CENTER_KEYS)}); its keys are "
+        f"{', '.join(list(state)[:5])}{advice(look)}"
+    )
 
 
 def find_shares(path: str | Path, what: str) -> dict[int, Path]:
-    """{rank: file} where ``path`` is a folder or a pattern; {} where it is a file's. Errors: InputError if no files are found, or of several kinds."""
+    """{rank: file} where ``path`` is a folder or a pattern; {} where it is a file's.
+
+    Errors: InputError if no files are found, or of several kinds.
+    """
     if not str(path):
         return {}
     path = Path(path)
     if path.is_dir():
         found = [file for file in path.iterdir() if rank_of(file.name)[0] in RANK_FILES]
-        missing = f"holds no {', '.join(RANK_FILES)}: name the header's file, or a pattern such as {path / RANK_FILES[0]}"
+        missing = (
+            f"holds no {', '.join(RANK_FILES)}: name the header's file, or a pattern such as "
+            f"{path / RANK_FILES[0]}"
+        )
     elif any(letter in path.name for letter in "*?[") and not path.exists():
-        found, missing = [file for file in path.parent.glob(path.name) if re.search(r"\d", file.name)], "matches no file with a rank in its name"
+        found, missing = (
+            [file for file in path.parent.glob(path.name) if re.search(r"\d", file.name)],
+            ("matches no file with a rank in its name"),
+        )
     else:
         return {}
     kinds = sorted({rank_of(file.name)[0] for file in found})
     if len(kinds) != 1:
-        raise InputError(f"{what}: {path} {'matches' if kinds else missing}{' files of several kinds: name one, ' if kinds else ''}{' or '.join(kinds)}")
+        raise InputError(
+            f"{what}: {path} "
+            f"{'matches' if kinds else missing}{' files of several kinds: name one, ' if kinds else ''}{' or '.join(kinds)}"
+        )
     if "_mom." in kinds[0]:
-        raise InputError(f"{what}: {path} are momenta of the optimizer, the class centres are in {kinds[0].replace('_mom.', '.')}")
+        raise InputError(
+            f"{what}: {path} are momenta of the optimizer, the class centres are in "
+            f"{kinds[0].replace('_mom.', '.')}"
+        )
     return {rank_of(file.name)[1]: file for file in found}
 
 
 def rank_of(name: str) -> tuple[str, int]:
-    """("checkpoint_gpu_*.pt", 3) of "checkpoint_gpu_3.pt": the last number is the rank; (name, 0) without one."""
+    """("checkpoint_gpu_*.pt", 3) of "checkpoint_gpu_3.pt": the last number is the rank; (name, 0)
+    without one.
+    """
     found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
     return (f"{found[1]}*{found[3]}", int(found[2])) if found else (name, 0)
 
 
 def join_shares(files: dict[int, Path], what: str, num_classes: int) -> torch.Tensor:
-    """The (D, C) class centres of all ranks. Errors: InputError if a rank is missing, or has another number of classes than Partial FC gives it."""
+    """The (D, C) class centres of all ranks.
+
+    Errors: InputError if a rank is missing, or has another number of classes than Partial FC gives
+    it.
+    """
     missing = sorted(set(range(max(files) + 1)) - files.keys())
     if missing:
-        raise InputError(f"{what}: no file of rank {', '.join(map(str, missing))} beside {files[max(files)]}")
+        raise InputError(
+            f"{what}: no file of rank {', '.join(map(str, missing))} beside {files[max(files)]}"
+        )
     shares = []
     for rank, file in sorted(files.items()):
         shares.append(find_centers(read_file(file, what), f"{what}: {file}"))
-        expected = num_classes // len(files) + (rank < num_classes % len(files))      # the first ranks take one of the rest each
+        # the first ranks take one of the rest each
+        expected = num_classes // len(files) + (rank < num_classes % len(files))
         if shares[-1].shape[1] != expected:
-            raise InputError(f"{what}: {file} holds {shares[-1].shape[1]} classes, but rank {rank} of {len(files)} has {expected} of num_classes={num_classes}: "
-                             "files of other ranks are missing, or they are of another training set")
+            raise InputError(
+                f"{what}: {file} holds {shares[-1].shape[1]} classes, but rank {rank} "
+                f"of {len(files)} has {expected} of num_classes={num_classes}: "
+                "files of other ranks are missing, or they are of another training set"
+            )
         if shares[-1].shape[0] != shares[0].shape[0]:
-            raise InputError(f"{what}: {file} holds {shares[-1].shape[0]}-d class centres, {files[0].name} {shares[0].shape[0]}-d ones")
+            raise InputError(
+                f"{what}: {file} holds {shares[-1].shape[0]}-d class centres, "
+                f"{files[0].name} {shares[0].shape[0]}-d ones"
+            )
     return torch.cat(shares, dim=1)

@@ -90,7 +90,7 @@ def program_in(path: str | Path) -> str:
     else:
         return ""
     return (
-        f"a {kind}, which is code: export it to ONNX where it runs (python -c \"import torch; "
+        f'a {kind}, which is code: export it to ONNX where it runs (python -c "import torch; '
         f'{line.format(path=str(path))}"{needs}) and name the .onnx file, as a teacher by '
         "teacher=onnx:PATH"
     )

@@ -138,8 +138,6 @@ def find(weights: Weights, shapes: dict, key: str) -> Found:
     return found
 
 
-
-
 def nearest_to(content: dict, shapes: dict) -> Found:
     """The place of a file's content that has most of a network's keys."""
     states = list(states_of(content)) or [("", {str(key): value for key, value in content.items()})]

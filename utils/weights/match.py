@@ -49,7 +49,7 @@ class Found(NamedTuple):
         return bare(self.prefix)
 
     def where(self) -> str:
-        """"state_dict under model.", "" for a plain file."""
+        """ "state_dict under model.", "" for a plain file."""
         return " ".join(filter(None, (self.entry, self.prefix and f"under {self.prefix}")))
 
 
