@@ -70,7 +70,7 @@ class IR(nn.Module):
 
 def _body(blocks: Sequence[int]) -> list[BasicBlockIR]:
     layers, in_channels = [], 64
-    for channels, count in zip(_WIDTHS, blocks):
+    for channels, count in zip(_WIDTHS, blocks, strict=True):
         layers.append(BasicBlockIR(in_channels, channels, 2))
         layers.extend(BasicBlockIR(channels, channels, 1) for _ in range(count - 1))
         in_channels = channels

@@ -68,7 +68,7 @@ class IResNet(nn.Module):
         self.prelu = nn.PReLU(64)
         in_widths = (64, *_WIDTHS[:-1])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            _stage(*spec, use_se) for spec in zip(in_widths, _WIDTHS, blocks)
+            _stage(*spec, use_se) for spec in zip(in_widths, _WIDTHS, blocks, strict=True)
         )
         self.bn2 = nn.BatchNorm2d(512)
         self.dropout = nn.Dropout(dropout)

@@ -70,7 +70,7 @@ class Way:
                 total + self.images(batch)[:, :, 56, ::111].sum((0, 2), dtype=torch.float64),
                 count + len(batch[0]),
             )
-        return dict(zip(("red", "green", "blue"), total.tolist()), images=count)
+        return dict(zip(("red", "green", "blue"), total.tolist(), strict=True), images=count)
 
 
 class Plain(Way):

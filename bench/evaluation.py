@@ -116,7 +116,9 @@ def workloads(scale: int) -> Iterator[Work]:
     yield Work(
         "pair set, ten folds",
         lambda: plain_verification(embeddings, issame),
-        lambda: dict(zip(("accuracy", "val"), verification.evaluate(embeddings, issame)[2:4])),
+        lambda: dict(
+            zip(("accuracy", "val"), verification.evaluate(embeddings, issame)[2:4], strict=True)
+        ),
         0.1,
         None,
     )
@@ -365,7 +367,7 @@ def plain_1n(
         @ plain_templates(weighted, templates, medias, gallery).T
     )
     ranks, mates, others, maxima = [], [], [], []
-    for row, subject in zip(scores, probe_subjects):
+    for row, subject in zip(scores, probe_subjects, strict=True):
         falling = np.argsort(-row)
         is_mate = gallery_subjects[falling] == subject
         if is_mate.any():
@@ -391,7 +393,7 @@ def plain_1n(
 
 def plain_tinyface(features: np.ndarray, paths: list[str], meta: dict) -> dict:
     features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    by_key = {Path(path).stem: feature for path, feature in zip(paths, features)}
+    by_key = {Path(path).stem: feature for path, feature in zip(paths, features, strict=True)}
     person = {
         path: int(Path(path).name.split("_")[0])
         for path in meta["probe_paths"] + meta["gallery_paths"]
@@ -405,7 +407,7 @@ def plain_tinyface(features: np.ndarray, paths: list[str], meta: dict) -> dict:
     ranks = np.array(
         [
             np.where(of_gallery[np.argsort(-row)] == person[path])[0][0] + 1
-            for path, row in zip(meta["probe_paths"], scores)
+            for path, row in zip(meta["probe_paths"], scores, strict=True)
         ]
     )
     return {f"rank-{rank}": 100 * np.mean(ranks <= rank) for rank in (1, 5, 20)}

@@ -281,7 +281,7 @@ def check_equal(
     what: str, calls: dict, figure: str, tolerance: float, method: str = "step"
 ) -> None:
     """Errors: InputError if the two ways do not give the same figure, call by call."""
-    for plain, ours in zip(calls[f"Plain.{method}"], calls[f"Ours.{method}"]):
+    for plain, ours in zip(calls[f"Plain.{method}"], calls[f"Ours.{method}"], strict=True):
         if not abs(plain[figure] - ours[figure]) <= tolerance * abs(plain[figure]):
             raise InputError(
                 f"{what}: {figure} is {plain[figure]} the plain way, {ours[figure]} by ours"

@@ -136,7 +136,7 @@ class Plain(Way):
 
     def loss_of_first(self):
         first = PlainSet(self.folder, mirrored=0.0)
-        images, labels = zip(*(first[index] for index in range(self.batch)))
+        images, labels = zip(*(first[index] for index in range(self.batch)), strict=True)
         return self.loss_of(torch.stack(images), torch.stack(labels))
 
     def train_step(self):

@@ -142,9 +142,9 @@ def read_all(dataset: FaceImages, workers: int) -> Contents:
     whole = nothing_read(len(dataset))
     with tqdm(desc="reading", total=len(dataset), unit="img", disable=None) as bar:
         for piece, part in zip(
-            pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))
+            pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces))), strict=True
         ):
-            for column, values in zip(whole[:4], part[:4]):
+            for column, values in zip(whole[:4], part[:4], strict=True):
                 column[piece.start : piece.stop] = values
             whole.bad.extend(part.bad[: SHOWN - len(whole.bad)])
             bar.update(len(piece))
@@ -283,7 +283,7 @@ def group_equal(digests: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
     ends = np.append(starts[1:], len(order))
     several = ends - starts > 1
     return sorted(
-        (order[start:end] for start, end in zip(starts[several], ends[several])),
+        (order[start:end] for start, end in zip(starts[several], ends[several], strict=True)),
         key=lambda group: int(group[0]),
     )
 
@@ -297,7 +297,8 @@ def describe_sizes(sizes: np.ndarray) -> dict:
         return dict(classes=0)
     counts = np.histogram(present, [*STEPS, np.inf])[0]
     names = [
-        f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in zip(STEPS, STEPS[1:])
+        f"{low}" if high == low + 1 else f"{low}-{high - 1}"
+        for low, high in zip(STEPS, STEPS[1:], strict=False)
     ] + [f"{STEPS[-1]} and more"]
     return dict(
         classes=len(present),
@@ -307,7 +308,7 @@ def describe_sizes(sizes: np.ndarray) -> dict:
         most=int(present.max()),
         largest_class=int(sizes.argmax()),
         smallest_class=int(np.flatnonzero(sizes == present.min())[0]),
-        histogram={name: int(count) for name, count in zip(names, counts) if count},
+        histogram={name: int(count) for name, count in zip(names, counts, strict=True) if count},
     )
 
 

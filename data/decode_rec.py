@@ -141,20 +141,22 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
     # the others are InsightFace's index records
     are_images = [
         (order >= shard.first) & (order < shard.first + shard.count)
-        for shard, order in zip(shards, orders)
+        for shard, order in zip(shards, orders, strict=True)
     ]
     firsts = np.cumsum([0, *(shard.count for shard in shards)])
     images = np.concatenate(
         [
             first + order[is_image] - shard.first
-            for shard, order, is_image, first in zip(shards, orders, are_images, firsts)
+            for shard, order, is_image, first in zip(
+                shards, orders, are_images, firsts, strict=True
+            )
         ]
     )
     written, ended_early = [], 0
     # closing: also where the error is not one of reading, its workers are ended; they are deaf to
     # signals
     with closing(decoded(dataset, images, workers)) as pixels:
-        for shard, order, is_image in zip(shards, orders, are_images):
+        for shard, order, is_image in zip(shards, orders, are_images, strict=True):
             rec, sums = folder / Path(shard.path).name, np.empty(len(order), np.uint32)
             with IndexedRecordIO(str(folder / f"{stem(rec.name)}.idx"), str(rec), "w") as writer:
                 for number, position in enumerate(order):

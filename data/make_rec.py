@@ -282,7 +282,9 @@ def check_records(folder: str, entries: list[Entry], checksums: list[int]) -> No
                 f"{reader.rec_path} holds {images} images, {len(entries)} were "
                 "written; check the disk"
             )
-        for entry, checksum in progress("checking", len(entries), zip(entries, checksums)):
+        for entry, checksum in progress(
+            "checking", len(entries), zip(entries, checksums, strict=True)
+        ):
             header, image = unpack(reader.read_idx(entry.key))
             if first_label(header) != entry.label or zlib.crc32(image) != checksum:
                 raise InputError(

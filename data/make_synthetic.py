@@ -144,7 +144,9 @@ def write_contact_sheet(output: Path, args: argparse.Namespace) -> None:
         ):
             rows.append(faces)
             titles.append([title])
-    sheet = np.vstack([paste_row(faces, names, columns) for faces, names in zip(rows, titles)])
+    sheet = np.vstack(
+        [paste_row(faces, names, columns) for faces, names in zip(rows, titles, strict=True)]
+    )
     with replacing(output / "contact_sheet.png") as file:
         file.write(cv2.imencode(".png", sheet)[1].tobytes())
 

@@ -108,7 +108,8 @@ def parse_names(fields: list[str], images: Path, where: str) -> Pair:
             " is written 'name n1 n2'"
         )
     paths = [
-        find_image(images, person, int(number), where) for person, number in zip(people, numbers)
+        find_image(images, person, int(number), where)
+        for person, number in zip(people, numbers, strict=True)
     ]
     return Pair(*paths, same)
 

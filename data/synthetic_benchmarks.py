@@ -322,7 +322,7 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
     with replacing_folder(tree, made) as folder, replacing_folder(arrow, made) as arrow_folder:
         for name in listed:
             (folder / name).mkdir()
-        for path, face in zip(image_paths, faces):
+        for path, face in zip(image_paths, faces, strict=True):
             (folder / path).write_bytes(face)
         write_arrow(
             arrow_folder,
@@ -385,7 +385,7 @@ def sample_rows(
         ]
     if identities:
         listed = list_tinyface(identities)
-        pairs = zip(listed["Probe"][::2], listed["Gallery_Match"][::2])
+        pairs = zip(listed["Probe"][::2], listed["Gallery_Match"][::2], strict=True)
         rows.append(
             (
                 "TinyFace: probe, mate, ...",

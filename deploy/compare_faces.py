@@ -53,7 +53,7 @@ def main() -> None:
             f"{args.gallery}: {len(people.names)} people, {people.images} images"
             + "".join(f"\n  left out: {reason}" for reason in people.left_out)
         )
-        for path, feature in zip(args.photographs, features):
+        for path, feature in zip(args.photographs, features, strict=True):
             print(f"\n{format_table(search(path, feature, people, args.top, threshold))}")
     else:
         cosine = float(features[0] @ features[1])

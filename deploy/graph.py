@@ -241,7 +241,7 @@ class Edit:
         names = [f"{value}_{what}" for what in ("map", "rows", "columns", "tall", "wide")]
         height, width = self.sizes[value]
         self.weights |= dict(
-            zip(names, (corners.astype(np.float32), spread(height), spread(width)))
+            zip(names, (corners.astype(np.float32), spread(height), spread(width)), strict=True)
         )
         conv.output[0] = plain
         node = self.onnx.helper.make_node
@@ -271,7 +271,9 @@ class Edit:
         equal.
         """
         names = [f"{layer.output[0]}_weight", f"{layer.output[0]}_bias"]
-        self.weights |= dict(zip(names, (weight.astype(np.float32), bias.astype(np.float32))))
+        self.weights |= dict(
+            zip(names, (weight.astype(np.float32), bias.astype(np.float32)), strict=True)
+        )
         layer.input[1:] = names
 
     def finish(self) -> None:

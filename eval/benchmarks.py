@@ -211,7 +211,10 @@ def name_rates(figures: dict) -> dict:
     """
     named = {key: value for key, value in figures.items() if key not in ("tpir", "thresholds")}
     for key, name in (("tpir", "tpir_at_fpir"), ("thresholds", "threshold_at_fpir")):
-        named |= {f"{name}_{far:g}": float(value) for far, value in zip(ijb.FARS, figures[key])}
+        named |= {
+            f"{name}_{far:g}": float(value)
+            for far, value in zip(ijb.FARS, figures[key], strict=True)
+        }
     return named
 
 

@@ -36,7 +36,7 @@ def draw_rocs(rocs: dict[str, Roc]) -> str:
                 linewidth=1.4,
                 label=name,
             )
-            for rate, tpr in zip(FPRS, 100 * tpr_at(roc)[0]):
+            for rate, tpr in zip(FPRS, 100 * tpr_at(roc)[0], strict=True):
                 axes.plot(
                     rate,
                     tpr,
@@ -119,7 +119,7 @@ def mark_thresholds(axes, roc: Roc) -> None:
     """
     low, high = axes.get_xlim()
     chosen = {}
-    for rate, threshold in zip(FPRS, tpr_at(roc)[1]):
+    for rate, threshold in zip(FPRS, tpr_at(roc)[1], strict=True):
         if (
             resolves(rate, roc.impostor)
             and low < threshold < high

@@ -117,7 +117,7 @@ def compare(
 def figures(variant: str, roc: Roc) -> dict[str, float]:
     """The twelve figures that ``evaluate`` gives for a variant."""
     results = {}
-    for fpr, tpr, threshold in zip(FPRS, *tpr_at(roc)):
+    for fpr, tpr, threshold in zip(FPRS, *tpr_at(roc), strict=True):
         results[f"{variant}_tpr_at_fpr_{fpr}"] = 100 * float(tpr)
         results[f"{variant}_thresh_at_fpr_{fpr}"] = float(threshold)
     return results
@@ -399,7 +399,7 @@ def _cut_into_blocks(
     order = np.argsort(block_of.astype(np.uint16), kind="stable")  # 16 bits: a radix sort
     ends = np.cumsum(np.bincount(block_of, minlength=-(-count // ROWS_AT_A_TIME)))
     blocks = []
-    for block, (begin, end) in enumerate(zip(np.append(0, ends), ends)):
+    for block, (begin, end) in enumerate(zip(np.append(0, ends), ends, strict=False)):
         if begin < end:
             start = block * ROWS_AT_A_TIME
             pairs = order[begin:end]

@@ -233,7 +233,7 @@ def in_order(
     """
     if names == other_names:  # so it is in the published files
         return values
-    place = dict(zip(other_names, range(len(other_names))))
+    place = dict(zip(other_names, range(len(other_names)), strict=True))
     for names_here, here, known, there in (
         (names, faces, place, points),
         (other_names, points, set(names), faces),

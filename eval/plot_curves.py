@@ -136,7 +136,7 @@ def draw(curves: dict, accuracies: dict, path: Path) -> None:
     sets = all_sets(accuracies)
     for index, (name, figures) in enumerate(accuracies.items()):
         places = [sets.index(of_set) + 0.8 * (index + 0.5) / len(accuracies) for of_set in figures]
-        means, deviations = zip(*figures.values())
+        means, deviations = zip(*figures.values(), strict=True)
         bars.bar(
             places,
             means,

@@ -203,7 +203,7 @@ def markdown(rows: list[Row], keys: list[str], sorted_by: str | None = None) -> 
                     row.name,
                     *(
                         f"**{cell}**" if cell and cell == best[key] else cell
-                        for key, cell in zip(keys, cells)
+                        for key, cell in zip(keys, cells, strict=True)
                     ),
                 ]
             )
@@ -222,7 +222,7 @@ def plot_headlines(path: Path, rows: list[Row], keys: list[str]) -> None:
         height, width = -(-len(keys) // COLUMNS), min(len(keys), COLUMNS)
         figure = Figure(figsize=(3.6 * max(width, 2), 3.2 * height + 0.6), layout="constrained")
         handles = {}
-        for key, place in zip(keys, figure.add_gridspec(height, width)):
+        for key, place in zip(keys, figure.add_gridspec(height, width), strict=False):
             handles |= draw(figure.add_subplot(place), key, label_of(key), rows)
         figure.legend(
             handles.values(),
@@ -256,7 +256,7 @@ def plot_all(path: Path, rows: list[Row], keys: list[str]) -> None:
                     hspace=0.5,
                     wspace=0.25,
                 )
-                for key, place in zip(group[first : first + PANELS], places):
+                for key, place in zip(group[first : first + PANELS], places, strict=False):
                     handles |= draw(
                         figure.add_subplot(place), key, key.removeprefix(f"{title}."), rows
                     )
@@ -318,7 +318,7 @@ def draw(axes, key: str, title: str, rows: list[Row]) -> dict:
         ]
         points = sorted((row.step, value) for row, value in of_run if row.step is not None)
         if points:
-            (drawn[run],) = axes.plot(*zip(*points), marker="o", markersize=3, **look)
+            (drawn[run],) = axes.plot(*zip(*points, strict=True), marker="o", markersize=3, **look)
         drawn |= {
             row.name: axes.axhline(value, color=look["color"], linestyle=":")
             for row, value in of_run

@@ -224,12 +224,12 @@ def search(
         crowded = scores[0].std() < CROWDED * slack
         if crowded:
             scores = _cosines(block, gallery)
-        for probe, row, subject in zip(block, scores, probe_subjects[start:]):
+        for probe, row, subject in zip(block, scores, probe_subjects[start:], strict=False):
             exactly = row.take if crowded else partial(_cosines_with, probe, gallery)
             found.append(
                 _rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly)
             )
-    return Search(*map(np.array, zip(*found)))
+    return Search(*map(np.array, zip(*found, strict=True)))
 
 
 def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:

@@ -68,10 +68,11 @@ def format_table(table: Table) -> str:
             for name, cells in lines
         ]
     width = max(len(name) for name, _ in lines)
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines))]
+    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
     return "\n".join(
         (
-            f"{name:{width}}" + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths))
+            f"{name:{width}}"
+            + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
         ).rstrip()
         for name, cells in lines
     )

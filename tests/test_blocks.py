@@ -131,7 +131,7 @@ def test_blocks_are_runs_of_the_file_and_windows_mix_them(shards):
     assert (
         sum(
             left[0] == right[0] and right[1] - left[1] == 1
-            for left, right in zip(window, window[1:])
+            for left, right in zip(window, window[1:], strict=False)
         )
         < 20
     )

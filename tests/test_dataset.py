@@ -138,7 +138,7 @@ def test_loader_with_workers_equals_direct_reading(tmp_path):
         )
         batches = list(loader)
         assert len(batches) == 5
-        for indices, batch in zip(sampler, batches):
+        for indices, batch in zip(sampler, batches, strict=False):
             assert_batches_equal(batch, dataset.__getitems__(indices))
 
 

@@ -144,7 +144,7 @@ def load_and_compare(results, ranks, file):
     assert torch.equal(one["start"], several["start"])
     learned = "standalone" in file
     moved = 0
-    for first, second in zip(one["seen"], several["seen"]):
+    for first, second in zip(one["seen"], several["seen"], strict=True):
         assert first.keys() == second.keys()
         gradient = 2 * feature_gradient(first["features"])
         moved += LR * gradient * first["features"].norm(dim=1).max() / CENTER_LENGTH

@@ -81,6 +81,7 @@ def test_data_set_equals_a_plain_loop(workers, batch_size):
     for result, flip in zip(
         embed(small_backbone(), files, batch_size, num_workers=workers),
         plain_loop(small_backbone(), files.pixels),
+        strict=True,
     ):
         torch.testing.assert_close(result, flip)
 
@@ -111,7 +112,9 @@ def test_stored_features_are_not_computed_again(tmp_path, small_parts):
     files, expected = Files(10), plain_loop(small_backbone(), Files(10).pixels)
     for seen in (20, 0):
         network = Counting()
-        for result, flip in zip(embed(network, files, 3, store=store_of(tmp_path)), expected):
+        for result, flip in zip(
+            embed(network, files, 3, store=store_of(tmp_path)), expected, strict=True
+        ):
             torch.testing.assert_close(result, flip)
         assert network.seen == seen
     about = json.loads((store_of(tmp_path).path / "features.json").read_text())

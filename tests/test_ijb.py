@@ -91,7 +91,9 @@ def slow_features(
 
 def slow_scores(data: dict[str, np.ndarray], variant: str) -> np.ndarray:
     features = slow_features(data, variant)
-    return np.array([features[a] @ features[b] for a, b in zip(data["p1"], data["p2"])])
+    return np.array(
+        [features[a] @ features[b] for a, b in zip(data["p1"], data["p2"], strict=True)]
+    )
 
 
 # --- 1:1
@@ -142,7 +144,7 @@ def test_figures_equal_the_published_reading():
             column[::-1] for column in metrics.roc_curve(data["label"], scores)
         )
         for fpr in FPRS:
-            _, position = min(zip(abs(fprs - fpr), range(len(fprs))))
+            _, position = min(zip(abs(fprs - fpr), range(len(fprs)), strict=True))
             assert results[f"{variant}_tpr_at_fpr_{fpr}"] == pytest.approx(
                 100 * tprs[position], rel=1e-12
             )
@@ -327,9 +329,11 @@ def test_golden_identification(gallery):
 
 def slow_identification(data: dict[str, np.ndarray], fars) -> dict:
     features = slow_features(data)
-    gallery = dict(zip(data["gallery_templates"], data["gallery_subjects"]))
+    gallery = dict(zip(data["gallery_templates"], data["gallery_subjects"], strict=True))
     ranks, mates, others, maxima = [], [], [], []
-    for template, subject in dict(zip(data["probe_templates"], data["probe_subjects"])).items():
+    for template, subject in dict(
+        zip(data["probe_templates"], data["probe_subjects"], strict=True)
+    ).items():
         falling = sorted(
             (
                 (features[template] @ features[entry], owner == subject)

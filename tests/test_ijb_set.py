@@ -52,7 +52,11 @@ def table(rows, names=None) -> str:
     """Text as the meta files hold it."""
     rows = [" ".join(f"{value:g}" for value in row) for row in rows]
     return (
-        "\n".join(rows if names is None else [f"{name} {row}" for name, row in zip(names, rows)])
+        "\n".join(
+            rows
+            if names is None
+            else [f"{name} {row}" for name, row in zip(names, rows, strict=True)]
+        )
         + "\n"
     )
 
@@ -71,7 +75,7 @@ def write_insightface(root: Path, target="IJBX", prefix="ijbx", lists=True) -> P
     (folder / "loose_crop").mkdir(parents=True)
     meta = folder / "meta"
     meta.mkdir()
-    for name, image in zip(NAMES, smooth(COUNT, (150, 140))):
+    for name, image in zip(NAMES, smooth(COUNT, (150, 140)), strict=False):
         (folder / "loose_crop" / name).write_bytes(encode(image, ".jpg"))
     (folder / "loose_crop" / "not_listed.jpg").write_bytes(b"no image, and never read")
     (meta / f"{prefix}_face_tid_mid.txt").write_text(table(np.stack([TEMPLATES, MEDIAS], 1), NAMES))

@@ -203,7 +203,8 @@ def test_state_survives_a_round_trip_and_other_states_are_refused():
     other = build_header("standalone", "AdaFace", 8, 6)
     other.load_state_dict(header.state_dict())
     assert all(
-        torch.equal(a, b) for a, b in zip(header.state_dict().values(), other.state_dict().values())
+        torch.equal(a, b)
+        for a, b in zip(header.state_dict().values(), other.state_dict().values(), strict=True)
     )
     with pytest.raises(InputError, match="kernel is"):
         build_header("AMLDistill", "ArcFace", 8, 7).load_kernel(header.state_dict()["kernel"])

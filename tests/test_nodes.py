@@ -63,7 +63,7 @@ def finish(*processes, timeout=LIMIT) -> list[str]:
         for process in processes:
             if process.poll() is None:
                 kill_tree(process.pid)
-    for process, text in zip(processes, said):
+    for process, text in zip(processes, said, strict=True):
         assert process.returncode == 0, f"exit status {process.returncode}:\n{text[-4000:]}"
     return said
 
@@ -151,7 +151,7 @@ def two_hosts():
             )
         ).returncode:
             pytest.skip(f"this machine forbids virtual network cables: {made.stderr.strip()}")
-        for number, (name, end) in enumerate(zip(names, cable), start=1):
+        for number, (name, end) in enumerate(zip(names, cable, strict=True), start=1):
             for words in (
                 ["addr", "add", f"10.213.7.{number}/24", "dev", end],
                 ["link", "set", end, "up"],

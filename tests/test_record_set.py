@@ -465,7 +465,7 @@ def edit_insightface(folder, edit):
     """Lines of the golden index, {key: offset}, as ``edit`` changes them."""
     copy_set("insightface", folder)
     keys, offsets = read_index(GOLDEN / "insightface.idx")
-    lines = dict(zip(keys.tolist(), offsets.tolist()))
+    lines = dict(zip(keys.tolist(), offsets.tolist(), strict=True))
     edit(lines)
     (folder / "train.idx").write_text(
         "".join(f"{key}\t{offset}\n" for key, offset in lines.items())
@@ -495,7 +495,9 @@ def test_insightface_index_that_lost_record_0(lost, tmp_path, expected, caplog):
 
 def test_damaged_records_do_not_hide_where_images_end(tmp_path, caplog):
     folder = edit_insightface(tmp_path, lambda lines: lines.pop(0))
-    offsets = dict(zip(*(values.tolist() for values in read_index(folder / "train.idx"))))
+    offsets = dict(
+        zip(*(values.tolist() for values in read_index(folder / "train.idx")), strict=True)
+    )
     with open(folder / "train.rec", "r+b") as file:
         for key in (14, 15, 30, 33, 36):
             file.seek(offsets[key])

@@ -33,11 +33,11 @@ def ijb_figures(impostors=5000, non_mated=400, seed=0) -> dict:
     for variant in VARIANTS:
         found |= {
             f"{variant}_tpr_at_fpr_{fpr}": value
-            for fpr, value in zip(FPRS, np.sort(random.uniform(20, 100, 6)))
+            for fpr, value in zip(FPRS, np.sort(random.uniform(20, 100, 6)), strict=True)
         }
         found |= {
             f"{variant}_thresh_at_fpr_{fpr}": value
-            for fpr, value in zip(FPRS, -np.sort(-random.uniform(0, 1, 6)))
+            for fpr, value in zip(FPRS, -np.sort(-random.uniform(0, 1, 6)), strict=True)
         }
     for gallery in ("1N_G1", "1N_G2"):
         top1, top5, top10, *tpir = np.sort(random.uniform(0, 1, 8))
@@ -48,9 +48,9 @@ def ijb_figures(impostors=5000, non_mated=400, seed=0) -> dict:
             "mated": 300,
             "non_mated": non_mated,
         }
-        found[gallery] |= {f"tpir_at_fpir_{far:g}": value for far, value in zip(FARS, tpir)} | {
-            f"threshold_at_fpir_{far:g}": 0.9 - far / 2 for far in FARS
-        }
+        found[gallery] |= {
+            f"tpir_at_fpir_{far:g}": value for far, value in zip(FARS, tpir, strict=True)
+        } | {f"threshold_at_fpir_{far:g}": 0.9 - far / 2 for far in FARS}
     return found
 
 
@@ -135,7 +135,8 @@ class Page(HTMLParser):
             self.tables[self.head[0]] = {}
         elif tag == "tr" and self.open.count("table") and len(self.row) == len(self.head):
             self.tables[self.head[0]] |= {
-                (self.row[0], column): cell for column, cell in zip(self.head[1:], self.row[1:])
+                (self.row[0], column): cell
+                for column, cell in zip(self.head[1:], self.row[1:], strict=False)
             }
         if tag in ("tr", "table"):
             self.row = []
@@ -236,7 +237,7 @@ def test_page_has_every_figure(page):
         assert float(found["pair set"][name, "XNorm"]) == pytest.approx(wanted["XNorm"], rel=5e-4)
     ijb, compared = results["ijb"]["IJBC"], 0
     for variant in VARIANTS:
-        for fpr, column in zip(FPRS, ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1")):
+        for fpr, column in zip(FPRS, ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1"), strict=True):
             mark = "†" if fpr < 1 / 5000 else ""
             assert (
                 found["IJBC TPR (%) at FPR"][variant, column]
@@ -254,7 +255,7 @@ def test_page_has_every_figure(page):
                 found["IJBC 1:N (%)"][gallery, f"rank-{rank}"]
                 == f"{100 * wanted[f'top{rank}']:.2f}"
             )
-        for far, column in zip(FARS, ("1e-4", "1e-3", "1e-2", "1e-1", "1")):
+        for far, column in zip(FARS, ("1e-4", "1e-3", "1e-2", "1e-1", "1"), strict=True):
             mark = "†" if far < 1 / 400 else ""
             assert (
                 found["IJBC 1:N (%)"][gallery, f"TPIR@{column}"]
@@ -300,7 +301,7 @@ def test_pictures_are_the_hardest_pairs(page):
         face(3),
     ]
     assert len(pictures) == len(expected) == 2 * 2 * 2 * MOST_PAIRS + 3
-    for picture, image in zip(pictures, expected):
+    for picture, image in zip(pictures, expected, strict=True):
         assert np.abs(picture.astype(int) - image).mean() < 6, (
             "RGB, apart from the loss of the JPEG"
         )
@@ -439,7 +440,9 @@ def test_curves_against_loops():
     random = np.random.default_rng(3)
     roc = roc_curve(random.standard_normal(500) + np.arange(500) % 2, np.arange(500) % 2)
     rates = np.geomspace(1e-3, 1, 50)
-    expected = [max(tpr for fpr, tpr in zip(roc.fpr, roc.tpr) if fpr <= rate) for rate in rates]
+    expected = [
+        max(tpr for fpr, tpr in zip(roc.fpr, roc.tpr, strict=True) if fpr <= rate) for rate in rates
+    ]
     np.testing.assert_array_equal(drawings.step_values(rates, roc.fpr, roc.tpr), expected)
     x = np.append(0.0, np.sort(random.uniform(1e-4, 1, 5000)))
     kept, values = drawings.thin(x, 2 * x)
@@ -620,11 +623,11 @@ def test_summary_of_everything(tmp_path):
     del rows[1].figures["verification.lfw.Accuracy-Flip"]
     report.write_summary(tmp_path, rows)
     names, *values = read_table(tmp_path / "summary.csv")
-    table = [dict(zip(names, line)) for line in values]
+    table = [dict(zip(names, line, strict=True)) for line in values]
     assert [row["checkpoint"] for row in table] == [row.name for row in rows] and [
         row["step"] for row in table
     ] == ["10", "2", "", "5"]
-    for line, row in zip(table, rows):
+    for line, row in zip(table, rows, strict=True):
         assert {key: value for key, value in line.items() if "." in key and value} == {
             key: f"{value:.6f}" for key, value in row.figures.items()
         }

@@ -36,7 +36,7 @@ def random_pairs(
 def published_point(label: np.ndarray, scores: np.ndarray, fpr: float) -> tuple[float, float]:
     """As published evaluations read a curve: backwards, the smallest of (distance, position)."""
     fprs, tprs, thresholds = (column[::-1] for column in metrics.roc_curve(label, scores))
-    _, position = min(zip(abs(fprs - fpr), range(len(fprs))))
+    _, position = min(zip(abs(fprs - fpr), range(len(fprs)), strict=True))
     return tprs[position], thresholds[position]
 
 
@@ -58,7 +58,7 @@ def test_curve_equals_scikit_learn(pairs, decimals, share, dtype):
     np.testing.assert_array_equal(roc.tpr, tpr)
     np.testing.assert_array_equal(roc.thresholds, thresholds)
     assert (roc.genuine, roc.impostor) == (label.sum(), (label == 0).sum())
-    for wanted, *point in zip(FPRS, *tpr_at(roc)):
+    for wanted, *point in zip(FPRS, *tpr_at(roc), strict=True):
         assert tuple(point) == published_point(label, scores, wanted)
 
 
@@ -229,7 +229,7 @@ def test_ranks_do_not_depend_on_the_rounding_of_the_products(spread):
 
     found = search(p.view(Rounded), g, of_probe, of_gallery)
     for row, subject, rank, mate_score, other_score in zip(
-        exact, of_probe, found.ranks, found.mate_scores, found.other_scores
+        exact, of_probe, found.ranks, found.mate_scores, found.other_scores, strict=True
     ):
         mates, others = row[of_gallery == subject], row[of_gallery != subject]
         best = mates.max(initial=-np.inf)

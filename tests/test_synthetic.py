@@ -137,7 +137,8 @@ def test_pairs_say_the_truth_and_nobody_is_in_two_folds_or_sets(pairs):
         photographs, issame = make_synthetic.list_pairs(name, pairs)
         assert len(set(photographs)) == 2 * pairs
         assert [
-            a.identity == b.identity for a, b in zip(photographs[::2], photographs[1::2])
+            a.identity == b.identity
+            for a, b in zip(photographs[::2], photographs[1::2], strict=True)
         ] == issame
         folds = [
             {photograph.identity for photograph in photographs[k : k + pairs // 5]}

@@ -198,7 +198,7 @@ def test_without_nuisance_a_subject_looks_the_same_once_aligned(tmp_path):
             ].astype(int)
             for shot in studio(frames, benchmarks.take_frame)
         ]
-    for frame, image in zip(frames, images):
+    for frame, image in zip(frames, images, strict=True):
         same, other = (
             [
                 np.abs(image - images[k]).mean()

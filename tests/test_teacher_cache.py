@@ -263,9 +263,9 @@ def test_losses_are_those_of_the_live_teacher_but_for_rounding(name, runs):
     than what comes new."""
     live, cached = rows(runs / f"{name}-live"), rows(runs / f"{name}-cached")
     assert len(live) == len(cached) == 6 and any(
-        a["loss"] != b["loss"] for a, b in zip(live, cached)
+        a["loss"] != b["loss"] for a, b in zip(live, cached, strict=True)
     )
-    for a, b in zip(live, cached):
+    for a, b in zip(live, cached, strict=True):
         assert abs(a["loss"] - b["loss"]) < 12 * 64 * ROUNDING
     # a cosine of the centre as it was drawn; with the mirror images' features in place of the
     # images' it is off by 0.1
@@ -280,7 +280,7 @@ def test_two_ranks_train_as_one(name, runs, two_ranks):
     """
     one, two = rows(runs / f"{name}-cached"), rows(two_ranks[0] / name)
     assert len(one) == len(two)
-    for first, second in zip(one, two):
+    for first, second in zip(one, two, strict=True):
         assert first == pytest.approx(
             second, rel=6 * rounding.logit(SIZE), abs=6 * rounding.cosine(SIZE)
         )

@@ -33,7 +33,7 @@ ORDER = [5, 0, 6, 2, 1, 4, 3]
 
 def write_tree(root: Path, target="tinyface") -> Path:
     folder = root / target
-    for path, image in zip(PATHS, smooth(COUNT)):
+    for path, image in zip(PATHS, smooth(COUNT), strict=True):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(encode(image, os.path.splitext(path)[1]))
     (folder / "Testing_Set/Probe/Thumbs.db").write_bytes(b"no image")
@@ -168,7 +168,7 @@ def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, tree):
     found = load(tree)
     lists = {
         role: sorted(path for path in found.image_paths if f"/{folder}/" in path)
-        for role, folder in zip(LISTS, FILES)
+        for role, folder in zip(LISTS, FILES, strict=True)
     }
     assert (
         found.meta == lists

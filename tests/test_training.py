@@ -732,7 +732,7 @@ def test_ranks_share_one_order_and_one_set_of_mirrors():
         samplers = [EpochBatches(103, 12 // world, rank, world, seed=5) for rank in range(world)]
         for sampler in samplers:
             sampler.seek(epoch, samples)
-        return [sum(parts, []) for parts in zip(*samplers)]
+        return [sum(parts, []) for parts in zip(*samplers, strict=True)]
 
     assert global_batches(1, 3, 0) == global_batches(2, 3, 0) == global_batches(4, 3, 0)
     assert global_batches(2, 3, 24) == global_batches(1, 3, 0)[2:] and global_batches(

@@ -387,7 +387,7 @@ def plain_loop(backbone: nn.Module, images: np.ndarray) -> tuple[torch.Tensor, t
         for image in images:
             x = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255 - 0.5) / 0.5
             rows.append((backbone(x)[0], backbone(torch.flip(x, [3]))[0]))
-    return tuple(torch.stack(flips) for flips in zip(*rows))
+    return tuple(torch.stack(flips) for flips in zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, list])
@@ -399,7 +399,9 @@ def test_embed_equals_a_plain_loop(kind, batch_size, channels_last):
     expected = plain_loop(small_backbone(), images)
     backbone = small_backbone()
     for result, flip in zip(
-        embed(backbone, kind(images), batch_size, channels_last=channels_last), expected
+        embed(backbone, kind(images), batch_size, channels_last=channels_last),
+        expected,
+        strict=True,
     ):
         assert (
             result.dtype == torch.float32 and result.shape == (7, 6) and not result.is_inference()

@@ -119,7 +119,7 @@ def photograph(
     places: (x, y) of the markers, multiples of 8.
     """
     image = np.full((*size, 3), 90, np.uint8)
-    for crop, (x, y) in zip(crops, places):
+    for crop, (x, y) in zip(crops, places, strict=True):
         # pixel p of the crop comes to place + ZOOM (p - 56): what alignment by POINTS undoes
         back = np.array([[1 / ZOOM, 0, 56 - x / ZOOM], [0, 1 / ZOOM, 56 - y / ZOOM]])
         face = cv2.warpAffine(crop, back, size[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)

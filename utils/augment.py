@@ -21,7 +21,7 @@ def augment(images: torch.Tensor, seed: list[int]) -> torch.Tensor:
     """
     rng = np.random.default_rng(seed)
     chosen = rng.random((len(images), 3)) < SHARE
-    for row, on in zip(*chosen.nonzero()):
+    for row, on in zip(*chosen.nonzero(), strict=True):
         images[row] = (crop, lower_resolution, change_light)[on](images[row], rng)
     return images
 

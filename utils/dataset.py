@@ -237,7 +237,7 @@ class FaceImages:
         return np.array(
             [
                 -1 if label is None else self._checked(label, index)
-                for index, label in zip(indices, found)
+                for index, label in zip(indices, found, strict=True)
             ],
             np.int64,
         )
@@ -380,7 +380,7 @@ class MXFaceDataset(FaceImages):
         self.num_classes = max(
             int((self._first_class + self._class_counts).max()), num_classes or 0
         )
-        for shard, end in zip(self._shards, self._ends):
+        for shard, end in zip(self._shards, self._ends, strict=True):
             # labels ascend there, so one look finds a property file of another set
             if shard.insightface:
                 self._check_last_label(shard, int(end) - 1)
@@ -440,7 +440,7 @@ class MXFaceDataset(FaceImages):
         ascending = all(shard.insightface for shard in self._shards)
         most = ASCENDING_LOOKED_AT if ascending else LABELS_LOOKED_AT
         parts = []
-        for shard, end in zip(self._shards, self._ends):
+        for shard, end in zip(self._shards, self._ends, strict=True):
             numbers = sampled(shard.count, max(most * shard.count // len(self), 2))
             order = shard.file_order()
             if order is not None:
@@ -450,7 +450,7 @@ class MXFaceDataset(FaceImages):
 
     def parts(self) -> list[tuple[slice, int, int]]:
         starts = np.append(0, self._ends).tolist()
-        spans = zip(starts, starts[1:])
+        spans = zip(starts, starts[1:], strict=False)
         return [(slice(first, end), *self._classes(first)) for first, end in spans]
 
     def shards(self) -> list[Shard]:
@@ -499,7 +499,7 @@ class MXFaceDataset(FaceImages):
         """
         shards = [
             shard
-            for shard, its_folder in zip(self._shards, self._folder_of)
+            for shard, its_folder in zip(self._shards, self._folder_of, strict=True)
             if its_folder == folder
         ]
         count = sum(shard.count for shard in shards)
@@ -721,7 +721,7 @@ def refuse_empty(root_dir: str, found: Identities) -> None:
         raise InputError(
             f"no images in {root}; it should hold one sub-folder of images per identity"
         )
-    without = [name for name, group in zip(found.names, found.groups) if not group]
+    without = [name for name, group in zip(found.names, found.groups, strict=True) if not group]
     if len(without) == 1:
         raise InputError(f"identity {without[0]} in {root} has no image: {why_empty(found)}")
     if without:

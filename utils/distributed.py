@@ -280,7 +280,7 @@ def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
     parts = all_gather(padded).split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class _GatherFeatures(torch.autograd.Function):

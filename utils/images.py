@@ -83,7 +83,7 @@ def look_up(images: torch.Tensor, flip: torch.Tensor | None, dtype: torch.dtype)
     else:
         table, rows = table.numpy(), x.numpy()
     for image, out, mirrored in zip(
-        images.numpy(), rows, [False] * len(images) if flip is None else flip.tolist()
+        images.numpy(), rows, [False] * len(images) if flip is None else flip.tolist(), strict=True
     ):
         cv2.LUT(cv2.flip(image, 1) if mirrored else image, table, dst=out)
     return x

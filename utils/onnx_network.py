@@ -163,7 +163,9 @@ class OnnxNetwork(nn.Module):
             except failures() as error:
                 reason = error
                 continue
-            return layout, {name: value.shape for name, value in zip(form.outputs, values)}
+            return layout, {
+                name: value.shape for name, value in zip(form.outputs, values, strict=True)
+            }
         raise InputError(
             f"{self.what}: onnxruntime cannot run {self.path} ({first_line(reason, 200)})"
         ) from reason
@@ -292,7 +294,7 @@ def check_form(graph, path: Path, what: str) -> Form:
 
 def allows(declared: list[int], layout: tuple[int, int, int]) -> bool:
     """Whether an image's declared sizes, 0 where they are open, are those of the layout."""
-    return all(size in (0, needed) for size, needed in zip(declared, layout))
+    return all(size in (0, needed) for size, needed in zip(declared, layout, strict=False))
 
 
 def may_be_features(tensor) -> bool:

@@ -157,7 +157,7 @@ def in_memory(keys: np.ndarray, offsets: np.ndarray, idx_path: str = "the index"
     """The index of (keys, offsets), in any order, for this process. Raises as ``open_index``."""
     parts, repeated = ascending(keys, offsets, idx_path)
     order_in_file(parts, idx_path)
-    keys, offsets = (joined(arrays) for arrays in zip(*parts))
+    keys, offsets = (joined(arrays) for arrays in zip(*parts, strict=True))
     return Index(keys.astype(key_type(keys)), offsets, repeated=repeated)
 
 
@@ -210,7 +210,7 @@ def order_in_file(parts: list[tuple[np.ndarray, np.ndarray]], idx_path: str) -> 
 
     parts: from ``ascending``. Raises InputError if two keys name one record.
     """
-    keys, offsets = zip(*parts)
+    keys, offsets = zip(*parts, strict=True)
     if len(offsets[0]) == 0:
         return None
     # all but the first record, without a copy
@@ -311,13 +311,15 @@ def first_beyond(idx_path: str, size: int) -> tuple[int, int]:
     """
     with open(idx_path) as file:
         words = (int(word) for line in file for word in line.split())
-        return next((key, offset) for key, offset in zip(words, words) if offset >= size)
+        return next(
+            (key, offset) for key, offset in zip(words, words, strict=False) if offset >= size
+        )
 
 
 def write_index(idx_path: str, keys: Iterable[int], offsets: Iterable[int]) -> None:
     """Write an ``.idx``."""
     with replacing(idx_path, "w") as file:
-        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets))
+        file.writelines(f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=True))
 
 
 # --- the shared file: header, offsets, keys, and the positions by offset if these are not in order

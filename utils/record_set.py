@@ -163,7 +163,7 @@ class Shard:
         # what lies beyond a file that is cut off was reported when the index was opened
         looked_at = looked_at[offsets[looked_at] < os.path.getsize(self.path)]
         starts = [self.index.records.pread(4, int(offset)) for offset in offsets[looked_at]]
-        wrong = [at for at, start in zip(looked_at, starts) if start != MAGIC_BYTES]
+        wrong = [at for at, start in zip(looked_at, starts, strict=True) if start != MAGIC_BYTES]
         if len(wrong) >= FEWEST_WRONG and 2 * len(wrong) > len(looked_at):
             raise InputError(
                 f"{self.index.idx_path} is not the index of {self.path}: no record begins at "
