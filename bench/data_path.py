@@ -10,12 +10,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from bench.plain import PlainSet
-from utils.dataset import MXFaceDataset
-from utils.images import to_input
+from utils.dataset.loader import open_loader
+from utils.dataset.order import EpochBatches, mirrored
+from utils.dataset.records import MXFaceDataset
+from utils.inputs import to_input
 from utils.precision import PRECISIONS, choose_precision
-from utils.recordio import IndexedRecordIO, IRHeader, pack, write_property
-from utils.sampler import EpochBatches, mirrored
-from utils.shared_batches import open_loader
+from utils.recordio.format import IRHeader, pack
+from utils.recordio.indexed import IndexedRecordIO
+from utils.recordio.writer import write_property
 
 BATCH = 128
 

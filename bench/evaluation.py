@@ -32,7 +32,7 @@ from bench.plain import plain_verification
 from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
 from utils.errors import InputError, run
-from utils.recordio import replacing
+from utils.files import replacing
 
 DIMENSIONS = 512
 IJBC = {

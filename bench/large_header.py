@@ -22,7 +22,7 @@ import torch
 from bench.processes import resident, return_memory, start_peak
 from utils import distributed
 from utils.losses import build_header
-from utils.sharded import save_header
+from utils.run.header_shards import save_header
 
 CLASSES, SIZE, BATCH, STEPS = 1_000_000, 512, 64, 3
 KINDS = [

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import transforms
 
-from utils.recordio import IndexedRecordIO, unpack
+from utils.recordio.format import unpack
+from utils.recordio.indexed import IndexedRecordIO
 
 
 class PlainSet(torch.utils.data.Dataset):

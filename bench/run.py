@@ -26,7 +26,7 @@ import torch
 from bench import data_path, evaluation, header, training
 from bench.processes import Process, run_tool
 from utils.errors import InputError, run
-from utils.recordio import replacing
+from utils.files import replacing
 
 CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 

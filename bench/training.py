@@ -15,11 +15,11 @@ from bench.data_path import write_set
 from bench.plain import PlainAdaDistill, PlainSet
 from bench.processes import run_tool
 from config.schema import parse_arguments
-from train import setup
+from train import build, start_up
 from train.engine import Engine
 from utils import distributed
-from utils.dataset import MXFaceDataset
-from utils.images import to_input
+from utils.dataset.records import MXFaceDataset
+from utils.inputs import to_input
 from utils.losses import build_header
 
 D, C = 512, 85_742
@@ -172,15 +172,15 @@ class Ours(Way):
             else f"teacher_embeddings={self.folder}/cache",
         ]
         cfg, _ = parse_arguments(__doc__, "AdaDistill")
-        self.context = setup.start(cfg, False)
+        self.context = start_up.start(cfg, False)
         run = self.context.__enter__()
-        dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
+        dataset, validation = build.build_dataset(cfg), build.load_validation(cfg)
         torch.manual_seed(0)
-        student = setup.build_student(cfg)
+        student = build.build_student(cfg)
         header = build_header(
-            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **build.header_options(cfg)
         )
-        teacher = setup.open_teacher(cfg, run, dataset)
+        teacher = build.open_teacher(cfg, run, dataset)
 
         def loss_of(student, batch, epoch):
             return header(student(batch.images), batch.labels, teacher(batch), epoch)
@@ -210,7 +210,7 @@ class Ours(Way):
         """The student's forward and backward pass alone, on one batch in place."""
         if self.alone is None:
             images = torch.randn(self.batch, 3, 112, 112, device=self.device).to(
-                setup.input_dtype(self.engine.cfg, self.engine.run),
+                build.input_dtype(self.engine.cfg, self.engine.run),
                 memory_format=torch.channels_last,
             )
             self.alone = images, torch.randn(self.batch, D, device=self.device)
@@ -235,7 +235,7 @@ class Ours(Way):
         return dict(teraflops=2 * n**3 * rounds / (time.perf_counter() - started) / 1e12)
 
     def close(self):
-        from utils.loading import end_workers
+        from utils.dataset.workers import end_workers
 
         end_workers(self.engine.reading)
         distributed.shutdown()

@@ -186,7 +186,7 @@ config.tinyface_flip = True
 
 # --- data sets: everything that changes with the set
 #   db_file_format "rec": train.rec in the folder `rec`, or its shards train*.rec, or a list of
-#   folders and .rec files (utils/record_set.py);
+#   folders and .rec files (utils/recordio/files.py);
 #   "folder": one folder per identity in `data_path`, at most `sample` images of each (0: all).
 #   Milestone m: learning rate x 0.1 from epoch index m - 1. num_classes, num_image 0: as many as
 #   the set has.

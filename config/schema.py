@@ -17,8 +17,8 @@ from easydict import EasyDict as edict
 
 from backbones import NAMES
 from utils.errors import InputError, nearest
-from utils.record_set import LABELS, split_paths
-from utils.teacher import ONNX, TEACHERS
+from utils.recordio.files import LABELS, split_paths
+from utils.teacher.load import ONNX, TEACHERS
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSSES = ("MLLoss", "CosFace", "ArcFace", "AdaFace")

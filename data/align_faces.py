@@ -33,8 +33,9 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.align import align
-from utils.dataset import IMAGE_SUFFIXES, decode
-from utils.detection import (
+from utils.dataset.folder import IMAGE_SUFFIXES
+from utils.dataset.workers import cores
+from utils.detect import (
     DETECTOR_HELP,
     LONGEST,
     MIN_SCORE,
@@ -45,10 +46,9 @@ from utils.detection import (
     from_left,
 )
 from utils.errors import InputError, run
-from utils.files import read_text, scratch
-from utils.loading import cores
-from utils.recordio import replacing
-from utils.workers import in_parallel
+from utils.files import read_text, replacing, scratch
+from utils.images import decode_bgr
+from utils.process_pool import in_parallel
 
 COLUMNS = ["photo", *(f"{axis}{number}" for number in range(1, 6) for axis in "xy")]
 REPORT = "report.csv"
@@ -241,7 +241,7 @@ class Aligner:
             )
         try:
             # BGR, turned as the camera says
-            image = decode((self.root / task.photo).read_bytes())
+            image = decode_bgr((self.root / task.photo).read_bytes())
         except OSError as error:
             return Result(task.photo, "", "unreadable", str(error.strerror))
         except InputError as error:

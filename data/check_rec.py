@@ -28,24 +28,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from data.sheet import draw_sheet
-from utils.dataset import (
-    IMAGE_SIZE,
-    FaceDatasetFolder,
-    FaceImages,
-    Identities,
-    MXFaceDataset,
-    decode_into,
-    refuse_empty,
-    why_empty,
-)
+from data.contact_sheet import draw_sheet
+from utils.dataset.base import FaceImages, decode_into
+from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
+from utils.dataset.records import MXFaceDataset
+from utils.dataset.workers import cores
 from utils.errors import InputError, run
+from utils.files import dumps, replacing
 from utils.jpeg import ends_early
-from utils.loading import cores
-from utils.plain_json import dumps
-from utils.record_set import has_records, split_paths
-from utils.recordio import RecordError, replacing
-from utils.workers import in_parallel
+from utils.process_pool import in_parallel
+from utils.recordio.files import IMAGE_SIZE, has_records, split_paths
+from utils.recordio.format import RecordError
 
 PIECE = 1024  # records that a process reads at a time
 # bytes: among six million images two different ones share it with a chance of 1e-25

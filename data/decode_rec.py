@@ -33,15 +33,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.dataset import IMAGE_SIZE, PIXELS, MXFaceDataset, check_classes
+from utils.dataset.base import PIXELS
+from utils.dataset.classes import check_classes
+from utils.dataset.loader import open_loader
+from utils.dataset.records import MXFaceDataset
+from utils.dataset.workers import cores, end_workers, next_batch
 from utils.errors import InputError, run
 from utils.files import scratch, take_lock
 from utils.jpeg import ends_early
-from utils.loading import cores, end_workers, next_batch
-from utils.record_index import read_index
-from utils.record_set import find_folders, has_records, stem
-from utils.recordio import IndexedRecordIO, RecordFile, unpack
-from utils.shared_batches import open_loader
+from utils.recordio.files import IMAGE_SIZE, find_folders, has_records, stem
+from utils.recordio.format import unpack
+from utils.recordio.index import read_index
+from utils.recordio.indexed import IndexedRecordIO
+from utils.recordio.reader import RecordFile
 
 log = logging.getLogger(__name__)
 

@@ -36,19 +36,16 @@ import numpy as np
 from tqdm import tqdm
 
 from data.pair_list import read_pairs
-from utils.dataset import IMAGE_SIZE, JPEG_START, decode, first_label, list_identities
+from utils.dataset.base import first_label
+from utils.dataset.folder import list_identities
 from utils.errors import InputError, run
+from utils.files import replacing
+from utils.images import JPEG_START, decode_bgr
 from utils.jpeg import ends_early
-from utils.recordio import (
-    IndexedRecordIO,
-    IRHeader,
-    RecordError,
-    pack,
-    replacing,
-    unpack,
-    write_insightface,
-    write_property,
-)
+from utils.recordio.files import IMAGE_SIZE
+from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.indexed import IndexedRecordIO
+from utils.recordio.writer import write_insightface, write_property
 
 
 class BadImage(InputError):
@@ -133,7 +130,7 @@ def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], byte
                 stored = file.read()
             if ends_early(stored):
                 raise RecordError("the JPEG ends early (no end marker)")
-            image = decode(stored)
+            image = decode_bgr(stored)
         except OSError as error:
             raise BadImage(f"cannot read the image {full}: {error.strerror}") from None
         except RecordError as error:

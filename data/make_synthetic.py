@@ -36,7 +36,7 @@ if __name__ == "__main__":
 import cv2
 import numpy as np
 
-from data.synthetic_benchmarks import (
+from data.synth.benchmarks import (
     IJB_FOLDERS,
     TINYFACE_FOLDERS,
     check_folders,
@@ -44,10 +44,11 @@ from data.synthetic_benchmarks import (
     write_ijb,
     write_tinyface,
 )
-from data.synthetic_drawing import SIZE
-from data.synthetic_studio import Photograph, open_studio, show_progress, take
+from data.synth.drawing import SIZE
+from data.synth.render_pool import Photograph, open_studio, show_progress, take
 from utils.errors import InputError, run
-from utils.recordio import replacing, write_insightface
+from utils.files import replacing
+from utils.recordio.writer import write_insightface
 
 # random stream of the training identities; each pair set has its own, so that nobody is in two sets
 TRAIN = 0

@@ -11,10 +11,10 @@ LFW's ``pairs.txt`` begins with a line ``10 300``: ten folds of 300 pairs of the
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.pair_pickle import refuse_one_kind
-from utils.dataset import IMAGE_SUFFIXES
+from utils.dataset.folder import IMAGE_SUFFIXES
 from utils.errors import InputError
 from utils.files import read_text
+from utils.safe_pickle import refuse_one_kind
 
 
 class Pair(NamedTuple):

@@ -22,11 +22,11 @@ import torch
 
 from deploy.measure import Timing, measure, megabytes, multiply_adds
 from deploy.model import Model, add_color_space, load_model
-from eval.report import prepare_file, write_json
-from eval.tables import Table, format_table
+from eval.report.files import prepare_file, write_json
+from eval.report.tables import Table, format_table
 from utils import distributed
 from utils.errors import InputError, run
-from utils.onnx_network import CUDA
+from utils.teacher.onnx import CUDA
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from deploy.measure import agreement, measure, megabytes
 from deploy.model import Model, load_model
 from eval import verification
 from eval.embed import embed
+from eval.report.tables import Table, format_table
 from eval.roc import check_norms
-from eval.tables import Table, format_table
-from utils.dataset import sampled
+from utils.dataset.base import sampled
 from utils.errors import InputError
 from utils.weights.load import run_beside
 

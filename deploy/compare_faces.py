@@ -26,9 +26,9 @@ import numpy as np
 
 from deploy.gallery import Reader, read_gallery
 from deploy.model import add_color_space, embed_faces, load_model
-from eval.tables import Table, format_table
-from eval.thresholds import read_threshold
-from utils.detection import DETECTOR_HELP, LONGEST, MIN_SCORE, Detector
+from eval.report.tables import Table, format_table
+from eval.report.thresholds import read_threshold
+from utils.detect import DETECTOR_HELP, LONGEST, MIN_SCORE, Detector
 from utils.errors import InputError, run
 
 FAR = 1e-3

@@ -10,8 +10,8 @@ import numpy as np
 from deploy.images import read_aligned, read_image
 from deploy.model import Model, embed_faces
 from utils.align import align
-from utils.dataset import IMAGE_SUFFIXES
-from utils.detection import Detector, choose
+from utils.dataset.folder import IMAGE_SUFFIXES
+from utils.detect import Detector, choose
 from utils.errors import InputError
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils.files import printable
-from utils.onnx_network import require_onnx
+from utils.teacher.onnx import require_onnx
 
 # the newest that PyTorch's tracer writes; onnxruntime has read it since 1.17
 OPSET = 20

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.synthetic_studio import Photograph, take
+from data.synth.render_pool import Photograph, take
 from eval.verification import load_bin
-from utils.dataset import IMAGE_SIZE, IMAGE_SUFFIXES, FaceDatasetFolder, MXFaceDataset, sampled
+from utils.dataset.base import sampled
+from utils.dataset.folder import IMAGE_SUFFIXES, FaceDatasetFolder
+from utils.dataset.records import MXFaceDataset
 from utils.errors import InputError
-from utils.images import decode
-from utils.record_set import has_records
+from utils.images import decode_rgb
+from utils.recordio.files import IMAGE_SIZE, has_records
 
 
 def read_images(path: str | Path | list[str], count: int, flag: str) -> np.ndarray:
@@ -58,7 +60,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Errors: InputError naming the file if it is missing or no image.
     """
     try:
-        return decode(Path(path).read_bytes())
+        return decode_rgb(Path(path).read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except InputError as error:
@@ -82,5 +84,8 @@ def read_aligned(path: str | Path) -> np.ndarray:
 def draw_images(count: int) -> np.ndarray:
     """Drawn faces, for want of photographs, another person on each."""
     return np.stack(
-        [decode(take(Photograph(0, person, 1), seed=0, nuisance=1.0)) for person in range(count)]
+        [
+            decode_rgb(take(Photograph(0, person, 1), seed=0, nuisance=1.0))
+            for person in range(count)
+        ]
     )

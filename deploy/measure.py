@@ -13,7 +13,7 @@ from torch import nn
 from deploy.model import Model
 from utils.errors import InputError
 from utils.files import utf8_path
-from utils.onnx_network import OnnxNetwork, inputs_of, require_onnx, weight_files
+from utils.teacher.onnx import OnnxNetwork, inputs_of, require_onnx, weight_files
 
 IMAGE = (3, 112, 112)
 # operators that multiply by weights, and which of their inputs those are; the eight-bit ones are of

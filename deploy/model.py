@@ -12,7 +12,7 @@ from eval.embed import embed
 from eval.roc import check_norms
 from eval.verification import add_flips
 from utils.errors import InputError
-from utils.onnx_network import OnnxNetwork
+from utils.teacher.onnx import OnnxNetwork
 from utils.weights.colours import ORDERS
 from utils.weights.load import empty_backbone, load_into, read_weights, recognise
 from utils.weights.read import digest_of, sha256

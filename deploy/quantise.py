@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from deploy.graph import INPUT
-from utils.images import to_input
-from utils.onnx_network import require_onnx
+from utils.inputs import to_input
+from utils.teacher.onnx import require_onnx
 
 CALIBRATION_BATCH = 16  # images
 # the first operator set whose QuantizeLinear has a scale for each channel

@@ -16,12 +16,12 @@ from torch.utils.data import Subset
 
 from eval import ijb, tinyface, verification
 from eval.embed import embed
-from eval.features import open_store
-from eval.ijb_set import IJBSet, find_ijb, load_ijb
-from eval.page import PairExhibit, RankExhibit
+from eval.feature_store import open_store
+from eval.report.html_report import PairExhibit, RankExhibit
 from eval.roc import cmc, roc_curve, separate
-from eval.set_folder import check_images
-from eval.tinyface_set import TinyFaceSet, find_tinyface, load_tinyface
+from eval.sets.folder import check_images
+from eval.sets.ijb import IJBSet, find_ijb, load_ijb
+from eval.sets.tinyface import TinyFaceSet, find_tinyface, load_tinyface
 from utils import distributed
 from utils.errors import InputError
 

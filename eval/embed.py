@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from eval.features import StoredFeatures
+from eval.feature_store import StoredFeatures
 from utils import distributed
+from utils.dataset.workers import cores, end_workers, next_batch, start_worker, to_device
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
-from utils.images import mirror, to_input
-from utils.loading import cores, end_workers, next_batch, start_worker, to_device
+from utils.inputs import mirror, to_input
 from utils.precision import PRECISIONS, autocast
 
 # images whose features wait on the device before they are copied to the host: 32 MB, and the device

@@ -11,12 +11,12 @@ from easydict import EasyDict
 
 from config.schema import ROOT, load_config, read_json
 from eval.benchmarks import KINDS, make, run_benchmark
-from eval.report import prepare_folder
+from eval.report.files import prepare_folder
 from utils import distributed
 from utils.errors import InputError
-from utils.onnx_network import OnnxNetwork, weight_files
 from utils.precision import PRECISIONS, choose_precision
-from utils.teacher import Teacher
+from utils.teacher.load import Teacher
+from utils.teacher.onnx import OnnxNetwork, weight_files
 from utils.weights.colours import ORDERS
 from utils.weights.load import empty_backbone, load_backbone, run_beside
 from utils.weights.read import digest_of, sha256

@@ -18,8 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.errors import InputError, run
-from utils.files import printable
-from utils.recordio import replacing
+from utils.files import printable, replacing
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval import evaluate, report, tables
+from eval import evaluate
+from eval.report import files, tables
 from utils import distributed
 from utils.errors import InputError, run
 from utils.files import printable
@@ -30,7 +31,7 @@ def main() -> None:
     arguments = parse_arguments()
     checkpoints = find_checkpoints(arguments.checkpoint_dir, arguments.checkpoint_suffix)
     folder = arguments.report_dir or arguments.checkpoint_dir / "reports"
-    report.prepare_folder(folder, "--report-dir")
+    files.prepare_folder(folder, "--report-dir")
     evaluator = evaluate.Evaluator(arguments)
     reports = Reports(folder, arguments, evaluator)
     jobs = plan(evaluator, checkpoints, reports)
@@ -140,10 +141,10 @@ class Reports:
                 flush=True,
             )
             self.settings_of(name).parent.mkdir(exist_ok=True)
-            report.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
+            files.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
             if self.arguments.save_json:
-                report.write_json(self.folder / f"{name}.json", results)
-            report.write_json(self.settings_of(name), self.evaluator.settings(job))
+                files.write_json(self.folder / f"{name}.json", results)
+            files.write_json(self.settings_of(name), self.evaluator.settings(job))
 
     def add_earlier(self, job: evaluate.Job) -> bool:
         """Take the figures of an earlier report if it is newer than the checkpoint and was made
@@ -160,8 +161,8 @@ class Reports:
             return False
         try:
             settings, figures = (
-                report.read_json(self.settings_of(name)),
-                report.read_metrics(self.metrics_of(name)),
+                files.read_json(self.settings_of(name)),
+                files.read_metrics(self.metrics_of(name)),
             )
         except InputError as error:
             print(f"{name}: evaluated again, for its report is damaged: {error}")
@@ -180,7 +181,7 @@ class Reports:
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
         run_name = printable(checkpoint.absolute().parent.name)
-        self.rows[checkpoint] = report.Row(printable(name), run_name, step_of(checkpoint), figures)
+        self.rows[checkpoint] = files.Row(printable(name), run_name, step_of(checkpoint), figures)
         return name
 
     def add_failure(self, checkpoint: Path, error: str) -> None:
@@ -209,11 +210,11 @@ class Reports:
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[report.Row], checkpoints: int) -> None:
+    def compare(self, rows: list[files.Row], checkpoints: int) -> None:
         if rows:
-            report.write_summary(self.folder, rows, self.arguments.sort_by)
+            files.write_summary(self.folder, rows, self.arguments.sort_by)
             print(
-                f"{report.format_skipped(self.evaluator.skipped)}{len(rows)} of {checkpoints} "
+                f"{files.format_skipped(self.evaluator.skipped)}{len(rows)} of {checkpoints} "
                 "checkpoints evaluated: "
                 f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf",
                 flush=True,

@@ -21,9 +21,10 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval import evaluate, report, tables
-from eval.page import write_page
-from eval.thresholds import write_thresholds
+from eval import evaluate
+from eval.report import files, tables
+from eval.report.html_report import write_page
+from eval.report.thresholds import write_thresholds
 from utils import distributed
 from utils.errors import InputError, run
 from utils.weights.read import split_mark
@@ -32,9 +33,9 @@ from utils.weights.read import split_mark
 def main() -> None:
     arguments = parse_arguments()
     if arguments.results_json:
-        report.prepare_file(arguments.results_json, "--results-json")
+        files.prepare_file(arguments.results_json, "--results-json")
     if arguments.report_dir:
-        report.prepare_folder(arguments.report_dir, "--report-dir")
+        files.prepare_folder(arguments.report_dir, "--report-dir")
     if not split_mark(arguments.checkpoint)[0].is_file():
         raise InputError(f"--checkpoint: no file at {arguments.checkpoint.absolute()}")
     evaluator = evaluate.Evaluator(arguments)
@@ -42,14 +43,14 @@ def main() -> None:
     exhibits = [] if arguments.report_dir else None
     results = evaluator.evaluate_checkpoint(job, exhibits)
     if distributed.is_main():
-        skipped = report.format_skipped(evaluator.skipped)
+        skipped = files.format_skipped(evaluator.skipped)
         print(
             f"{arguments.checkpoint} "
             f"({evaluator.describe(job)})\n{tables.format_results(results)}\n{skipped}",
             end="",
         )
         if arguments.results_json:
-            report.write_json(arguments.results_json, results)
+            files.write_json(arguments.results_json, results)
         if arguments.report_dir:
             settings = {
                 "checkpoint": str(arguments.checkpoint.absolute()),

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from eval.embed import embed
-from eval.pair_pickle import as_plain, encoded_image, load_pickle, refuse_one_kind
 from utils.errors import InputError
-from utils.images import decode, resize_and_crop
+from utils.images import decode_rgb, resize_and_crop
+from utils.safe_pickle import as_plain, encoded_image, load_pickle, refuse_one_kind
 
 ACCURACY_THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of unit vectors lies in 0…4
 VAL_THRESHOLDS = np.arange(0, 4, 0.001)
@@ -39,7 +39,7 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
         where = f"{path}: image {index} of {len(buffers)}"
         encoded = encoded_image(buffers[index], where)
         try:
-            return resize_and_crop(decode(encoded), image_size)
+            return resize_and_crop(decode_rgb(encoded), image_size)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 

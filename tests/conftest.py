@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,3 +23,18 @@ def one_thread():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """(2, 3, 112, 112), of which golden/backbones.npz holds the outputs."""
+    return torch.from_numpy(
+        np.random.default_rng(5).uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32)
+    )
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """{network: its golden output for ``images``}."""
+    with np.load(ROOT / "tests" / "golden" / "backbones.npz") as archive:
+        return dict(archive)

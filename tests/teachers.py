@@ -9,11 +9,10 @@ from easydict import EasyDict
 from safetensors.torch import save_file
 
 from backbones import build_backbone
-from utils import checkpoint
 from utils.errors import InputError
-from utils.teacher import load_teacher
+from utils.teacher.load import load_teacher
 
-ROOT = Path(checkpoint.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 SIZE = 16
 IMAGES = torch.rand(2, 3, 112, 112, generator=torch.Generator().manual_seed(0)) * 2 - 1
 

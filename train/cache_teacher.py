@@ -30,12 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 from config.schema import ROOT, load_config
-from train import setup
+from train import build
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
-from utils.teacher import ONNX, repository_of
-from utils.teacher_cache import CacheWriter, Origin, TeacherCache, make_manifest, read_manifest
+from utils.teacher.cache import Origin, TeacherCache, make_manifest, read_manifest
+from utils.teacher.cache_writer import CacheWriter
+from utils.teacher.load import ONNX, repository_of
 from utils.weights.read import sha256
 
 # what zipfile and NumPy's headers raise
@@ -67,7 +68,7 @@ def main():
         )
     device = distributed.init(cfg.device)
     log_to_console()
-    dataset = setup.build_dataset(cfg)
+    dataset = build.build_dataset(cfg)
     if arguments.source:
         writer = import_features(arguments.source, dataset, output)
     else:

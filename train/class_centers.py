@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from config.schema import ROOT, load_config
-from train import setup
+from train import build
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
-from utils.recordio import replacing
-from utils.teacher_cache import PART
+from utils.files import replacing
+from utils.teacher.cache import PART
 
 
 def main():
@@ -41,7 +41,7 @@ def main():
     log_to_console()
     output = distributed.main_computes(lambda: prepare_output(Path(cfg.output)))
     patient = distributed.patient_group()
-    dataset = setup.build_dataset(cfg)
+    dataset = build.build_dataset(cfg)
     parts = [
         range(first, min(first + PART, len(dataset))) for first in range(0, len(dataset), PART)
     ][distributed.rank() :: distributed.world_size()]
@@ -122,7 +122,7 @@ def from_teacher(cfg, dataset, parts: list[range], device, keep) -> None:
 
 
 def from_cache(cfg, dataset, parts: list[range], device, keep) -> None:
-    cache = setup.open_teacher_cache(cfg, dataset)
+    cache = build.open_teacher_cache(cfg, dataset)
     replaced = set(cache.replaced)
     for part in tqdm(
         parts,

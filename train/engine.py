@@ -19,17 +19,19 @@ from tqdm import tqdm
 
 from eval import verification
 from eval.benchmarks import run_benchmark
-from train.setup import SETTLED, StopRequest, check_settled, input_dtype, write_config
-from utils import checkpoint, distributed
-from utils.blocks import ReadAhead, RecordBlocks
+from train.build import input_dtype
+from train.start_up import SETTLED, StopRequest, check_settled, write_config
+from utils import distributed
+from utils.dataset.loader import open_loader
+from utils.dataset.order import EpochBatches, mirrored
+from utils.dataset.read_ahead import ReadAhead, RecordBlocks
+from utils.dataset.workers import end_workers, next_batch, to_device
 from utils.errors import InputError
-from utils.images import to_input
-from utils.loading import end_workers, next_batch, to_device
-from utils.logging import RunLog
+from utils.inputs import to_input
 from utils.precision import autocast
-from utils.sampler import EpochBatches, mirrored
-from utils.shared_batches import open_loader
-from utils.watch import Watch
+from utils.run import folder
+from utils.run.hang_watch import Watch
+from utils.run.log import RunLog
 
 # bytes of class centres beyond which header_format "auto" leaves them in shares
 LARGE_HEADER = 1 << 30
@@ -505,9 +507,7 @@ class Engine:
         if mean > self.best:
             self.best = mean
             if distributed.is_main():
-                checkpoint.save(
-                    self.backbone.state_dict(), self.run.folder.path / "best_backbone.pth"
-                )
+                folder.save(self.backbone.state_dict(), self.run.folder.path / "best_backbone.pth")
         self.window_started += time.monotonic() - started  # no part of the training speed
 
     def run_benchmarks(self, epoch: int) -> None:
@@ -584,11 +584,11 @@ class Engine:
         )
 
     def save_shards(self) -> None:
-        from utils import sharded  # torch.distributed.checkpoint takes a second to import
+        from utils.run import header_shards  # torch.distributed.checkpoint takes a second to import
 
         folder = self.run.folder.shards(self.step).with_suffix(".tmp")
         distributed.barrier()  # no rank writes before the first has cleaned up in start()
-        sharded.save_header(folder, self.header)
+        header_shards.save_header(folder, self.header)
 
     def resume(self, step: int) -> None:
         """Take up everything that ``save`` wrote; on another number of ranks, go on from the same
@@ -651,9 +651,9 @@ class Engine:
         centers, file = self.header.centers, self.run.folder.header(step)
         configured = None if centers.moved else centers.weight.clone()
         if header is None:
-            from utils import sharded
+            from utils.run import header_shards
 
-            sharded.load_header(file, self.header, state["header_moved"])
+            header_shards.load_header(file, self.header, state["header_moved"])
         else:
             try:
                 self.header.load_state_dict(header)

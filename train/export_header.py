@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from utils.checkpoint import save
 from utils.errors import InputError, run
-from utils.sharded import read_whole
+from utils.run.folder import save
+from utils.run.header_shards import read_whole
 
 
 def main():

@@ -9,10 +9,10 @@ import torch
 
 from eval.embed import embed_parts, split
 from utils import distributed
-from utils.loading import end_workers, next_batch
+from utils.dataset.loader import open_loader
+from utils.dataset.workers import end_workers, next_batch
 from utils.precision import choose_precision
-from utils.shared_batches import open_loader
-from utils.teacher import load_teacher
+from utils.teacher.load import load_teacher
 
 log = logging.getLogger(__name__)
 

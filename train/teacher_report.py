@@ -27,12 +27,12 @@ from torch import nn
 from config.schema import ROOT, load_config
 from eval import verification
 from eval.embed import embed
-from train import setup
+from train import build
 from train.teacher_pass import log_to_console
 from utils import distributed
 from utils.errors import InputError, run
 from utils.precision import choose_precision
-from utils.teacher import load_teacher
+from utils.teacher.load import load_teacher
 
 WINDOWS = 50  # places of the set where a sample is looked for
 SHORTEST_WINDOW = 20  # images there
@@ -65,7 +65,7 @@ def main():
     log_to_console()
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     teacher = load_teacher(cfg).to(device, memory_format=layout)
-    dataset = setup.build_dataset(cfg)
+    dataset = build.build_dataset(cfg)
     images, labels = distributed.all_succeed(
         lambda: read_sample(dataset, choose_sample(dataset, arguments.sample, cfg.seed))
     )

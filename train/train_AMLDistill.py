@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from config.schema import parse_arguments
-from train import setup
+from train import build, start_up
 from train.engine import Engine
 from utils.errors import run as run_main
 from utils.losses import build_header
@@ -23,14 +23,14 @@ from utils.losses import build_header
 
 def main():
     cfg, resume = parse_arguments(__doc__, "AMLDistill")
-    with setup.start(cfg, resume) as run:
-        dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
-        student = setup.build_student(cfg)
+    with start_up.start(cfg, resume) as run:
+        dataset, validation = build.build_dataset(cfg), build.load_validation(cfg)
+        student = build.build_student(cfg)
         header = build_header(
-            "AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+            "AMLDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **build.header_options(cfg)
         )
-        setup.load_teacher_centers(header, cfg)
-        teacher = setup.open_teacher(cfg, run, dataset) if cfg.use_geom_margin else None
+        build.load_teacher_centers(header, cfg)
+        teacher = build.open_teacher(cfg, run, dataset) if cfg.use_geom_margin else None
         if cfg.teacher_embeddings and not teacher:
             logging.info(
                 "teacher_embeddings are not read: without the geometry margin AMLDistill "

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from config.schema import parse_arguments
-from train import setup
+from train import build, start_up
 from train.engine import Engine
 from utils.errors import run as run_main
 from utils.losses import build_header
@@ -26,14 +26,14 @@ from utils.losses import build_header
 
 def main():
     cfg, resume = parse_arguments(__doc__, "AdaDistill")
-    with setup.start(cfg, resume) as run:
-        dataset, validation = setup.build_dataset(cfg), setup.load_validation(cfg)
-        student = setup.build_student(cfg)
+    with start_up.start(cfg, resume) as run:
+        dataset, validation = build.build_dataset(cfg), build.load_validation(cfg)
+        student = build.build_student(cfg)
         header = build_header(
-            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **setup.header_options(cfg)
+            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **build.header_options(cfg)
         )
-        setup.load_pretrained_centers(header, cfg)
-        teacher = setup.open_teacher(cfg, run, dataset)
+        build.load_pretrained_centers(header, cfg)
+        teacher = build.open_teacher(cfg, run, dataset)
 
         def loss_of(student, batch, epoch):
             return header(student(batch.images), batch.labels, teacher(batch), epoch)

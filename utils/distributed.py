@@ -17,7 +17,7 @@ import torch.distributed as dist
 from utils.errors import InputError
 
 _alone = False
-begun = 0  # collectives and batches that this rank has begun: what utils/watch.py compares
+begun = 0  # collectives and batches that this rank has begun: what utils/run/hang_watch.py compares
 # the slowest wait of a rank: another one writing checkpoints or loading sets
 TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=30)  # where every rank does work of its own
@@ -27,7 +27,7 @@ def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
 
     timeout: the longest wait of a collective, after which the waiting ranks die without a word;
-    utils/watch.py speaks earlier. device: "auto" (a CUDA GPU if there is one), "cpu", "cuda",
+    utils/run/hang_watch.py speaks earlier. device: "auto" (a CUDA GPU if there is one), "cpu", "cuda",
     "cuda:N" or "mps". Under torchrun each rank takes cuda:LOCAL_RANK. Errors: InputError if a GPU
     is asked for and there is none, or fewer than ranks on this machine; for several ranks on MPS.
     """

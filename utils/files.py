@@ -2,6 +2,8 @@
 
 import codecs
 import fcntl
+import json
+import math
 import os
 import signal
 import sys
@@ -98,3 +100,16 @@ def take_lock(path: str, shared: bool = False, wait: bool = True):
         except BlockingIOError:
             file.close()
             return None
+
+
+def dumps(value, **options) -> str:
+    """``json.dumps`` of dicts, lists and plain values; NaN and infinities become null."""
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,18 +1,33 @@
-"""Small image helpers that training and evaluation share, so that both see the same pixels."""
+"""Image files and their pixels in NumPy, the same in training, evaluation and the data tools."""
 
 import cv2
 import numpy as np
-import torch
 
-from utils import dataset
+from utils.recordio.format import RecordError
+
+JPEG_START = b"\xff\xd8\xff"
 
 
-def decode(buffer: bytes | bytearray | np.ndarray) -> np.ndarray:
-    """Decode one JPEG or PNG file held in memory.
+def decode_bgr(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """Decode a JPEG, PNG, ... to (H, W, 3) uint8 BGR.
 
-    Returns (H, W, 3) uint8 RGB. Raises InputError when the bytes are no readable image.
+    RecordError if OpenCV cannot. order: another way for OpenCV to read it.
     """
-    return dataset.decode_rgb(buffer)
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), order) if len(encoded) else None
+    except cv2.error as error:  # a damaged header that asks for gigapixels
+        raise RecordError(f"{len(encoded)} bytes that OpenCV refuses: {error.err}") from None
+    if image is None:
+        raise RecordError(f"{len(encoded)} bytes that are no image OpenCV can read")
+    return image
+
+
+def decode_rgb(encoded: bytes) -> np.ndarray:
+    """As ``decode_bgr``, but RGB."""
+    if bytes(encoded[:3]) == JPEG_START:
+        # saves a conversion; of some rare formats OpenCV gives BGR all the same
+        return decode_bgr(encoded, cv2.IMREAD_COLOR_RGB)
+    return cv2.cvtColor(decode_bgr(encoded), cv2.COLOR_BGR2RGB)
 
 
 def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -35,55 +50,3 @@ def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     image = cv2.resize(image, scaled[::-1], interpolation=interpolation)
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
     return image[top : top + height, left : left + width]
-
-
-def mirror(x: torch.Tensor) -> torch.Tensor:
-    """Flip (B, 3, H, W) images left to right."""
-    return x.flip(-1)
-
-
-def to_input(
-    images: torch.Tensor,
-    flip: torch.Tensor | None = None,
-    channels_last: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Turn uint8 images into what the networks read, on the device they lie on.
-
-    ``images``: (B, H, W, 3) uint8 RGB. ``flip``: (B,) bool on the same device, True mirrors that
-    image. Returns (B, 3, H, W), (x / 255 - 0.5) / 0.5 in [-1, 1], computed in float32; ``dtype``
-    bfloat16 rounds that. Raises TypeError for images of another dtype: floats in 0…1 would
-    otherwise give plausible, wrong features.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, not {images.dtype}")
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    if images.device.type == "cpu":
-        return look_up(images, flip, dtype).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    if flip is not None:
-        images = torch.where(flip[:, None, None, None], images.flip(2), images)
-    return normalise(images.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout)).to(dtype)
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """float32 0 ... 255 to [-1, 1], in place."""
-    return x.div_(255).sub_(0.5).div_(0.5)
-
-
-def look_up(images: torch.Tensor, flip: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``normalise`` on a CPU: (B, H, W, 3) uint8 to ``dtype`` through a table of its 256 values,
-    image by image in the cache: a quarter of the time, the same bits.
-    """
-    table, x = (
-        normalise(torch.arange(256, dtype=torch.float32)).to(dtype),
-        torch.empty(images.shape, dtype=dtype),
-    )
-    if dtype == torch.bfloat16:  # which NumPy does not know: its bits
-        table, rows = table.view(torch.int16).numpy(), x.view(torch.int16).numpy()
-    else:
-        table, rows = table.numpy(), x.numpy()
-    for image, out, mirrored in zip(
-        images.numpy(), rows, [False] * len(images) if flip is None else flip.tolist(), strict=True
-    ):
-        cv2.LUT(cv2.flip(image, 1) if mirrored else image, table, dst=out)
-    return x

@@ -6,7 +6,7 @@ in float32 or bf16, beside the network or in the host's memory: ceil(C / ranks) 
 ranks fewer or none where that does not come out even (four classes on three ranks: 2, 2, 0).
 Nothing here copies all of them: they are read, and learned ones moved, block by block. Checkpoints
 speak of the whole published kernel (D, C), or of rows of the whole (C, D) that any number of ranks
-can share out anew (utils/sharded.py).
+can share out anew (utils/run/header_shards.py).
 """
 
 from collections.abc import Iterator

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import InputError
-from utils.hub import Stated, read_configuration
+from utils.teacher.hub import Stated, read_configuration
 from utils.weights.match import Found, bare
 
 ORDERS = ("auto", "RGB", "BGR")

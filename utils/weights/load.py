@@ -8,7 +8,7 @@ import torch
 
 from backbones import NAMES, build_backbone
 from utils.errors import InputError
-from utils.hub import Stated
+from utils.teacher.hub import Stated
 from utils.weights.colours import choose_order, own_order, see_rgb, stated_beside
 from utils.weights.match import (
     COUNTER,

@@ -1,0 +1,400 @@
+"""Synthetic counterparts of IJB-B/C and of TinyFace, each in both layouts people have. No command;
+make_synthetic.py writes them.
+
+The IJB-like set has templates of several media, a media being a still or some frames of a video.
+Its loose crops show the face somewhere, turned and scaled, with the five points and the score a
+detector would give. data/README.md describes the files.
+"""
+
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from data.synth.drawing import SIZE
+from data.synth.faces import NUISANCE
+from data.synth.faces import draw_identity
+from data.synth.faces import draw_nuisance
+from data.synth.faces import encode
+from data.synth.faces import render
+from data.synth.render_pool import Photograph
+from data.synth.render_pool import show_progress
+from utils.align import TEMPLATE, align
+from utils.errors import InputError
+
+IJB, TINYFACE = 4, 5  # random streams; 0 .. 3 are those of make_synthetic.py
+NAME = "IJBsynth"
+ORIGIN = "synthetic.json"  # in each folder: how it was made, and the sign that it may be replaced
+IJB_FOLDERS = Path("ijb") / NAME, Path("ijb_arrow") / f"{NAME}_gt_aligned"
+TINYFACE_FOLDERS = (
+    Path("tinyface") / "Testing_Set",
+    Path("tinyface_arrow") / "tinyface_aligned_pad_0.1",
+)
+
+TEMPLATES = 5  # of a subject: the first is enrolled in a gallery, the others are probes
+MEDIA = {True: (2, 3), False: (1, 3)}  # of an enrolled template, of a probe (fewest, most)
+VIDEO = 0.5, (2, 4)  # how often a media is a video, and its frames (fewest, most)
+VIEW_SHARES = {"any": 0.4, "frontal": 0.3, "turned": 0.2, "small": 0.1}  # of the media
+# share of a frame's circumstances that is its own; the rest it has in common with its media
+OWN = 0.25
+CROP = 130, 220  # width and height of a loose crop (least, most)
+
+PROBE_NUMBERS, GALLERY_NUMBERS = (1, 2), (3, 4)  # photographs of each TinyFace identity
+DISTRACTORS = 3  # further people for each identity, one photograph each, in no relation to it
+
+
+def check_folders(output: Path, folders) -> None:
+    """Raise InputError if one of ``folders`` below ``output`` was not written by this script, or if
+    the library to write them is missing.
+    """
+    for folder in folders:
+        if os.path.lexists(output / folder) and not (output / folder / ORIGIN).is_file():
+            raise InputError(
+                f"--output {output} holds a {folder} that this script did not write "
+                f"(no {ORIGIN} in it); choose another folder"
+            )
+    if folders and find_spec("datasets") is None:
+        raise InputError(
+            "CVLFace's layout takes Hugging Face's datasets library: pip install -r "
+            "requirements/requirement.txt, "
+            "or leave these sets out with --ijb-subjects 0 --tinyface-identities 0"
+        )
+
+
+@contextmanager
+def replacing_folder(path: Path, made: dict):
+    """Yield a new folder to fill; it takes the name and the place of ``path`` when the block ends
+    well, else it is removed.
+    """
+    temporary, outgoing = (
+        path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("tmp", "old")
+    )
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        (temporary / ORIGIN).write_text(json.dumps(made, indent=2))
+        if path.exists():
+            path.rename(outgoing)
+        temporary.rename(path)
+        shutil.rmtree(outgoing, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# -- IJB-like
+
+
+class Frame(NamedTuple):
+    """Names one image of the IJB-like set: a still, or a frame of a video; with seed and nuisance
+    scale this decides every byte of it.
+    """
+
+    subject: int
+    template: int  # 1 ..., each of one subject
+    media: int  # 1 ..., each in one template
+    number: int  # 1 ... within the media
+    view: str
+
+
+class Shot(NamedTuple):
+    """One image of the IJB-like set, as photographed and aligned."""
+
+    loose: bytes  # JPEG, of any size
+    # (5, 2) float32, (x, y) in pixels of ``loose``, as rounded as they are written
+    points: np.ndarray
+    score: float  # a detector's, 0.3 .. 1
+    aligned: bytes  # PNG, 112 x 112: exactly what utils.align.align makes of the two
+
+
+def list_frames(seed: int, subjects: int) -> list[Frame]:
+    """All images in the order of the lists; templates, then media, are numbered through the set."""
+    frames, media = [], 0
+    often, (fewest, most) = VIDEO
+    for subject in range(subjects):
+        rng = np.random.default_rng([seed, IJB, subject, 0, 0])
+        for k in range(TEMPLATES):
+            for _ in range(rng.integers(*MEDIA[k == 0], endpoint=True)):
+                media += 1
+                view = str(rng.choice(list(VIEW_SHARES), p=list(VIEW_SHARES.values())))
+                count = rng.integers(fewest, most, endpoint=True) if rng.random() < often else 1
+                frames += [
+                    Frame(subject, subject * TEMPLATES + k + 1, media, number, view)
+                    for number in range(1, count + 1)
+                ]
+    return frames
+
+
+def take_frame(frame: Frame, seed: int, nuisance: float) -> Shot:
+    """Draw one image.
+
+    How the face lies in the loose crop does not depend on ``nuisance``: alignment undoes it.
+    """
+    who = draw_identity(np.random.default_rng([seed, IJB, frame.subject, 0]))
+    look = draw_look(frame, seed, nuisance)
+    rng = np.random.default_rng([seed, IJB, frame.subject, frame.media, frame.number, 1])
+    crop, points = place_face(render(who, look), rng)
+    loose = encode(crop, look.quality)
+    aligned = align(cv2.imdecode(np.frombuffer(loose, np.uint8), cv2.IMREAD_COLOR), points)
+    return Shot(loose, points, rate_face(look, rng), cv2.imencode(".png", aligned)[1].tobytes())
+
+
+def draw_look(frame: Frame, seed: int, nuisance: float):
+    """The circumstances of a frame: those of its media (place, light, camera, view, clothes), of
+    which pose and expression vary a little.
+    """
+    scene, moment = (
+        draw_nuisance(
+            np.random.default_rng([seed, IJB, frame.subject, frame.media, number]),
+            nuisance,
+            frame.view,
+        )
+        for number in (0, frame.number)
+    )
+    # between two profiles lies a frontal face, which would be another view
+    moment.yaw = np.copysign(moment.yaw, scene.yaw)
+    for name in (*NUISANCE, "yaw", "mouth_open", "eye_close", "blur"):
+        setattr(scene, name, (1 - OWN) * getattr(scene, name) + OWN * getattr(moment, name))
+    return scene
+
+
+def place_face(face: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Put an aligned face into a loose crop by a random similarity: (crop (H, W, 3) uint8, its five
+    points (5, 2) float32, to 1/1000 pixel).
+    """
+    size = rng.integers(*CROP, 2, endpoint=True)
+    scale, angle = size.min() / SIZE * rng.uniform(0.75, 0.95), rng.uniform(-0.4, 0.4)
+    turn = scale * np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
+    centre = size * rng.uniform(0.45, 0.55, 2)
+    shift = centre - turn @ np.full(2, SIZE / 2)
+    matrix = np.column_stack([turn, shift])
+    black = rng.random() < 0.3  # the photograph ends there; elsewhere it goes on, out of focus
+    crop = cv2.warpAffine(
+        face,
+        matrix,
+        tuple(size.tolist()),
+        borderMode=cv2.BORDER_CONSTANT if black else cv2.BORDER_REPLICATE,
+    )
+    if not black:
+        drawn = cv2.warpAffine(np.ones(face.shape[:2], np.uint8), matrix, tuple(size.tolist())) > 0
+        crop = np.where(drawn[..., None], crop, cv2.GaussianBlur(crop, (0, 0), 4))
+    return crop, (TEMPLATE @ turn.T + shift).round(3).astype(np.float32)
+
+
+def rate_face(look, rng: np.random.Generator) -> float:
+    """What a detector might think of a face, 0.3 .. 1 and to 1/10000: little of small, turned,
+    blurred and hidden ones.
+    """
+    hidden = look.mask or look.sunglasses or look.patch
+    worse = (
+        0.6 * (1 - look.size / SIZE)
+        + 0.4 * abs(look.yaw)
+        + 0.1 * look.blur
+        + 0.25 * hidden
+        + rng.uniform(0, 0.05)
+    )
+    return round(0.31 + 0.68 * float(np.exp(-1.5 * worse)), 4)
+
+
+def write_ijb(output: Path, studio, seed: int, nuisance: float, subjects: int) -> int:
+    """Write the IJB-like set in both layouts (IJB_FOLDERS); every two templates are a pair.
+
+    Returns the number of images.
+    """
+    frames = list_frames(seed, subjects)
+    shots = list(show_progress(studio(frames, take_frame), len(frames), NAME))
+    owner = np.repeat(np.arange(subjects), TEMPLATES)  # subject of each template
+    first, second = np.triu_indices(len(owner), 1)
+    pairs = {
+        "p1": first + 1,
+        "p2": second + 1,
+        "label": (owner[first] == owner[second]).astype(np.int64),
+    }
+    made = {"seed": seed, "nuisance": nuisance, "ijb_subjects": subjects}
+    loose, arrow = (output / folder for folder in IJB_FOLDERS)
+    with replacing_folder(loose, made) as folder, replacing_folder(arrow, made) as arrow_folder:
+        write_insightface_ijb(folder, frames, shots, pairs)
+        write_identification_lists(folder / "meta", frames)
+        write_arrow(
+            arrow_folder,
+            {"image": [shot.aligned for shot in shots]},
+            {
+                "faceness_scores": np.array([shot.score for shot in shots], np.float32),
+                "templates": np.array([frame.template for frame in frames]),
+                "medias": np.array([frame.media for frame in frames]),
+                **pairs,
+            },
+        )
+        write_identification_lists(arrow_folder / "meta", frames)
+    print(
+        f"{loose}: {subjects} subjects, {len(owner)} templates, {frames[-1].media} media, "
+        f"{len(frames)} images, {len(first)} pairs; 1:N lists"
+    )
+    print(f"{arrow}: the same, aligned, in CVLFace's layout")
+    return len(frames)
+
+
+def write_insightface_ijb(
+    folder: Path, frames: list[Frame], shots: list[Shot], pairs: dict
+) -> None:
+    """Write ``loose_crop/*.jpg`` and the three lists of 1:1 verification in ``meta``."""
+    for sub_folder in ("loose_crop", "meta"):
+        (folder / sub_folder).mkdir()
+    prefix = NAME.lower()
+    for k, shot in enumerate(shots):
+        (folder / "loose_crop" / file_name(k)).write_bytes(shot.loose)
+    lines = [f"{file_name(k)} {frame.template} {frame.media}\n" for k, frame in enumerate(frames)]
+    (folder / "meta" / f"{prefix}_face_tid_mid.txt").write_text("".join(lines))
+    lines = [
+        f"{file_name(k)} {' '.join(f'{x:.3f}' for x in shot.points.flat)} {shot.score:.4f}\n"
+        for k, shot in enumerate(shots)
+    ]
+    (folder / "meta" / f"{prefix}_name_5pts_score.txt").write_text("".join(lines))
+    np.savetxt(
+        folder / "meta" / f"{prefix}_template_pair_label.txt",
+        np.stack([pairs["p1"], pairs["p2"], pairs["label"]], axis=1),
+        "%d",
+    )
+
+
+def write_identification_lists(folder: Path, frames: list[Frame]) -> None:
+    """Write the 1:N lists: gallery G1 has the even subjects, G2 the odd ones, so that each probe
+    has its mate in one and none in the other.
+    """
+    folder.mkdir(exist_ok=True)
+    enrolled = [frame.template % TEMPLATES == 1 for frame in frames]
+    for name, chosen in {
+        "gallery_G1": [
+            k for k, frame in enumerate(frames) if enrolled[k] and frame.subject % 2 == 0
+        ],
+        "gallery_G2": [
+            k for k, frame in enumerate(frames) if enrolled[k] and frame.subject % 2 == 1
+        ],
+        "probe_mixed": [k for k in range(len(frames)) if not enrolled[k]],
+    }.items():
+        lines = [f"{frames[k].template},{frames[k].subject},{file_name(k)}\n" for k in chosen]
+        (folder / f"{NAME.lower()}_1N_{name}.csv").write_text(
+            "TEMPLATE_ID,SUBJECT_ID,FILENAME\n" + "".join(lines)
+        )
+
+
+def file_name(k: int) -> str:
+    """The loose crop of the k-th frame."""
+    return f"{k + 1}.jpg"
+
+
+# -- TinyFace-like
+
+
+def list_tinyface(identities: int) -> dict[str, list[Photograph]]:
+    """Photographs by folder of the official tree; the distractors' people come after the
+    ``identities`` of the others.
+    """
+    people, others = range(identities), range(identities, (1 + DISTRACTORS) * identities)
+    return {
+        "Probe": [
+            Photograph(TINYFACE, person, number, "small")
+            for person in people
+            for number in PROBE_NUMBERS
+        ],
+        "Gallery_Match": [
+            Photograph(TINYFACE, person, number, "small")
+            for person in people
+            for number in GALLERY_NUMBERS
+        ],
+        "Gallery_Distractor": [Photograph(TINYFACE, person, 1, "small") for person in others],
+    }
+
+
+def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities: int) -> int:
+    """Write the TinyFace-like set in both layouts (TINYFACE_FOLDERS); returns the number of
+    images.
+    """
+    listed = list_tinyface(identities)
+    paths = {
+        folder: [f"{folder}/{p.identity}_{p.number}.jpg" for p in photographs]
+        for folder, photographs in listed.items()
+    }
+    photographs, image_paths = sum(listed.values(), []), sum(paths.values(), [])
+    faces = list(show_progress(studio(photographs), len(photographs), "TinyFace"))
+    made = {"seed": seed, "nuisance": nuisance, "tinyface_identities": identities}
+    tree, arrow = (output / folder for folder in TINYFACE_FOLDERS)
+    with replacing_folder(tree, made) as folder, replacing_folder(arrow, made) as arrow_folder:
+        for name in listed:
+            (folder / name).mkdir()
+        for path, face in zip(image_paths, faces, strict=True):
+            (folder / path).write_bytes(face)
+        write_arrow(
+            arrow_folder,
+            {"image": faces, "path": image_paths},
+            {
+                "image_paths": image_paths,
+                "probe_paths": paths["Probe"],
+                "gallery_paths": paths["Gallery_Match"],
+                "distractor_paths": paths["Gallery_Distractor"],
+            },
+        )
+    print(
+        f"{tree}: {identities} identities, "
+        f"{', '.join(f'{len(names)} {name}' for name, names in paths.items())}"
+    )
+    print(f"{arrow}: the same in CVLFace's layout")
+    return len(faces)
+
+
+# -- both
+
+
+def write_arrow(folder: Path, columns: dict, metadata: dict) -> None:
+    """Write CVLFace's layout: a ``save_to_disk`` folder of encoded images, ``index`` and what else
+    ``columns`` has, and ``metadata.pt``.
+    """
+    import datasets  # these two take seconds to load, and the workers import this module too
+    import torch
+
+    datasets.disable_progress_bars()
+    count = len(columns["image"])
+    columns = columns | {
+        "index": list(range(count)),
+        "image": [{"bytes": face, "path": None} for face in columns["image"]],
+    }
+    kinds = {
+        "image": datasets.Image(),
+        "index": datasets.Value("int64"),
+        "path": datasets.Value("string"),
+    }
+    features = datasets.Features({name: kind for name, kind in kinds.items() if name in columns})
+    datasets.Dataset.from_dict(
+        {name: columns[name] for name in features}, features=features
+    ).save_to_disk(folder)
+    torch.save(metadata, folder / "metadata.pt")
+
+
+def sample_rows(
+    studio, seed: int, subjects: int, identities: int, columns: int
+) -> list[tuple[str, list[bytes]]]:
+    """Rows for the contact sheet, (title, encoded images): loose crops and what alignment makes of
+    them, TinyFace probes and mates.
+    """
+    rows = []
+    if subjects:
+        shots = list(studio(list_frames(seed, subjects)[:columns], take_frame))
+        rows += [
+            ("IJB: loose crops", [shot.loose for shot in shots]),
+            ("IJB: aligned", [shot.aligned for shot in shots]),
+        ]
+    if identities:
+        listed = list_tinyface(identities)
+        pairs = zip(listed["Probe"][::2], listed["Gallery_Match"][::2], strict=True)
+        rows.append(
+            (
+                "TinyFace: probe, mate, ...",
+                list(studio([photograph for pair in pairs for photograph in pair][:columns])),
+            )
+        )
+    return rows

@@ -1,0 +1,1 @@
+"""Benchmark sets on the disk, in the layouts people have."""

@@ -1,0 +1,187 @@
+"""Folders that hold a benchmark set: where it is, which files it has, and its image files as a
+Dataset.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from utils import distributed
+from utils.align import SIZE, align
+from utils.dataset.workers import cores, end_workers, next_batch, start_worker
+from utils.errors import InputError
+from utils.images import decode_rgb
+
+BLOCK = 1 << 20  # bytes read at a time: the files of pairs have hundreds of megabytes
+CHECKED_AT_A_TIME = 64
+
+log = logging.getLogger(__name__)
+
+
+def find_set(root: str | Path, target: str, suffix: str) -> Path:
+    """The folder ``root/target``, or else ``root/target + suffix``, as CVLFace names it.
+
+    Errors: InputError listing the folders that are there.
+    """
+    root = Path(root)
+    names = [target] if target.endswith(suffix) else [target, target + suffix]
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    there = (
+        sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else None
+    )
+    found = (
+        "which is no folder itself"
+        if there is None
+        else (f"folders there: {', '.join(there[:20]) or 'none'}")
+    )
+    raise InputError(f"{target}: no folder {' or '.join(names)} in {root.absolute()}, {found}")
+
+
+def scan(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (bytes, modification time in ns) of all files in a folder, without those hidden by a
+    leading dot.
+    """
+    with os.scandir(folder) as entries:
+        stats = {
+            entry.name: entry.stat()
+            for entry in entries
+            if entry.is_file() and not entry.name.startswith(".")
+        }
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def fingerprint(files: Iterable[Path], listing: Iterable[tuple]) -> str:
+    """SHA-256 (hex) over the bytes of ``files`` and over ``listing``, what is known of files that
+    are too many to be read.
+    """
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    digest.update("\n".join(map(repr, listing)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def first_of(items: list, noun: str) -> str:
+    """ "3 images, the first a.jpg", "1 image, a.jpg": how messages name many things."""
+    return f"{counted(len(items), noun)}, {'the first ' if len(items) > 1 else ''}{items[0]}"
+
+
+def warn(message: str) -> None:
+    """Log a warning once, though every rank reads the set."""
+    if distributed.is_main():
+        log.warning("%s", message)
+
+
+def warn_if_not_as_published(name: str, found: dict[str, int], published: dict[str, int]) -> None:
+    """Say so if a set has other sizes than the papers' (both: noun -> number): a download that
+    ended early, or a stand-in.
+    """
+    if found != published:
+        here, there = (
+            ", ".join(counted(count, noun) for noun, count in sizes.items())
+            for sizes in (found, published)
+        )
+        warn(
+            f"{name} has {here}, the published set {there}: its figures cannot be compared with "
+            "papers"
+        )
+
+
+def check_images(images: Dataset, num_workers: int, name: str) -> None:
+    """Read every image once, in at most ``num_workers`` processes, so that one that is unreadable
+    is noticed now and not when it is measured.
+
+    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Errors: InputError
+    naming the first unreadable image.
+    """
+    batches = iter(
+        DataLoader(
+            images,
+            CHECKED_AT_A_TIME,
+            collate_fn=len,
+            num_workers=min(num_workers, cores()),
+            worker_init_fn=start_worker,
+            # its own, so that a training run draws the same random numbers as
+            # without this
+            generator=torch.Generator(),
+        )
+    )
+    bar = tqdm(
+        total=len(images),
+        desc=name,
+        unit="img",
+        leave=False,
+        disable=None if distributed.is_main() else True,
+    )
+    try:
+        while count := next_batch(batches):
+            bar.update(count)
+    finally:
+        end_workers(batches)
+        bar.close()
+
+
+def check_aligned(image: np.ndarray, name: str) -> np.ndarray:
+    """Return (112, 112, 3) ``image``.
+
+    Errors: InputError naming an image of another size, for scaling it would give plausible, wrong
+    features.
+    """
+    height, width = image.shape[:2]
+    if (height, width) != (SIZE, SIZE):
+        raise InputError(
+            f"{name}: the image is {width}x{height}; the images of this set must be "
+            f"aligned to {SIZE}x{SIZE} first"
+        )
+    return image
+
+
+class ImageFiles(Dataset):
+    """Images in files: ``ds[i]`` -> (112, 112, 3) uint8 RGB, decoded and, with points, aligned by
+    whoever asks: the DataLoader's workers.
+
+    ``names``: N paths relative to ``folder``. ``points``: (N, 5, 2) float32, (x, y) in pixels of
+    the file's image, or None: all are aligned. Raises InputError naming the file if it cannot be
+    read, is no image, has another size, or its points do not suit.
+    """
+
+    def __init__(self, folder: Path, names: list[str], points: np.ndarray | None = None):
+        self.folder = folder
+        self.names = names
+        self.points = points
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        path = self.name_of(index)
+        try:
+            with open(path, "rb") as file:
+                image = decode_rgb(file.read())
+            if self.points is not None:
+                return align(image, self.points[index])
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from error
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        return check_aligned(image, path)
+
+    def name_of(self, index: int) -> str:
+        """The file's path, for messages."""
+        return os.path.join(self.folder, self.names[index])

@@ -1,0 +1,1 @@
+"""The tests, in rooms as the code has. CONTRIBUTING.md says how to run them."""

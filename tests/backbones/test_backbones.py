@@ -1,0 +1,127 @@
+"""Every network against keys, shapes, parameter counts and outputs of an independent
+implementation.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from backbones import NAMES, build_backbone
+from tests import rounding
+from utils.errors import InputError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STATES = json.loads((GOLDEN / "backbones.json").read_text())
+
+_spec = importlib.util.spec_from_file_location("golden_fill", GOLDEN / "fill.py")
+fill = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fill)
+
+
+def build(entry: str) -> torch.nn.Module:
+    return build_backbone(entry.removesuffix("_se"), use_se=entry.endswith("_se"))
+
+
+def assert_near(features, wanted):
+    """As near as float32 is: iresnet200 has 200 convolutions of up to 9 * 512 terms, 6e-5 of the
+    largest number. The reference is float32, too.
+    """
+    np.testing.assert_allclose(
+        features, wanted, rtol=0, atol=2 * rounding.network(200, 9 * 512) * np.abs(wanted).max()
+    )
+
+
+@pytest.mark.parametrize("entry", STATES)
+def test_matches_the_published_network(entry, images, outputs):
+    backbone = build(entry)
+    state = {key: list(tensor.shape) for key, tensor in backbone.state_dict().items()}
+    assert state == dict(STATES[entry]["state"])
+    assert (
+        sum(parameter.numel() for parameter in backbone.parameters()) == STATES[entry]["parameters"]
+    )
+
+    fill.fill_state_dict(backbone)
+    backbone.eval()
+    with torch.inference_mode():
+        features = backbone(images)
+    assert features.dtype == torch.float32
+    assert_near(features, outputs[entry])
+
+
+@pytest.mark.parametrize("entry", ["mobilefacenet", "iresnet18_se", "mbf", "ir18"])
+def test_memory_format_and_precision(entry, images, outputs):
+    backbone = build(entry)
+    fill.fill_state_dict(backbone)
+    backbone.eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        rounded = backbone(images)
+    assert rounded.dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(rounded, torch.from_numpy(outputs[entry]))
+    # bf16 rounds each of the 50 layers' inputs and weights by up to UBF16 / 2: an angle of sqrt(2 *
+    # 50) UBF16 / 2 / sqrt(3) = 0.011, the cosine of which is near 1; ten times that is allowed
+    assert cosine.min() > 0.99
+
+    backbone.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        features = backbone(images.contiguous(memory_format=torch.channels_last))
+    assert_near(features, outputs[entry])
+
+
+@pytest.mark.parametrize("entry", ["mobilefacenet", "iresnet18_se", "mbf", "mbf_large", "ir18"])
+def test_fresh_weights_train(entry, images):
+    torch.manual_seed(0)
+    backbone = build(entry)
+    features = backbone(images)
+    assert features.shape == (2, 512)
+    assert torch.isfinite(features).all()
+    (features * torch.randn_like(features)).sum().backward()
+    trainable = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    assert all(
+        parameter.grad is not None and torch.isfinite(parameter.grad).all()
+        for parameter in trainable
+    )
+
+
+def test_iresnet_keeps_the_scale_of_the_embedding_fixed():
+    backbone = build_backbone("iresnet18", embedding_size=64)
+    frozen = [
+        name for name, parameter in backbone.named_parameters() if not parameter.requires_grad
+    ]
+    assert frozen == ["features.weight"]
+    assert torch.equal(backbone.features.weight, torch.ones(64))
+
+
+@pytest.mark.parametrize("name", ["mobilefacenet", "mbf", "iresnet18", "ir18"])
+def test_embedding_size(name, images):
+    assert build_backbone(name, embedding_size=128).eval()(images).shape == (2, 128)
+
+
+def test_every_name_has_a_reference():
+    assert set(NAMES) == {entry.removesuffix("_se") for entry in STATES}
+
+
+@pytest.mark.parametrize(
+    "name, nearest", [("iresnt50", "iresnet50"), ("MobileFaceNet", "mobilefacenet"), ("vit", None)]
+)
+def test_unknown_name_lists_the_known(name, nearest):
+    with pytest.raises(InputError) as error:
+        build_backbone(name)
+    assert all(known in str(error.value) for known in NAMES)
+    assert (f"did you mean {nearest}?" in str(error.value)) == (nearest is not None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"name": "mobilefacenet", "use_se": True},
+        {"name": "ir50", "use_se": True},
+        {"name": "mbf", "dropout": 0.4},
+    ],
+)
+def test_options_a_network_does_not_have(options):
+    with pytest.raises(InputError, match=options["name"]):
+        build_backbone(**options)

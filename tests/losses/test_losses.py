@@ -1,0 +1,235 @@
+"""The header against the float64 golden vectors, and its behaviour at the edges."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.rounding import U, cosine, feature_gradient, logit
+from utils.errors import InputError
+from utils.losses import build_header, softmax
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "headers.npz")
+CASES = sorted({key.split("/kernel0")[0] for key in GOLDEN.files if key.endswith("kernel0")})
+
+
+def relative(ours, golden):
+    ours = np.asarray(ours, dtype=np.float64)
+    return np.linalg.norm(ours - golden) / max(np.linalg.norm(golden), 1e-12)
+
+
+def header_of(case, method=None):
+    own_method, loss, *options = case.split("/")
+    kernel = torch.from_numpy(GOLDEN[f"{case}/kernel0"])
+    header = build_header(
+        method or own_method,
+        loss,
+        *kernel.shape,
+        s=float(GOLDEN[f"{case}/s"]),
+        m=float(GOLDEN[f"{case}/m"]),
+        adaptive_alpha="weighted" in options,
+        use_geom_margin="geom" in options,
+        geom_margin_warmup_epoch=1,
+    )
+    header.load_kernel(kernel)
+    return header
+
+
+def check_three_steps(header, case, autocast):
+    """Feed the three golden steps and compare everything the vectors hold, which is float64.
+
+    Bounds in units of a cosine's rounding: alpha is a product of two cosines, lam * c; the geometry
+    margin 3 (lam - c) lam of three; margin_scaler has it added; a centre alpha w + (1 - alpha) t
+    moves by alpha's error times (w - t), whose numbers are below 1, twice where the old one is off.
+    """
+    off = cosine(header.state_dict()["kernel"].shape[0])
+    for step in range(3):
+        value = {
+            key.rsplit("/", 1)[1]: GOLDEN[key]
+            for key in GOLDEN.files
+            if key.rsplit("/", 1)[0] == f"{case}/{step}"
+        }
+        features = torch.from_numpy(value["embeddings"]).requires_grad_(True)
+        teacher = torch.from_numpy(value["embeddings_t"]) if "embeddings_t" in value else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, stats = header(
+                features, torch.from_numpy(value["label"]), teacher, float(value.get("epoch", 0))
+            )
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(float(value["loss"]), abs=2 * logit(features.shape[1]))
+        assert np.linalg.norm(features.grad.numpy() - value["grad_embeddings"]) < feature_gradient(
+            features
+        )
+        state = header.state_dict()
+        for name, cosines in (("cos_st", 1), ("lam", 1), ("alpha", 2), ("margin_scaler", 10)):
+            if name in value:
+                assert stats[name].shape == () and stats[name].item() == pytest.approx(
+                    value[name].mean(), abs=cosines * off
+                ), name
+        if "geom_weighted" in value:
+            assert stats["geom"].item() == pytest.approx(value["geom_weighted"].mean(), abs=9 * off)
+        # norms, their mean over the batch, a step towards it
+        for name in ("batch_mean", "batch_std"):
+            if name in value:
+                assert state[name].item() == pytest.approx(float(value[name]), rel=16 * U)
+        if "kernel" in value:
+            assert np.abs(state["kernel"].numpy() - value["kernel"]).max() < 4 * off
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast-bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, autocast):
+    check_three_steps(header_of(case), case, autocast)
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request, monkeypatch):
+    """So many threads, each of which takes a share also of few classes."""
+    monkeypatch.setattr(softmax, "LARGE_SHARE", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_golden_where_threads_share_out_the_classes(threads):
+    for case in CASES:
+        check_three_steps(header_of(case), case, autocast=False)
+
+
+def test_a_product_in_shares_is_the_product(threads):
+    """Against float64; of columns of a larger matrix, whose number the threads do not divide."""
+    generator = torch.Generator().manual_seed(0)
+    grad, block = (
+        torch.randn(5, 120, generator=generator)[:, 10:111],
+        torch.randn(101, 7, generator=generator),
+    )
+    # sums of 101 terms, whose magnitudes add up to some ten times the sums themselves
+    assert (
+        relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy())
+        < 10 * 101**0.5 * U
+    )
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("standalone")])
+def test_amldistill_is_standalone_with_frozen_centers(case):
+    header = header_of(case, "AMLDistill")
+    before = header.state_dict()["kernel"].clone()
+    check_three_steps(header, case, autocast=False)
+    assert torch.equal(header.state_dict()["kernel"], before) and not list(header.parameters())
+
+
+@pytest.mark.parametrize("loss", ["MLLoss", "CosFace", "ArcFace", "AdaFace"])
+def test_finite_where_student_meets_its_center(loss):
+    torch.manual_seed(0)
+    for method in ("standalone", "AdaDistill"):
+        header = build_header(method, loss, 16, 5)
+        kernel = header.state_dict()["kernel"]
+        features = torch.cat([kernel.t(), -kernel.t()]).clone().requires_grad_(True)
+        value, _ = header(features, torch.arange(5).repeat(2), features.detach())
+        value.backward()
+        assert torch.isfinite(value) and torch.isfinite(features.grad).all()
+        assert all(torch.isfinite(p.grad).all() for p in header.parameters())
+
+
+def test_two_images_of_one_class_are_averaged_whatever_their_order():
+    torch.manual_seed(1)
+    features, teacher, labels = (
+        torch.randn(6, 8),
+        torch.randn(6, 8),
+        torch.tensor([3, 1, 3, 0, 3, 1]),
+    )
+    kernels = []
+    for order in (torch.arange(6), torch.tensor([4, 2, 0, 5, 1, 3])):
+        torch.manual_seed(2)
+        header = build_header("AdaDistill", "ArcFace", 8, 5)
+        old = header.state_dict()["kernel"].t().double()
+        header(features[order], labels[order], teacher[order])
+        kernels.append(header.state_dict()["kernel"])
+    assert torch.equal(*kernels)
+    f, t = (torch.nn.functional.normalize(x.double()) for x in (features, teacher))
+    for label in (0, 1, 3):
+        moved = []
+        for i in (labels == label).nonzero()[:, 0]:
+            lam = (torch.nn.functional.normalize(old[label], dim=0) @ t[i]).clamp(1e-6, 1)
+            alpha = ((f[i] @ t[i]).clamp(-1, 1) * lam).clamp(1e-6, 1)
+            moved.append(alpha * old[label] + (1 - alpha) * t[i])
+        assert torch.allclose(
+            kernels[0].t()[label].double(), torch.stack(moved).mean(0), atol=4 * cosine(8)
+        )
+    assert torch.equal(kernels[0].t()[[2, 4]].double(), old[[2, 4]])
+
+
+def test_geometry_margin_widens_arcface_and_cosface():
+    torch.manual_seed(0)
+    features, teacher, labels = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6)
+    for loss in ("ArcFace", "CosFace"):
+        plain, geometric = (
+            build_header("AMLDistill", loss, 8, 6, use_geom_margin=on) for on in (False, True)
+        )
+        kernel = teacher.t() + 0.1 * torch.randn(8, 6)
+        plain.load_kernel(kernel), geometric.load_kernel(kernel)
+        lam = torch.nn.functional.cosine_similarity(kernel.t(), teacher).clamp(1e-6, 1)
+        g = 3 * (lam - torch.nn.functional.cosine_similarity(features, teacher)).clamp_min(0) * lam
+        value, stats = geometric(features, labels, teacher)
+        assert stats["geom"].item() == pytest.approx(g.mean().item(), abs=9 * cosine(8))
+        assert value > plain(features, labels)[0]
+
+
+def test_sampled_negatives_keep_the_positives_and_their_updates():
+    torch.manual_seed(0)
+    features, teacher, labels = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([7, 70, 7, 99])
+    whole, part = (
+        build_header("AdaDistill", "CosFace", 8, 100, sample_rate=rate) for rate in (1.0, 0.1)
+    )
+    whole.load_kernel(part.state_dict()["kernel"])
+    whole(features, labels, teacher)
+    loss, _ = part(features, labels, teacher)
+    assert torch.equal(
+        whole.state_dict()["kernel"], part.state_dict()["kernel"]
+    ) and torch.isfinite(loss)
+    torch.manual_seed(3)
+    header = build_header("standalone", "CosFace", 8, 100, sample_rate=0.1)
+    header(features, labels)[0].backward()
+    touched = header.centers.weight.grad.abs().sum(1) > 0
+    assert touched.sum() == 10 and touched[[7, 70, 99]].all()
+
+
+def test_state_survives_a_round_trip_and_other_states_are_refused():
+    header = build_header("standalone", "AdaFace", 8, 6)
+    header(torch.randn(4, 8), torch.arange(4))
+    other = build_header("standalone", "AdaFace", 8, 6)
+    other.load_state_dict(header.state_dict())
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(header.state_dict().values(), other.state_dict().values(), strict=True)
+    )
+    with pytest.raises(InputError, match="kernel is"):
+        build_header("AMLDistill", "ArcFace", 8, 7).load_kernel(header.state_dict()["kernel"])
+    with pytest.raises(InputError, match="keys"):
+        build_header("standalone", "ArcFace", 8, 6).load_state_dict(header.state_dict())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("standalone", "ArcFase", 8, 6), "did you mean 'ArcFace'"),
+        (("AdaDistil", "ArcFace", 8, 6), "did you mean 'AdaDistill'"),
+    ],
+)
+def test_unknown_names(arguments, message):
+    with pytest.raises(InputError, match=message):
+        build_header(*arguments)
+
+
+def test_combinations_that_make_no_sense():
+    with pytest.raises(InputError, match="needs a teacher"):
+        build_header("standalone", "ArcFace", 8, 6, use_geom_margin=True)
+    with pytest.raises(InputError, match="MLLoss has none"):
+        build_header("AdaDistill", "MLLoss", 8, 6, use_geom_margin=True)
+    with pytest.raises(InputError, match="outside 0..5"):
+        build_header("standalone", "ArcFace", 8, 6)(torch.randn(2, 8), torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="teacher's features"):
+        build_header("AdaDistill", "ArcFace", 8, 6)(torch.randn(2, 8), torch.tensor([0, 1]))

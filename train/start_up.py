@@ -1,0 +1,269 @@
+"""What every training script does before its method: ranks, device, output folder, log, data,
+student.
+"""
+
+import json
+import logging
+import os
+import signal
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import torch
+
+from config.schema import read_json
+from utils import distributed
+from utils.dataset.workers import STOP_SIGNALS
+from utils.errors import InputError
+from utils.files import replacing
+from utils.precision import choose_precision
+from utils.run.folder import RunFolder
+from utils.run.log import start_log
+
+# What weights are made for: a run cannot go on from its own with another value, but for most
+# losses.
+SETTLED = ("network", "SE", "embedding_size", "num_classes", "loss")
+
+
+# how long ranks may see different files in the shared folder
+STALE_LOOKS, STALE_SECONDS = 12, 5
+
+
+class Run(NamedTuple):
+    """Where and how this process trains."""
+
+    device: torch.device
+    precision: str  # "fp32", "bf16" or "fp16": "auto" is resolved
+    folder: RunFolder
+    resume_step: int  # 0: from the start
+
+
+@contextmanager
+def start(cfg, resume: bool):
+    """Join the other ranks, take the device, prepare ``cfg.output``, start the log and seed the
+    weights; leave the ranks at the end.
+    """
+    cv2.setNumThreads(0)  # images of 112x112 are too small to share out among threads
+    device = distributed.init(
+        cfg.device,
+        max(distributed.TIMEOUT, timedelta(minutes=cfg.timeout + 5))
+        if cfg.timeout
+        else distributed.PATIENCE,
+    )
+    precision = choose_precision(cfg.precision, device)
+    folder = RunFolder(cfg.output)
+    resume_step, passed_over = where_to_resume(folder, cfg.global_step, resume)
+    if distributed.is_main():
+        folder.prepare()
+    distributed.barrier()
+    start_log(cfg.output, append=resume_step > 0)
+    if distributed.is_main():
+        folder.sweep()
+    logging.info(
+        "%d process%s on %s, %s, output %s%s",
+        distributed.world_size(),
+        "es" if distributed.world_size() > 1 else "",
+        device,
+        precision,
+        cfg.output,
+        launch_name(),
+    )
+    for step, damage in passed_over:
+        logging.warning("step %d cannot be resumed from: %s; taking the one before", step, damage)
+    torch.manual_seed(cfg.seed)
+    yield Run(device, precision, folder, resume_step)
+    # not after an error: closing the connections would end the other ranks before this one has said
+    # why
+    distributed.shutdown()
+
+
+def where_to_resume(
+    folder: RunFolder, global_step: int, resume: bool
+) -> tuple[int, list[tuple[int, str]]]:
+    """The step to go on from, 0 for a fresh start, and newer ones that cannot be read, with what is
+    wrong; processes that torchrun has restarted take the newest state of their own run.
+
+    A collective.
+    Errors: InputError if a state was asked for and is not there, or if a fresh start would
+    overwrite another run's checkpoints.
+    """
+    steps = agreed_steps(folder)
+    # a machine that came back starts anew, the others restart: one that was restarted speaks for
+    # all
+    if any(distributed.all_gather_object(was_restarted(folder.path / "training.log"))):
+        return newest_sound(folder, steps) if steps else (0, [])
+    if global_step and global_step not in steps:
+        raise InputError(
+            f"global_step={global_step}: no complete state in {folder.path} "
+            f"(complete: {', '.join(map(str, steps)) or 'none'})"
+        )
+    if global_step:
+        return global_step, []
+    if resume and not steps:
+        raise InputError(
+            "--resume: no complete state (<step>backbone.pth, <step>header.pth, "
+            f"<step>state.pth) in {folder.path}; start without --resume"
+        )
+    if resume:
+        return newest_sound(folder, steps)
+    if folder.steps("backbone"):
+        raise InputError(
+            f"output: {folder.path} already holds checkpoints of a run; go on with "
+            "--resume or choose another folder with output="
+        )
+    return 0, []
+
+
+def agreed_steps(folder: RunFolder) -> list[int]:
+    """The complete steps in the folder, as all ranks find them. Errors: InputError if they go on
+    finding different ones: it is not one folder.
+
+    A network file system may show a machine what it looked like half a minute ago.
+    """
+    for attempt in range(1 + STALE_LOOKS):
+        steps = folder.complete_steps()
+        found = distributed.all_gather_object(steps)
+        if all(other == steps for other in found):
+            return steps
+        time.sleep(STALE_SECONDS)
+    raise InputError(
+        f"output: the ranks find different states in {folder.path} "
+        f"({'; '.join(', '.join(map(str, other)) or 'none' for other in found)}): "
+        "all machines must see one shared folder"
+    )
+
+
+def newest_sound(folder: RunFolder, steps: list[int]) -> tuple[int, list[tuple[int, str]]]:
+    """The newest of these steps whose files can be read to the end, and the damage of newer ones;
+    rank 0 reads them. Errors: InputError if there is none.
+    """
+
+    def find():
+        passed_over = []
+        for step in reversed(steps):
+            damage = folder.damage(step)
+            if not damage:
+                return step, passed_over
+            passed_over.append((step, damage))
+        raise InputError(
+            f"resume: no state in {folder.path} can be read (tried: "
+            f"{', '.join(map(str, steps))}); the first of them: {passed_over[-1][1]}"
+        )
+
+    return distributed.main_computes(find)
+
+
+def launch_name() -> str:
+    """A name that torchrun's processes keep over restarts; "" without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f", launch {name}" if name else ""
+
+
+def was_restarted(log: Path) -> bool:
+    """Whether the run in the folder is of this launch, and this process therefore not the first:
+    one that was refused must not resume another's when it is restarted.
+
+    torchrun counts no restart where machines only join again, so where restarts are allowed the launch's own name (RDZV_ID) is enough.
+    """
+    allowed = (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        and os.environ["TORCHELASTIC_RUN_ID"] != "none"
+    )
+    return (
+        bool(allowed)
+        and log.is_file()
+        and f"{launch_name()}\n" in log.read_text("utf-8", "replace")
+    )
+
+
+def write_config(cfg, resume_step: int) -> None:
+    """Write config.json; when resuming, say what has changed since the run was started."""
+    path = Path(cfg.output) / "config.json"
+    if resume_step and path.exists():
+        before = read_json(path)
+        for key, value in cfg.items():
+            if before.get(key) != value and key != "global_step":
+                logging.warning(
+                    "resumed with another %s: %r instead of %r", key, value, before.get(key)
+                )
+    with replacing(path) as file:
+        file.write((json.dumps(dict(cfg), indent=2) + "\n").encode())
+
+
+def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -> None:
+    """Raises InputError if this run cannot go on from ``step``, whose ``state`` was read: it is of
+    another method, network or number of classes, or exactly one of the two losses is AdaFace, whose
+    statistics lie in the header."""
+    if state["method"] != method:
+        raise InputError(
+            f"resume: {folder.path} holds a run of {state['method']}, this script "
+            f"trains {method}: take that script, or another output="
+        )
+    config = folder.path / "config.json"
+    # states of earlier versions do not say it themselves
+    before = state.get("settings") or (read_json(config) if config.is_file() else {})
+    now = {key: cfg[key] for key in SETTLED if key in before and before[key] != cfg[key]}
+    if "AdaFace" not in (now.get("loss"), before.get("loss")):
+        now.pop("loss", None)
+    if not now:
+        return
+    backbone, header = folder.file(step, "backbone"), folder.header(step)
+    if now.keys() <= {"loss"}:
+        file, mend = (
+            header,
+            (f"start a new run (another output=) with pretrained_backbone_path={backbone}"),
+        )
+        if method != "AMLDistill":  # whose centres are the teacher's again
+            mend += f" and pretrained_header_path={header}" + (
+                ", put into one file by train/export_header.py" if header.is_dir() else ""
+            )
+    elif now.keys() <= {"loss", "num_classes"}:
+        file, mend = (
+            header,
+            (
+                "go on with the training set of that run, or start a new one "
+                f"(another output=) with pretrained_backbone_path={backbone}"
+            ),
+        )
+    else:
+        file, mend = backbone, "set what it had, or another output= for a new run"
+    then, this = (", ".join(f"{key}={values[key]}" for key in now) for values in (before, now))
+    raise InputError(f"resume: {file} is of a run with {then}, this one has {this}: {mend}")
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or Ctrl-C asks a run to finish its step and save (a second Ctrl-C ends it at
+    once); all ranks agree on the step.
+
+    The ranks' flags are summed on the hosts while the next step computes, so the agreement costs no
+    waiting and comes one step later.
+    """
+
+    def __init__(self):
+        self.received = False
+        self.sum = None
+        self.pending = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def agreed(self) -> bool:
+        """True once any rank was asked to stop; called by all ranks after every step."""
+        if distributed.world_size() == 1:
+            return self.received
+        before = False
+        if self.pending is not None:
+            self.pending.wait()
+            before = bool(self.sum.item())
+        self.sum = torch.tensor([float(self.received)])
+        self.pending = distributed.all_reduce_async(self.sum)
+        return before
