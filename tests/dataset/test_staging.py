@@ -98,6 +98,7 @@ COPY = """
 import logging, os, sys
 sys.path.insert(0, sys.argv[1])
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+from utils.dataset import staging
 staging.PART = 10_000
 write, stop_at = staging.write_part, int(sys.argv[4])
 def telling(file, start, content):
