@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from config.load import ROOT, load_config
 from train import build
+from train.damaged_records import refuse_too_many
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
@@ -146,21 +147,17 @@ def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
     todo = sum(map(len, missing))
     logging.info("%d images to compute, %d are in %s", todo, len(dataset) - todo, output)
 
+    def check_damaged():
+        names = [dataset.name_of(index) for index in writer.replaced()]
+        refuse_too_many(names, cfg.max_bad_records)
+
     def keep(part, features, damaged):
         writer.write(part, features.numpy(), damaged)
-        refuse_too_many(writer.replaced(), dataset, cfg.max_bad_records)
+        check_damaged()
 
-    refuse_too_many(writer.replaced(), dataset, cfg.max_bad_records)
+    check_damaged()
     teacher_pass.run(missing[distributed.rank() :: distributed.world_size()], keep)
     return writer
-
-
-def refuse_too_many(damaged: list[int], dataset, limit: int) -> None:
-    if len(damaged) > limit:
-        raise InputError(
-            f"{len(damaged)} damaged records are more than max_bad_records={limit}: "
-            f"{', '.join(str(dataset.name_of(index)) for index in damaged)}"
-        )
 
 
 def open_writer(output: Path, manifest: dict) -> CacheWriter | None:
