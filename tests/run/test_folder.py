@@ -578,7 +578,7 @@ def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from utils.checkpoint import save
+from utils.run.folder import save
 from utils.errors import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 run(lambda: save({{"weight": torch.ones(1_000_000)}}, Path({str(path)!r})))
