@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from backbones import build_backbone
 from tests.commands import LIMIT
 from utils.errors import InputError
-from utils.run import folder
+from utils.run import folder as run_folder
 from utils.run.folder import RunFolder
 from utils.weights.class_centers import read_kernel
 from utils.weights.load import load_backbone
@@ -574,7 +574,7 @@ def test_shares_that_do_not_make_a_whole(tmp_path):
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     """A file size limit stands for the full disk: the write fails half-way."""
     path = tmp_path / "600backbone.pth"
-    folder.save({"weight": torch.ones(3)}, path)
+    run_folder.save({"weight": torch.ones(3)}, path)
     code = f"""
 import resource, sys, torch
 from pathlib import Path
@@ -621,7 +621,7 @@ def test_which_files_a_run_keeps(tmp_path):
     of epoch ends go alone.
     """
     folder = RunFolder(tmp_path)
-    folder.save({}, tmp_path / "best_backbone.pth")
+    run_folder.save({}, tmp_path / "best_backbone.pth")
     for step in (2, 4, 6, 8, 10):
         folder.save(
             step,
