@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from train.build import input_dtype
+from train.build import input_dtype, memory_format
 from train.feed import Feed
 from train.gradients import FiniteGuard, make_scaler
 from train.progress import Progress
@@ -47,8 +47,7 @@ class Engine:
         self.validation = validation
         self.position = Position()
         self.feed = Feed(cfg, dataset, run.device, input_dtype(cfg, run))
-        layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-        self.backbone = student.to(run.device, memory_format=layout)
+        self.backbone = student.to(run.device, memory_format=memory_format(cfg))
         self.student = wrap(self.backbone, run, cfg.compile)
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
         self.header = header.to(run.device)
