@@ -76,34 +76,32 @@ class Engine:
 
     def train(self) -> None:
         """Train to the last epoch or until a signal asks to stop; verify and save on the way."""
+        cfg, run, step = self.cfg, self.run, self.position.step
         if distributed.is_main():
-            if later := self.run.folder.rewind(self.position.step):
+            if later := run.folder.rewind(step):
+                steps = ", ".join(map(str, later))
                 logging.warning(
-                    "going back to step %d: the states of steps %s are removed",
-                    self.position.step,
-                    ", ".join(map(str, later)),
+                    "going back to step %d: the states of steps %s are removed", step, steps
                 )
-            write_config(self.cfg, self.run.resume_step)
-        self.progress = Progress(
-            self.cfg, self.run.device, self.feed, self.total_steps, self.position.step
-        )
+            write_config(cfg, run.resume_step)
+        self.progress = Progress(cfg, run.device, self.feed, self.total_steps, step)
         stop = StopRequest()
-        if self.cfg.run_eval_at_start and self.position.step == 0:
+        if cfg.run_eval_at_start and step == 0:
             self.verify()
             self.run_benchmarks(self.position.epoch)
         try:
-            with Watch(self.cfg.timeout):
+            with Watch(cfg.timeout):
                 self.make_up_for_benchmarks()
                 self.train_epochs(stop)
         finally:
             self.feed.close()
         step = self.position.step
-        if self.position.epoch < self.cfg.num_epoch:
+        if self.position.epoch < cfg.num_epoch:
             logging.info(
                 "Stopped by a signal at step %d of %d; go on with --resume", step, self.total_steps
             )
         else:
-            logging.info("Finished at step %d: %s", step, self.run.folder.file(step, "backbone"))
+            logging.info("Finished at step %d: %s", step, run.folder.file(step, "backbone"))
         self.progress.close()
 
     def train_epochs(self, stop: StopRequest) -> None:

@@ -1,4 +1,4 @@
-"""The configuration: where values come from, which of them wins, and how mistakes are told."""
+"""The configuration: where values come from, which of them wins, and how mistakes are reported."""
 
 import json
 import re
@@ -225,8 +225,8 @@ def test_the_last_override_wins():
     ],
 )
 def test_command_line_words(text, key, value):
-    found = load_config(DEFAULTS, [text])[key]
-    assert found == value and type(found) is type(value)
+    parsed = load_config(DEFAULTS, [text])[key]
+    assert parsed == value and type(parsed) is type(value)
 
 
 def test_paths_start_at_the_root_in_files_and_at_the_current_directory_on_the_command_line(
@@ -367,7 +367,7 @@ def test_bad_combinations(overrides, message):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         (
             ["batch_size=1"],
@@ -390,17 +390,17 @@ def test_bad_combinations(overrides, message):
         (["device=mps:1"], "device='mps:1' is unknown: auto, cpu, cuda, cuda:N or mps"),
     ],
 )
-def test_what_training_cannot_do(words, message, monkeypatch):
+def test_what_training_cannot_do(arguments, message, monkeypatch):
     """Other commands may: evaluation takes one image at a time, and the configuration of a run on
     another device.
     """
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(InputError, match=message):
         parse_arguments("", "AdaDistill")
-    if "mps:1" not in words[0]:
+    if "mps:1" not in arguments[0]:
         assert (
             load_config(
-                DEFAULTS, ["val_batch_size=1", *(word for word in words if "=" in word)]
+                DEFAULTS, ["val_batch_size=1", *(text for text in arguments if "=" in text)]
             ).val_batch_size
             == 1
         )

@@ -53,8 +53,8 @@ def save(content, path: Path) -> Path:
     return path
 
 
-def assert_holds(found: torch.nn.Module, weights) -> None:
-    for key, value in found.state_dict().items():
+def assert_holds(student: torch.nn.Module, weights) -> None:
+    for key, value in student.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
 
@@ -146,10 +146,9 @@ def test_lightning_checkpoint_without_lightning(weights, tmp_path, lightning):
     safe = set(torch.serialization.get_safe_globals())
     assert "pytorch_lightning" not in sys.modules
     assert load_backbone(network(), path, "test").place == "state_dict under model."
-    found = read_tensors(path, "test")
-    assert found["hyper_parameters"] == {"arch": "ir_50", "m": 0.4} and not hasattr(
-        found["hparams"], "lr"
-    ), "plain values stay, objects are empty"
+    kept = read_tensors(path, "test")
+    assert kept["hyper_parameters"] == {"arch": "ir_50", "m": 0.4}, "plain values stay"
+    assert not hasattr(kept["hparams"], "lr"), "objects are empty"
     with pytest.raises(InputError, match="it asks to load print"):
         read_tensors(tmp_path / "hook.ckpt", "test")
     assert set(torch.serialization.get_safe_globals()) == safe, (
@@ -413,8 +412,8 @@ HEADERS = {
 
 @pytest.mark.parametrize("file, content", HEADERS.values(), ids=HEADERS)
 def test_class_centres(tmp_path, file, content):
-    found = read_kernel(save(content, tmp_path / file), "teacher header", SIZE, 5)
-    assert found.dtype == torch.float32 and torch.equal(found, CENTERS.half().float())
+    kernel = read_kernel(save(content, tmp_path / file), "teacher header", SIZE, 5)
+    assert kernel.dtype == torch.float32 and torch.equal(kernel, CENTERS.half().float())
 
 
 def test_the_key_decides_which_axis_the_classes_are(tmp_path):

@@ -14,6 +14,10 @@ from utils.weights.kinds import UNREADABLE
 from utils.weights.load import load_backbone
 from utils.weights.read import read_tensors
 
+HALF_WRITTEN = re.compile(
+    r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)"
+    r"\.tmp-\d+"
+)
 GO_ON = "earlier checkpoints are untouched, go on with --resume"
 
 
@@ -103,10 +107,7 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove what a killed run left half written."""
         for leftover in self.path.glob("*.tmp*"):
-            if re.fullmatch(
-                r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)\.tmp-\d+",
-                leftover.name,
-            ):
+            if HALF_WRITTEN.fullmatch(leftover.name):
                 leftover.unlink()
             elif re.fullmatch(r"\d+header\.tmp", leftover.name):
                 shutil.rmtree(leftover)
