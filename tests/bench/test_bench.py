@@ -52,6 +52,7 @@ def test_data_ways_agree_in_processes_of_their_own(tmp_path):
     ]
 
 
+@pytest.mark.processes
 def test_a_way_that_fails_is_no_figure(capfd):
     with (
         Process(

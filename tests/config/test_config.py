@@ -469,6 +469,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path, name, text):
     assert load_config(tmp_path / name).loss == "CosFace"
 
 
+@pytest.mark.processes
 def test_a_script_shows_a_mistake_as_one_line(tmp_path):
     """From another directory; before the output folder is made."""
     done = subprocess.run(

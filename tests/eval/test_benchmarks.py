@@ -30,7 +30,7 @@ FULL, BATCH, STANDALONE = (
 HOW = ["--device", "cpu", "network=mobilefacenet", "embedding_size=32"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

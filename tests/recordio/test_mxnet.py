@@ -30,6 +30,7 @@ def mxnet_python():
     return ROOT / ".venv-mxnet" / "bin" / "python"
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(900)  # the first call downloads MXNet
 def test_both_directions_with_the_real_mxnet(mxnet_python, tmp_path):
     result = subprocess.run(

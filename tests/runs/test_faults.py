@@ -66,6 +66,7 @@ def same(folder, other) -> bool:
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "what, message",
     [
@@ -94,6 +95,7 @@ def test_a_run_restarted_by_torchrun_ends_with_the_same_weights(
     assert same(tmp_path, straight) and not list(tmp_path.glob("*.tmp*"))
 
 
+@pytest.mark.processes
 def test_a_rank_that_hangs_is_named(faces, straight, tmp_path):
     output = run(
         INTERFERE,
@@ -149,6 +151,7 @@ def test_who_is_named(before, after, message, monkeypatch, capsys):
     )
 
 
+@pytest.mark.processes
 def test_damaged_states_are_passed_over(faces, straight, tmp_path):
     """Cut off, and with one wrong byte: the state before is used, and the log says so; where none
     is left, that is the message.
@@ -182,6 +185,7 @@ def test_damaged_states_are_passed_over(faces, straight, tmp_path):
     assert output.startswith("error: resume: no state in") and output.count("\n") == 1
 
 
+@pytest.mark.processes
 def test_headers_in_shares_resume_bit_for_bit_and_move_between_ranks(faces, tmp_path):
     """Sampled classes and centres rounded at random too.
 

@@ -20,6 +20,8 @@ from data.synth.render_pool import open_studio
 from tests.commands import LIMIT, ROOT, environment, run
 from tests.warm_python import kill_tree
 
+pytestmark = pytest.mark.processes
+
 OPTIONS = [
     "dataset=synthetic",
     "embedding_size=32",
