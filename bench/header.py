@@ -69,9 +69,9 @@ class Ours(Step):
 
     def limit(self) -> dict:
         """The two matrix products and one softmax that no way can do without."""
-        logits = self.header.centers.buffer.take(B, C, self.device)
+        logits = self.header.centers.matrix.take(B, C, self.device)
         weight = self.header.centers.weight.detach()
         torch.mm(self.features, weight.t(), out=logits)
         gradient = torch.softmax(logits, 1) @ weight
-        self.header.centers.buffer.give_back(logits)
+        self.header.centers.matrix.give_back(logits)
         return dict(size=gradient.shape[1])

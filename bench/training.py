@@ -14,13 +14,13 @@ from backbones import build_backbone
 from bench.data_path import write_set
 from bench.plain import PlainAdaDistill, PlainSet
 from bench.processes import run_tool
-from config.schema import parse_arguments
+from config.load import parse_arguments
 from train import build, start_up
 from train.engine import Engine
+from train.validation import Validation
 from utils import distributed
 from utils.dataset.records import MXFaceDataset
 from utils.inputs import to_input
-from utils.losses import build_header
 
 D, C = 512, 85_742
 
@@ -174,36 +174,36 @@ class Ours(Way):
         cfg, _ = parse_arguments(__doc__, "AdaDistill")
         self.context = start_up.start(cfg, False)
         run = self.context.__enter__()
-        dataset, validation = build.build_dataset(cfg), build.load_validation(cfg)
+        dataset = build.build_dataset(cfg)
+        cfg = build.with_classes(cfg, dataset)
+        validation = Validation(cfg)
         torch.manual_seed(0)
         student = build.build_student(cfg)
-        header = build_header(
-            "AdaDistill", cfg.loss, cfg.embedding_size, cfg.num_classes, **build.header_options(cfg)
-        )
+        header = build.build_header(cfg, "AdaDistill")
         teacher = build.open_teacher(cfg, run, dataset)
 
         def loss_of(student, batch, epoch):
             return header(student(batch.images), batch.labels, teacher(batch), epoch)
 
         self.engine = Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation)
-        self.engine.open_window()
-        self.source = self.engine.read_batches()
+        self.feed = self.engine.feed
+        self.source = self.feed.read(self.engine.position)
         self.student = self.engine.backbone
         self.alone = None
 
     def loss_of_first(self):
-        self.engine.cfg.flip = False
-        first = self.engine.inputs_of(
-            self.engine.loader.dataset.dataset.__getitems__(range(self.batch)), 0
+        self.feed.cfg.flip = False
+        first = self.feed.to_inputs(
+            self.feed.loader.dataset.dataset.__getitems__(range(self.batch)), 0, 0
         )
-        self.engine.cfg.flip = True
+        self.feed.cfg.flip = True
         return self.engine.loss_of(self.engine.student, first, 0.0)[0]
 
     def train_step(self):
-        before = self.engine.waited
+        before = self.feed.waited
         loss, _ = self.engine.train_step(self.source)
-        self.waited += self.engine.waited - before
-        self.engine.step += 1
+        self.waited += self.feed.waited - before
+        self.engine.position.step += 1
         return loss
 
     def limit(self) -> dict:
@@ -235,7 +235,6 @@ class Ours(Way):
         return dict(teraflops=2 * n**3 * rounds / (time.perf_counter() - started) / 1e12)
 
     def close(self):
-        from utils.dataset.workers import end_workers
 
-        end_workers(self.engine.reading)
+        self.feed.close()
         distributed.shutdown()

@@ -72,7 +72,7 @@ config.use_geom_margin = False
 config.geom_margin_w = 1.0
 config.geom_margin_k = 3.0
 # epochs until the geometry margin counts fully; 0: at once
-config.geom_margin_warmup_epoch = 1
+config.geom_margin_warmup_epoch = 1.0
 # share of the classes in each softmax, those of the batch always among them (Partial FC)
 config.sample_rate = 1.0
 # where class centres and their momentum lie: "auto" (with the network), "cpu" (the host's memory,

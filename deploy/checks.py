@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config.schema import load_config
+from config.load import load_config
 from deploy.images import draw_images, read_images
 from deploy.measure import agreement, measure, megabytes
 from deploy.model import Model, load_model

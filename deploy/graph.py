@@ -241,7 +241,7 @@ class Edit:
         names = [f"{value}_{what}" for what in ("map", "rows", "columns", "tall", "wide")]
         height, width = self.sizes[value]
         self.weights |= dict(
-            zip(names, (corners.astype(np.float32), spread(height), spread(width)), strict=True)
+            zip(names, (corners.astype(np.float32), spread(height), spread(width)), strict=False)
         )
         conv.output[0] = plain
         node = self.onnx.helper.make_node

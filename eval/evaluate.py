@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from easydict import EasyDict
 
-from config.schema import ROOT, load_config, read_json
+from config.load import ROOT, load_config, read_json
 from eval.benchmarks import KINDS, make, run_benchmark
 from eval.report.files import prepare_folder
 from utils import distributed

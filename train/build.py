@@ -4,21 +4,20 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from easydict import EasyDict
 
 from backbones import build_backbone
-from eval.benchmarks import benchmarks_of
-from eval.verification import load_targets
 from train.start_up import Run
-from utils import distributed
+from utils import distributed, losses
 from utils.dataset.classes import check_classes
 from utils.dataset.folder import FaceDatasetFolder
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.staging import stage
 from utils.errors import InputError
 from utils.files import replacing
+from utils.losses import Header
 from utils.precision import PRECISIONS, autocast
 from utils.recordio.files import find_folders
 from utils.teacher.cache import TeacherCache, open_cache, read_manifest
@@ -39,11 +38,9 @@ def build_dataset(cfg):
     if cfg.db_file_format == "folder":
         dataset = FaceDatasetFolder(cfg.data_path, cfg.sample or None)
     else:
-        rec = (
-            distributed.once_per_node(lambda: stage_records(cfg.rec, cfg.stage_to))
-            if cfg.stage_to
-            else cfg.rec
-        )
+        rec = cfg.rec
+        if cfg.stage_to:
+            rec = distributed.once_per_node(lambda: stage_records(cfg.rec, cfg.stage_to))
         dataset = MXFaceDataset(rec, cfg.rec_backend, cfg.num_classes or None, cfg.rec_labels)
     if cfg.num_classes and cfg.num_classes < dataset.num_classes:
         raise InputError(
@@ -59,11 +56,15 @@ def build_dataset(cfg):
         logging.warning(
             "%s holds %d images, num_image says %d", dataset.root_dir, len(dataset), cfg.num_image
         )
-    cfg.num_classes = cfg.num_classes or dataset.num_classes
     logging.info(
         "%d images of %d classes in %s", len(dataset), dataset.num_classes, dataset.root_dir
     )
     return dataset
+
+
+def with_classes(cfg, dataset):
+    """The configuration with the number of classes of ``dataset``, where it leaves that open."""
+    return EasyDict(cfg, num_classes=cfg.num_classes or dataset.num_classes)
 
 
 def stage_records(rec: str | list[str], to: str) -> list[str]:
@@ -112,8 +113,8 @@ def load_pretrained_backbone(student: torch.nn.Module, cfg) -> None:
         logging.info("Its first layer takes RGB now")
 
 
-def header_options(cfg) -> dict:
-    """The keyword arguments of build_header that the configuration sets."""
+def build_header(cfg, method: str) -> Header:
+    """The header of ``method`` as the configuration describes it."""
     names = (
         "s",
         "m",
@@ -126,9 +127,14 @@ def header_options(cfg) -> dict:
         "geom_margin_warmup_epoch",
         "sample_rate",
     )
-    return {name: cfg[name] for name in names} | dict(
+    return losses.build_header(
+        method,
+        cfg.loss,
+        cfg.embedding_size,
+        cfg.num_classes,
         centers_dtype=PRECISIONS[cfg.centers_precision] or torch.float32,
         centers_on_host=cfg.centers_device == "cpu",
+        **{name: cfg[name] for name in names},
     )
 
 
@@ -202,11 +208,14 @@ def open_teacher(cfg, run: Run, dataset):
 
 
 def input_dtype(cfg, run: Run) -> torch.dtype:
-    """bfloat16 where the first convolution of every network would round the images to it anyway;
-    float32 for all else that reads them.
+    """bfloat16 where the first convolution of every network rounds the images to it anyway.
+
+    float32 for all else that reads them: augmentation, a live ONNX teacher.
     """
-    others = cfg.augment or cfg.teacher.startswith(ONNX) and not cfg.teacher_embeddings
-    return torch.bfloat16 if run.precision == "bf16" and not others else torch.float32
+    live_onnx = cfg.teacher.startswith(ONNX) and not cfg.teacher_embeddings
+    if run.precision == "bf16" and not cfg.augment and not live_onnx:
+        return torch.bfloat16
+    return torch.float32
 
 
 def keep_to_one_teacher(run: Run, digest: str) -> None:
@@ -264,21 +273,3 @@ def open_teacher_cache(cfg, dataset) -> TeacherCache:
     cache = open_cache(path, dataset, digest, cfg.color_space, repository_of(cfg))
     logging.info("Teacher features from %s", cache.describe())
     return cache
-
-
-class Validation(NamedTuple):
-    """What a run is measured on: {name: (images, issame)} of the pair sets, and IJB and
-    TinyFace.
-    """
-
-    pair_sets: dict
-    benchmarks: list
-
-
-def load_validation(cfg) -> Validation:
-    """Read and check everything that is to be measured, before the first step: a set that is
-    missing or damaged must not end a run after hours.
-    """
-    return Validation(
-        load_targets(cfg.val_rec, cfg.val_targets) if cfg.val_targets else {}, benchmarks_of(cfg)
-    )

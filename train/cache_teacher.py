@@ -29,7 +29,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from config.schema import ROOT, load_config
+from config.load import ROOT, load_config
 from train import build
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed

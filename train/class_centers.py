@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config.schema import ROOT, load_config
+from config.load import ROOT, load_config
 from train import build
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
@@ -42,6 +42,7 @@ def main():
     output = distributed.main_computes(lambda: prepare_output(Path(cfg.output)))
     patient = distributed.patient_group()
     dataset = build.build_dataset(cfg)
+    cfg = build.with_classes(cfg, dataset)
     parts = [
         range(first, min(first + PART, len(dataset))) for first in range(0, len(dataset), PART)
     ][distributed.rank() :: distributed.world_size()]

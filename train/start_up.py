@@ -1,6 +1,4 @@
-"""What every training script does before its method: ranks, device, output folder, log, data,
-student.
-"""
+"""What every training script does first: ranks, device, output folder, log, where to resume."""
 
 import json
 import logging
@@ -15,7 +13,7 @@ from typing import NamedTuple
 import cv2
 import torch
 
-from config.schema import read_json
+from config.load import read_json
 from utils import distributed
 from utils.dataset.workers import STOP_SIGNALS
 from utils.errors import InputError
@@ -23,11 +21,6 @@ from utils.files import replacing
 from utils.precision import choose_precision
 from utils.run.folder import RunFolder
 from utils.run.log import start_log
-
-# What weights are made for: a run cannot go on from its own with another value, but for most
-# losses.
-SETTLED = ("network", "SE", "embedding_size", "num_classes", "loss")
-
 
 # how long ranks may see different files in the shared folder
 STALE_LOOKS, STALE_SECONDS = 12, 5
@@ -44,16 +37,16 @@ class Run(NamedTuple):
 
 @contextmanager
 def start(cfg, resume: bool):
-    """Join the other ranks, take the device, prepare ``cfg.output``, start the log and seed the
-    weights; leave the ranks at the end.
+    """Join the ranks, take the device, prepare ``cfg.output``, start the log, seed the weights.
+
+    At the end, leave the ranks.
     """
-    cv2.setNumThreads(0)  # images of 112x112 are too small to share out among threads
-    device = distributed.init(
-        cfg.device,
-        max(distributed.TIMEOUT, timedelta(minutes=cfg.timeout + 5))
-        if cfg.timeout
-        else distributed.PATIENCE,
-    )
+    # images of 112x112 are too small to share out among threads
+    cv2.setNumThreads(0)
+    patience = distributed.PATIENCE
+    if cfg.timeout:
+        patience = max(distributed.TIMEOUT, timedelta(minutes=cfg.timeout + 5))
+    device = distributed.init(cfg.device, patience)
     precision = choose_precision(cfg.precision, device)
     folder = RunFolder(cfg.output)
     resume_step, passed_over = where_to_resume(folder, cfg.global_step, resume)
@@ -124,7 +117,7 @@ def agreed_steps(folder: RunFolder) -> list[int]:
 
     A network file system may show a machine what it looked like half a minute ago.
     """
-    for attempt in range(1 + STALE_LOOKS):
+    for _ in range(1 + STALE_LOOKS):
         steps = folder.complete_steps()
         found = distributed.all_gather_object(steps)
         if all(other == steps for other in found):
@@ -164,21 +157,18 @@ def launch_name() -> str:
 
 
 def was_restarted(log: Path) -> bool:
-    """Whether the run in the folder is of this launch, and this process therefore not the first:
-    one that was refused must not resume another's when it is restarted.
+    """Whether the run in the folder is of this launch, and this process so not the first.
 
-    torchrun counts no restart where machines only join again, so where restarts are allowed the launch's own name (RDZV_ID) is enough.
+    One that was refused must not resume another's when it is restarted. torchrun counts no restart
+    where machines only join again, so where restarts are allowed the launch's own name (RDZV_ID)
+    is enough.
     """
-    allowed = (
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        or int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        and os.environ["TORCHELASTIC_RUN_ID"] != "none"
-    )
-    return (
-        bool(allowed)
-        and log.is_file()
-        and f"{launch_name()}\n" in log.read_text("utf-8", "replace")
-    )
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if not restarts:
+        most = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if not most or os.environ["TORCHELASTIC_RUN_ID"] == "none":
+            return False
+    return log.is_file() and f"{launch_name()}\n" in log.read_text("utf-8", "replace")
 
 
 def write_config(cfg, resume_step: int) -> None:
@@ -193,47 +183,6 @@ def write_config(cfg, resume_step: int) -> None:
                 )
     with replacing(path) as file:
         file.write((json.dumps(dict(cfg), indent=2) + "\n").encode())
-
-
-def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -> None:
-    """Raises InputError if this run cannot go on from ``step``, whose ``state`` was read: it is of
-    another method, network or number of classes, or exactly one of the two losses is AdaFace, whose
-    statistics lie in the header."""
-    if state["method"] != method:
-        raise InputError(
-            f"resume: {folder.path} holds a run of {state['method']}, this script "
-            f"trains {method}: take that script, or another output="
-        )
-    config = folder.path / "config.json"
-    # states of earlier versions do not say it themselves
-    before = state.get("settings") or (read_json(config) if config.is_file() else {})
-    now = {key: cfg[key] for key in SETTLED if key in before and before[key] != cfg[key]}
-    if "AdaFace" not in (now.get("loss"), before.get("loss")):
-        now.pop("loss", None)
-    if not now:
-        return
-    backbone, header = folder.file(step, "backbone"), folder.header(step)
-    if now.keys() <= {"loss"}:
-        file, mend = (
-            header,
-            (f"start a new run (another output=) with pretrained_backbone_path={backbone}"),
-        )
-        if method != "AMLDistill":  # whose centres are the teacher's again
-            mend += f" and pretrained_header_path={header}" + (
-                ", put into one file by train/export_header.py" if header.is_dir() else ""
-            )
-    elif now.keys() <= {"loss", "num_classes"}:
-        file, mend = (
-            header,
-            (
-                "go on with the training set of that run, or start a new one "
-                f"(another output=) with pretrained_backbone_path={backbone}"
-            ),
-        )
-    else:
-        file, mend = backbone, "set what it had, or another output= for a new run"
-    then, this = (", ".join(f"{key}={values[key]}" for key in now) for values in (before, now))
-    raise InputError(f"resume: {file} is of a run with {then}, this one has {this}: {mend}")
 
 
 class StopRequest:

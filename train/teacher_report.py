@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config.schema import ROOT, load_config
+from config.load import ROOT, load_config
 from eval import verification
 from eval.embed import embed
 from train import build

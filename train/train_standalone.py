@@ -13,21 +13,21 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from config.schema import parse_arguments
+from config.load import parse_arguments
 from train import build, start_up
 from train.engine import Engine
+from train.validation import Validation
 from utils.errors import run as run_main
-from utils.losses import build_header
 
 
 def main():
     cfg, resume = parse_arguments(__doc__, "standalone")
     with start_up.start(cfg, resume) as run:
-        dataset, validation = build.build_dataset(cfg), build.load_validation(cfg)
+        dataset = build.build_dataset(cfg)
+        cfg = build.with_classes(cfg, dataset)
+        validation = Validation(cfg)
         student = build.build_student(cfg)
-        header = build_header(
-            "standalone", cfg.loss, cfg.embedding_size, cfg.num_classes, **build.header_options(cfg)
-        )
+        header = build.build_header(cfg, "standalone")
         build.load_pretrained_centers(header, cfg)
 
         def loss_of(student, batch, epoch):

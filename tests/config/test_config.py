@@ -8,7 +8,8 @@ import sys
 import pytest
 from easydict import EasyDict
 
-from config.schema import KEYS, ROOT, load_config, parse_arguments
+from config import rules
+from config.load import ROOT, load_config, parse_arguments, read_file
 from tests.commands import LIMIT, environment
 from tests.warm_python import python
 from utils.errors import InputError
@@ -54,7 +55,7 @@ def refused(message, path=DEFAULTS, *overrides):
 
 def test_every_specified_key_has_a_default():
     cfg = load_config(DEFAULTS)
-    assert isinstance(cfg, EasyDict) and set(cfg) == set(KEYS)
+    assert isinstance(cfg, EasyDict) and set(cfg) == set(rules.types_of(*read_file(DEFAULTS)))
     assert set(SPECIFIED) <= set(cfg)
     expected = dict(
         s=64.0,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
-from config.schema import load_config
+from config.load import load_config
 from tests.commands import ROOT
 from tests.recordio.test_recordio import GOLDEN, STYLES
 from train.build import build_dataset

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from config.schema import load_config
+from config.load import load_config
 from data.make_synthetic import write_training_set
 from data.synth.render_pool import open_studio
 from tests.commands import ROOT, run
@@ -358,7 +358,7 @@ def train_noting_images(what):
             yield batch
 
     def noting_step(self, source):
-        if what == "stop" and self.step == 1:
+        if what == "stop" and self.position.step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return train_step(self, noted(source))
 

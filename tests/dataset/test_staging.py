@@ -12,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from config.schema import load_config
+from config.load import load_config
 from data.make_synthetic import write_training_set
 from data.synth.render_pool import open_studio
 from tests.commands import ROOT, run

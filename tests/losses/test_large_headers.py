@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.rounding import UBF16, U, logit
 from utils import distributed
 from utils.losses import build_header
-from utils.losses.centers import AdaptiveCenters, store
+from utils.losses.center_storage import store
 from utils.precision import float64_device
 
 SIZE, CLASSES = 8, 41
@@ -210,7 +210,7 @@ def test_float64_is_computed_in_one_place_only(method, rate, monkeypatch):
     def in_float32(moved, same):
         return same.float() @ moved / same.sum(1, keepdim=True).clamp_min(1)
 
-    monkeypatch.setattr(AdaptiveCenters, "mean_of_same", staticmethod(in_float32))
+    monkeypatch.setattr("utils.losses.centers.mean_of_same", in_float32)
     header = build_header(
         method, "AdaFace", SIZE, CLASSES, sample_rate=rate, use_geom_margin=method != "standalone"
     )

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from config.schema import load_config
+from config.load import load_config
 from tests.commands import ROOT
 from tests.dataset.test_dataset import copy_set, jpeg, write_set
 from tests.recordio.test_recordio import GOLDEN, SPANS

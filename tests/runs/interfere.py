@@ -50,7 +50,7 @@ elif what == "fail" and RANK == 1:
     build.build_dataset = failing_dataset
 
     def failing_step(self, source):
-        if self.step + 1 == int(value):
+        if self.position.step + 1 == int(value):
             raise InputError("rank 1 cannot go on")
         return train_step(self, source)
 
@@ -61,7 +61,7 @@ elif what == "die" and RANK == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT"
     train_step = Engine.train_step
 
     def dying_step(self, source):
-        if self.step + 1 == int(value):
+        if self.position.step + 1 == int(value):
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(self, source)
 
@@ -81,7 +81,7 @@ elif what == "hang" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     Watch.__enter__ = patient_enter
 
     def hanging_step(self, source):
-        if self.step + 1 == int(value):
+        if self.position.step + 1 == int(value):
             watches[0].seconds = watches[0].limit
             if RANK == 1:
                 time.sleep(600)
@@ -94,7 +94,7 @@ elif what == "hold":
     train_step = Engine.train_step
 
     def holding_step(self, source):
-        if self.step == int(value):
+        if self.position.step == int(value):
             time.sleep(600)
         return train_step(self, source)
 
@@ -111,9 +111,9 @@ elif what == "full" and RANK == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT
 
     RunFolder.save = failing_save
 elif what == "benchmark" and RANK == int(value):
-    from train import engine
+    from train import validation
 
-    engine.run_benchmark = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+    validation.run_benchmark = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
 elif what == "nowrite" and RANK > 0:
 
     def watch(event, arguments):

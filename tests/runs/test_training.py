@@ -17,7 +17,7 @@ import torch
 from easydict import EasyDict
 
 from backbones import build_backbone
-from config.schema import load_config
+from config.load import load_config
 from data.make_synthetic import write_pair_set, write_training_set
 from data.synth.render_pool import open_studio
 from tests import rounding
@@ -25,7 +25,8 @@ from tests.commands import LIMIT, ROOT, command, environment, run, run_until
 from train import build
 from train.build import input_dtype
 from train.engine import learning_rate
-from train.start_up import Run, check_settled
+from train.run_state import check_settled
+from train.start_up import Run
 from utils.augment import augment
 from utils.dataset.order import EpochBatches, mirrored
 from utils.dataset.records import MXFaceDataset
@@ -220,7 +221,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from train.engine import Engine
 step = Engine.train_step
 def dying(self, source):
-    if self.step == 6 and not pathlib.Path({str(flag)!r}).exists():
+    if self.position.step == 6 and not pathlib.Path({str(flag)!r}).exists():
         pathlib.Path({str(flag)!r}).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, source)

@@ -77,7 +77,7 @@ def test_a_cached_repository_without_a_network(tmp_path):
     torch.save(IMAGES, tmp_path / "images.pth")
     code = """
 import json, sys, torch
-import config.schema
+import config.load
 from easydict import EasyDict
 from utils.errors import InputError
 from utils.teacher import load_teacher

@@ -22,7 +22,7 @@ from tests import rounding
 from tests.commands import ROOT, run, run_until
 from tests.rounding import U
 from train import build, cache_teacher, class_centers
-from train.engine import features_shown
+from train.feed import features_shown
 from utils.dataset.base import keep_batch
 from utils.dataset.records import MXFaceDataset
 from utils.errors import InputError
@@ -531,7 +531,7 @@ if __name__ == "__main__":
             time.sleep(600)
 
         def train_five(self, *arguments):
-            if self.step == 5:
+            if self.position.step == 5:
                 time.sleep(600)
             return train_step(self, *arguments)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from config.schema import load_config, parse_arguments
+from config.load import load_config, parse_arguments
 from tests.commands import LIMIT, ROOT, command, environment
 from tests.teacher.test_teacher_cache import (
     CACHE,

@@ -1,6 +1,4 @@
-"""Header = where the class centres come from (centers.py) x what the margin does to the own cosine
-(margins.py).
-"""
+"""Header = where the class centres come from (centers.py) x what the margin does (margins.py)."""
 
 from functools import partial
 
@@ -10,37 +8,35 @@ from torch import nn
 
 from utils import distributed
 from utils.errors import InputError, nearest
-from utils.losses.centers import CENTERS, AdaptiveCenters, cosine_to_own_center
-from utils.losses.margins import MARGINS, AdaFace
-from utils.losses.softmax import MarginSoftmaxLoss
+from utils.losses.centers import CENTERS, cosine_to_own_center
+from utils.losses.margins import MARGINS
+from utils.losses.softmax import margin_softmax
 
 
 class Header(nn.Module):
     """Cross-entropy over s * margin(cos(features, centres)), on any number of ranks.
 
-    header(features, labels, features_t=None, epoch=0.0) -> (loss, stats) features (b, D) raw
-        student features and labels (b,) of this rank; features_t (b, D) raw teacher features, which
-        AdaDistill and the geometry margin need; epoch: fractional, for the geometry margin's
-        warm-up. loss: 0-d float32, the mean over the global batch, the same on all ranks. stats:
-        0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill), margin_scaler
-        (AdaFace), geom (geometry margin).
+    header(features, labels, features_t=None, epoch=0.0) -> (loss, stats)
+        features (b, D) raw student features and labels (b,) of this rank; features_t (b, D) raw
+        teacher features, which AdaDistill and the geometry margin need; epoch: fractional, for the
+        geometry margin's warm-up. loss: 0-d float32, the mean over the global batch, the same on
+        all ranks. stats: 0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill);
+        margin_scaler (AdaFace); geom (geometry margin).
     Everything here is float32, under autocast too: a cosine rounded to bf16 moves a logit by 0.1.
     Feature gradients come times the world size, so that DistributedDataParallel's average is the
     gradient of that mean.
     """
 
-    def __init__(self, centers, margin, s, adaptive_alpha, geometry, sample_rate):
+    def __init__(self, centers, margin, s, geometry, sample_rate):
         super().__init__()
         self.centers = centers
         self.margin = margin
         self.s = s
-        self.adaptive_alpha = adaptive_alpha
         self.geometry = geometry
         self.sample_rate = sample_rate
 
     def forward(self, features, labels, features_t=None, epoch=0.0):
-        adaptive = isinstance(self.centers, AdaptiveCenters)
-        if features_t is None and (adaptive or self.geometry):
+        if features_t is None and (self.centers.follows_teacher or self.geometry):
             raise ValueError(
                 "AdaDistill and the geometry margin need the teacher's features: "
                 "header(features, labels, features_t)"
@@ -49,113 +45,76 @@ class Header(nn.Module):
             features = distributed.gather_features(features.float())
             labels = distributed.all_gather(labels)
             check_labels(labels, self.centers.num_classes)
-            mine, columns = self.centers.locate(labels)
+            place = self.centers.locate(labels)
             norms = features.norm(dim=1)
             features = F.normalize(features)
+
             stats, geom = {}, None
             if features_t is not None:
                 teacher = F.normalize(distributed.all_gather(features_t.detach().float()))
-                followed = (features.detach() * teacher).sum(1).clamp(-1, 1)
-                confidence = cosine_to_own_center(teacher, self.centers, mine, columns).clamp(
-                    1e-6, 1
-                )
-            if self.geometry:
-                geom = stats["geom"] = self.geometry(confidence, followed, epoch)
-            if adaptive:
-                alpha = (followed * confidence if self.adaptive_alpha else followed).clamp(1e-6, 1)
-                if self.training:
-                    self.centers.update(teacher, alpha, mine, columns)
-                stats.update(alpha=alpha, lam=confidence, cos_st=followed)
-            chosen, columns = self.sampled(mine, columns)
-            loss = MarginSoftmaxLoss.apply(
-                features,
-                self.centers.weight,
-                self.centers,
-                chosen,
-                mine,
-                columns,
-                partial(self.apply_margin, norms, geom, stats),
-                self.s,
-                self.margin.clip,
+                cos_st = (features.detach() * teacher).sum(1).clamp(-1, 1)
+                # of the centres before they move
+                lam = cosine_to_own_center(teacher, self.centers, place).clamp(1e-6, 1)
+                if self.geometry:
+                    geom = stats["geom"] = self.geometry(lam, cos_st, epoch)
+                stats |= self.centers.follow(teacher, cos_st, lam, place)
+
+            chosen, place = self.centers.sample(place, self.sample_rate)
+            margin = partial(self.margin, norms=norms, geom=geom)
+            loss, margin_stats = margin_softmax(
+                features, self.centers, chosen, place, margin, self.s, self.margin.clip
             )
+            stats |= margin_stats
         return loss, {name: value.detach().mean() for name, value in stats.items()}
 
-    def apply_margin(self, norms, geom, stats, cosine):
-        target, margin_stats = self.margin(cosine, norms, geom)
-        stats.update(margin_stats)
-        return target
-
-    def sampled(self, mine, columns):
-        """All centres of this rank, or with sample_rate < 1 that share of them: those in the batch
-        and others drawn at random (Partial FC, An et al. 2022).
-
-        Returns (the chosen rows of ``weight`` ascending, or None for all; the columns of the batch
-        among them). A share smaller than the global batch has the batch's size: how many classes a
-        batch really has here is known to the GPU alone.
-        """
-        count, device = len(self.centers.weight), self.centers.weight.device
-        wanted = max(round(self.sample_rate * count), min(len(columns), count))
-        if self.sample_rate == 1 or wanted == count:
-            return None, columns
-        positives = columns.to(device), torch.where(mine, 2.0, 0.0).to(device)
-        # the positives always come along
-        chance = torch.rand(count, device=device).scatter_reduce_(0, *positives, "amax")
-        chosen = chance.topk(wanted, sorted=False).indices.sort().values
-        return chosen, torch.searchsorted(chosen, columns.to(device)).clamp_(max=wanted - 1).to(
-            columns.device
-        )
-
     def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
-        """{"kernel": (D, C) float32 on the CPU, and AdaFace's batch_mean and batch_std}; a
-        collective, called on all ranks.
+        """{"kernel": (D, C) float32 on the CPU, and AdaFace's batch_mean and batch_std}.
+
+        A collective, called on all ranks.
         """
         state = {} if destination is None else destination
         state[prefix + "kernel"] = self.centers.whole(self.centers.weight).float()
         return self.margin.state_dict(destination=state, prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state: dict, strict: bool = True):
-        """Take back what ``state_dict`` gives, whole, on any number of ranks; strict=False passes
-        over missing statistics and over keys of other headers.
+        """Take back what ``state_dict`` gives, whole, on any number of ranks.
 
-        Returns (missing_keys, unexpected_keys). Errors: InputError naming keys or shapes that
-        differ.
+        strict=False passes over missing statistics and over keys of other headers. Returns
+        (missing_keys, unexpected_keys). Raises InputError naming keys or shapes that differ.
         """
         expected = ["kernel", *self.margin.state_dict()]
-        missing, unexpected = (
-            [key for key in expected if key not in state],
-            [key for key in state if key not in expected],
-        )
+        missing = [key for key in expected if key not in state]
+        unexpected = [key for key in state if key not in expected]
         if "kernel" in missing or strict and (missing or unexpected):
             raise InputError(
                 f"a header with keys {sorted(expected)} was expected, this one has {sorted(state)}"
             )
         self.load_kernel(state["kernel"])
         for key, buffer in self.margin.named_buffers():
-            if key in state and state[key].numel() != 1:
-                raise InputError(
-                    f"the header's {key} is {tuple(state[key].shape)}, but it is one number"
-                )
-            buffer.copy_(state[key].reshape(1)) if key in state else None
+            if key not in state:
+                continue
+            if state[key].numel() != 1:
+                shape = tuple(state[key].shape)
+                raise InputError(f"the header's {key} is {shape}, but it is one number")
+            buffer.copy_(state[key].reshape(1))
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     @torch.no_grad()
     def load_kernel(self, kernel: torch.Tensor) -> None:
-        """Set the centres from a whole (D, C) kernel.
-
-        Errors: InputError if it has another shape.
-        """
+        """Set the centres from a whole (D, C) kernel. Raises InputError if its shape differs."""
         expected = (self.centers.weight.shape[1], self.centers.num_classes)
         if tuple(kernel.shape) != expected:
             raise InputError(
-                f"the header's kernel is {tuple(kernel.shape)}, but (embedding_size, "
-                f"num_classes) is {expected}"
+                f"the header's kernel is {tuple(kernel.shape)}, "
+                f"but (embedding_size, num_classes) is {expected}"
             )
         self.centers.weight.copy_(self.centers.shard(kernel))
 
 
 class GeometryMargin:
-    """g = w_eff k max(lam - c, 0) lam: more margin where the teacher is sure of the class and the
-    student does not follow it yet.
+    """g = w_eff k max(lam - cos_st, 0) lam.
+
+    More margin where the teacher is sure of the class and the student does not follow it yet.
     """
 
     def __init__(self, w, k, warmup_epoch):
@@ -163,9 +122,11 @@ class GeometryMargin:
         self.k = k
         self.warmup_epoch = warmup_epoch
 
-    def __call__(self, confidence, followed, epoch):
-        warm = min(max(epoch / self.warmup_epoch, 0.0), 1.0) if self.warmup_epoch > 0 else 1.0
-        return self.w * warm * self.k * (confidence - followed).clamp_min(0) * confidence
+    def __call__(self, lam, cos_st, epoch):
+        warm = 1.0
+        if self.warmup_epoch > 0:
+            warm = min(max(epoch / self.warmup_epoch, 0.0), 1.0)
+        return self.w * warm * self.k * (lam - cos_st).clamp_min(0) * lam
 
 
 def build_header(
@@ -190,14 +151,16 @@ def build_header(
     """A header for (D = embedding_size, C = num_classes); see ``Header`` for what it returns.
 
     method: "standalone" (centres learned), "AMLDistill" (the teacher's, frozen: load them) or
-    "AdaDistill" (moving average of teacher features). loss: "MLLoss", "CosFace", "ArcFace" or
-    "AdaFace"; m=None takes the loss's own default (0, 0.35, 0.45, 0.4). s: scale of the logits. h,
-    t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha.
-    geom_*: geometry margin, warm-up in epochs. sample_rate: share of the classes that enter the
-    softmax of a step, those of the batch always among them. centers_dtype: float32 or bfloat16, in
-    which centres (and learned ones' momentum) are kept; all products are float32. centers_on_host:
-    they stay in the host's memory when the header is moved to a GPU.
-    Errors: InputError for unknown names and for combinations that make no sense.
+    "AdaDistill" (moving average of teacher features).
+    loss: a name of MARGINS; m=None takes its own default. s: scale of the logits.
+    h, t_alpha: AdaFace's concentration and momentum. adaptive_alpha: AdaDistill's weighted alpha.
+    geom_*: geometry margin, warm-up in epochs.
+    sample_rate: share of the classes that enter the softmax of a step, those of the batch always
+    among them.
+    centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all
+    products are float32. centers_on_host: they stay in the host's memory when the header is moved
+    to a GPU.
+    Raises InputError for unknown names and for combinations that make no sense.
     """
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
         if name not in known:
@@ -206,34 +169,27 @@ def build_header(
             )
     if use_geom_margin and method == "standalone":
         raise InputError(
-            "use_geom_margin needs a teacher: use AdaDistill or AMLDistill, or set "
-            "use_geom_margin=False"
+            "use_geom_margin needs a teacher: use AdaDistill or AMLDistill, "
+            "or set use_geom_margin=False"
         )
     if use_geom_margin and loss == "MLLoss":
         raise InputError(
-            "use_geom_margin widens a margin and MLLoss has none: choose ArcFace, "
-            "CosFace or AdaFace"
+            "use_geom_margin widens a margin and MLLoss has none: "
+            "choose ArcFace, CosFace or AdaFace"
         )
     if not 0 < sample_rate <= 1:
         raise InputError(
-            f"sample_rate={sample_rate} is no share of the classes: it must be above "
-            "0 and at most 1"
+            f"sample_rate={sample_rate} is no share of the classes: "
+            "it must be above 0 and at most 1"
         )
-    m = MARGINS[loss].default_m if m is None else m
-    margin = AdaFace(m, h, t_alpha) if loss == "AdaFace" else MARGINS[loss](m)
-    geometry = (
-        GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch)
-        if use_geom_margin
-        else None
+    centers = CENTERS[method](
+        num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
     )
-    return Header(
-        CENTERS[method](num_classes, embedding_size, centers_dtype, centers_on_host),
-        margin,
-        s,
-        adaptive_alpha,
-        geometry,
-        sample_rate,
-    )
+    margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
+    geometry = None
+    if use_geom_margin:
+        geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch)
+    return Header(centers, margin, s, geometry, sample_rate)
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
@@ -241,11 +197,11 @@ def check_labels(labels: torch.Tensor, num_classes: int) -> None:
 
     On CPUs only: the data sets check them as well, and a GPU would have to stop and look.
     """
-    if labels.device.type == "cpu" and not (
-        0 <= int(labels.min()) and int(labels.max()) < num_classes
-    ):
+    if labels.device.type != "cpu":
+        return
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or highest >= num_classes:
         raise InputError(
-            "label "
-            f"{int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())} is outside "
-            f"0..{num_classes - 1}: num_classes is too small for this data set"
+            f"label {lowest if lowest < 0 else highest} is outside 0..{num_classes - 1}: "
+            "num_classes is too small for this data set"
         )

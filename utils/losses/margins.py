@@ -1,10 +1,10 @@
-"""What a loss does to the cosine between a feature and its own class centre: B values, never the
-(B, C) matrix.
+"""What a loss does to the cosine between a feature and its own class centre.
 
-A margin is called as ``margin(cosine, norms, geom)``: cosine (B,) float32 to the own centre, norms
-(B,) of the raw features, geom (B,) the geometry margin's term or None. It returns the cosine with
-the margin and a dict of named statistics (B,). ``clip`` bounds all cosines of the logits, or is
-None.
+A margin acts on B values, never on the (B, C) matrix. A new one is one class here: it is called as
+``margin(cosine, norms, geom)`` with cosine (B,) float32 to the own centre, norms (B,) of the raw
+features, geom (B,) the geometry margin's term or None, and returns the cosine with the margin and a
+dict of named statistics (B,). ``default_m`` is what m=None means; ``clip`` bounds all cosines of
+the logits, or is None. MARGINS at the end gives it the name that config.loss has.
 """
 
 import math
@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 # float32 resolves 1 - cos^2 no better; it keeps d(sin)/d(cos) finite where a student meets its
-# centre
+# centre.
 SMALLEST_SIN_SQUARED = 1e-7
 
 
 class MLLoss(nn.Module):
-    """Plain normalised softmax: cos(theta)."""
+    """Plain normalised softmax: cos(theta). m: the margin; h, t_alpha: see AdaFace."""
 
     default_m = 0.0
     clip = None
 
-    def __init__(self, m: float):
+    def __init__(self, m: float | None = None, h: float = 0.333, t_alpha: float = 0.01):
         super().__init__()
-        self.m = m
+        self.m = self.default_m if m is None else m
 
     def forward(self, cosine, norms, geom):
         return cosine, {}
@@ -47,7 +47,8 @@ class ArcFace(MLLoss):
     root is bounded instead.
     """
 
-    default_m = 0.45  # as AdaDistill trains; InsightFace takes 0.5
+    # as AdaDistill trains; InsightFace takes 0.5
+    default_m = 0.45
 
     def forward(self, cosine, norms, geom):
         # made on the device: a copy from the host would wait for it
@@ -57,16 +58,17 @@ class ArcFace(MLLoss):
 
 
 class AdaFace(MLLoss):
-    """Image-quality adaptive margin (Kim et al., CVPR 2022): the feature norm against its running
-    statistics scales the margin.
+    """Image-quality adaptive margin (Kim et al., CVPR 2022).
 
-    The statistics are those of the global batch, because every rank sees the norms of all.
+    The feature norm against its running statistics scales the margin. These are the statistics of
+    the global batch, because every rank sees the norms of all. h: concentration; t_alpha: momentum
+    of the statistics.
     """
 
     default_m = 0.4
     clip = 1 - 1e-3
 
-    def __init__(self, m: float, h: float, t_alpha: float):
+    def __init__(self, m: float | None = None, h: float = 0.333, t_alpha: float = 0.01):
         super().__init__(m)
         self.h = h
         self.t_alpha = t_alpha
@@ -76,17 +78,15 @@ class AdaFace(MLLoss):
     def forward(self, cosine, norms, geom):
         norms = norms.detach().clamp(0.001, 100)
         if self.training:
-            self.follow(norms)
+            self.update_statistics(norms)
         scaler = self.h * (norms - self.batch_mean) / (self.batch_std + 1e-3)
         scaler = (scaler if geom is None else scaler + geom).clamp(-1, 1)
         theta = cosine.clamp(-self.clip, self.clip).acos()
         theta = (theta - self.m * scaler).clamp(1e-3, math.pi - 1e-3)
         return theta.cos() - (self.m + self.m * scaler), {"margin_scaler": scaler}
 
-    def follow(self, norms):
-        """Move the running mean and unbiased standard deviation towards this batch; one sample
-        alone has no deviation.
-        """
+    def update_statistics(self, norms):
+        """Move the running mean and unbiased deviation towards this batch; one sample has none."""
         self.batch_mean.lerp_(norms.mean(), self.t_alpha)
         if norms.numel() > 1:
             self.batch_std.lerp_(norms.std(), self.t_alpha)

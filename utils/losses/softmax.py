@@ -1,109 +1,151 @@
-"""Cross-entropy over class centres that are shared out over the ranks, with a margin on the target
-cosine.
+"""Cross-entropy over class centres that are shared out over the ranks, margin on the target cosine.
 
 In plain words, for one rank (f, w normalised):
 
-    cosine = f @ w.T;  cosine[i, y_i] = margin(cosine[i, y_i]);  loss = cross_entropy(s * cosine, y)
+    cosine = f @ w.T
+    cosine[i, y_i] = margin(cosine[i, y_i])
+    loss = cross_entropy(s * cosine, y)
 
-The Function below computes the same with one (B, classes of this rank) buffer, which holds in turn
+``margin_softmax`` computes the same with one (B, classes of this rank) matrix, which holds in turn
 the cosines, the probabilities and their gradient. The centres are never copied: their lengths
-divide the columns of that buffer instead. A gradient for them is made only where somebody asks for
+divide the columns of that matrix instead. A gradient for them is made only where somebody asks for
 one. Nothing waits for the GPU.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from utils import distributed
-from utils.losses.centers import Pending, one_over_length
+from utils.losses.center_storage import CenterStorage, Place, one_over_length
+from utils.losses.factored_sgd import FactoredGradient
 
-LARGE_SHARE = 1024  # classes
+# Classes from which on the threads of a CPU share them out in a product.
+LARGE_SHARE = 1024
 
 
-class MarginSoftmaxLoss(torch.autograd.Function):
-    """loss = apply(features, weight, centers, chosen, mine, columns, margin, scale, clip), the mean
-    over the global batch, the same on all ranks.
+@dataclass
+class Step:
+    """A forward pass, as the autograd function needs it.
 
-    features (B, D) of the global batch, normalised float32; weight: centers.weight, so that
-    autograd knows of it; chosen: its rows that take part, None: all; mine (B,) bool, columns (B,):
-    whether a sample's class is here and where among the chosen; margin: (B,) own cosines -> (B,)
-    differentiable; clip: bound of all cosines, or None. Backward may run once.
+    matrix (B, n): cosines of the features with the n chosen centres, then their probabilities, then
+    their gradient; None once that is used. per_length (n,): 1 / the centres' lengths. target and
+    slope (B,): the own cosines with margin, and the margin's derivative there.
     """
 
+    centers: CenterStorage
+    chosen: torch.Tensor | None
+    place: Place
+    matrix: torch.Tensor | None
+    per_length: torch.Tensor
+    target: torch.Tensor
+    slope: torch.Tensor
+    scale: float
+    clip: float | None
+
+
+def margin_softmax(
+    features: torch.Tensor,
+    centers: CenterStorage,
+    chosen: torch.Tensor | None,
+    place: Place,
+    margin: Callable[[torch.Tensor], tuple[torch.Tensor, dict]],
+    scale: float,
+    clip: float | None,
+) -> tuple[torch.Tensor, dict]:
+    """(loss, statistics of the margin): the mean over the global batch, the same on all ranks.
+
+    features (B, D) of the global batch, normalised float32; chosen: the rows of the centres that
+    take part, None: all; place: of the batch's classes among them; margin: own cosines (B,) ->
+    (B,) differentiable, and statistics; clip: bound of all cosines, or None. Backward may run once.
+    """
+    with torch.no_grad():
+        matrix, per_length = cosines(features, centers, chosen)
+        own = distributed.all_reduce(torch.where(place.is_local, own_column(matrix, place), 0.0))
+    with torch.enable_grad():
+        own.requires_grad_(True)
+        target, stats = margin(own)
+        (slope,) = torch.autograd.grad(target.sum(), own)
+    step = Step(centers, chosen, place, matrix, per_length, target.detach(), slope, scale, clip)
+    return MarginSoftmax.apply(features, centers.weight, step), stats
+
+
+class MarginSoftmax(torch.autograd.Function):
+    """loss = apply(features, weight, step); weight: step.centers.weight, for autograd."""
+
     @staticmethod
-    def forward(ctx, features, weight, centers, chosen, mine, columns, margin, scale, clip):
-        rows = torch.arange(len(features), device=features.device)
-        cosine, per_length = cosines(features, centers, chosen)
-        # a rank without classes takes part in every sum, with a matrix of no columns
-        any_classes = cosine.shape[1] > 0
-        picked = cosine[rows, columns] if any_classes else cosine.new_zeros(len(rows))
-        own = distributed.all_reduce(torch.where(mine, picked, 0.0))
-        with torch.enable_grad():
-            own.requires_grad_(True)
-            target = margin(own)
-            (slope,) = torch.autograd.grad(target.sum(), own)
-        target = target.detach()
-
-        outside = None
+    def forward(ctx, features, weight, step):
+        cosine, clip = step.matrix, step.clip
+        ctx.outside = None
         if clip is not None:
-            outside = (cosine > clip).logical_or_(cosine < -clip)
+            ctx.outside = (cosine > clip).logical_or_(cosine < -clip)
             cosine.clamp_(-clip, clip)
-        if any_classes:
-            cosine[rows, columns] = torch.where(mine, target, cosine[rows, columns])
-        logits = cosine.mul_(scale)
-        largest = logits.amax(1) if any_classes else torch.full_like(own, -torch.inf)
-        distributed.all_reduce(largest, "max")
+        set_own_column(cosine, step.place, step.target)
+        logits = cosine.mul_(step.scale)
+        largest = distributed.all_reduce(largest_of_rows(logits), "max")
         exponentials = logits.sub_(largest[:, None]).exp_()
-        total = distributed.all_reduce(exponentials.sum(1))
-        target_logit = scale * target - largest
-        loss = (total.log() - target_logit).mean()
-
-        ctx.exponentials = exponentials
-        ctx.centers = centers
-        ctx.chosen = chosen
-        ctx.outside = outside
-        ctx.scale = scale
-        ctx.own_grad = (target_logit.exp() / total - 1) * slope
-        ctx.save_for_backward(features, mine, columns, total, per_length)
-        return loss
+        ctx.total = distributed.all_reduce(exponentials.sum(1))
+        target_logit = step.scale * step.target - largest
+        ctx.own_grad = (target_logit.exp() / ctx.total - 1) * step.slope
+        ctx.step = step
+        ctx.save_for_backward(features)
+        return (ctx.total.log() - target_logit).mean()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
-        if ctx.exponentials is None:
+        step = ctx.step
+        grad, step.matrix = step.matrix, None
+        if grad is None:
             raise RuntimeError(
-                "the margin softmax reuses its buffer and can be differentiated once per forward"
+                "the margin softmax reuses its matrix and can be differentiated once per forward"
             )
-        features, mine, columns, total, per_length = ctx.saved_tensors
-        centers, rows = ctx.centers, torch.arange(len(features), device=features.device)
-        grad, ctx.exponentials = ctx.exponentials, None
-        factor = grad_loss * ctx.scale / len(features)
+        (features,) = ctx.saved_tensors
+        factor = grad_loss * step.scale / len(features)
         # of the cosines: probabilities, but for the targets
-        grad.mul_((factor / total)[:, None])
+        grad.mul_((factor / ctx.total)[:, None])
         if ctx.outside is not None:
             grad.masked_fill_(ctx.outside, 0)
-        if grad.shape[1]:
-            grad[rows, columns] = torch.where(mine, factor * ctx.own_grad, grad[rows, columns])
-        grad.mul_(per_length)  # of the products with centres of any length
-        grad_features = (
-            features_gradient(grad, centers, ctx.chosen) if ctx.needs_input_grad[0] else None
-        )
-        grad_weight, pending = None, Pending(grad, features.detach(), ctx.chosen)
-        if ctx.needs_input_grad[1] and centers.defer:
-            centers.pending.append(pending)
-            return grad_features, *[None] * 8
+        set_own_column(grad, step.place, factor * ctx.own_grad)
+        # of the products with centres of any length
+        grad.mul_(step.per_length)
+        grad_features = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_features = features_gradient(grad, step.centers, step.chosen)
         if ctx.needs_input_grad[1]:
-            grad_weight = centers.dense_gradient(pending)
-        centers.buffer.give_back(grad)
-        return grad_features, grad_weight, *[None] * 7
+            factors = FactoredGradient(grad, features.detach(), step.chosen)
+            grad_weight = step.centers.take_gradient(factors)
+        else:
+            step.centers.matrix.give_back(grad)
+        return grad_features, grad_weight, None
 
 
-def cosines(features, centers, chosen) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, n) cosines of normalised features with the chosen centres, in memory of
-    ``centers.buffer``, and 1 / the lengths (n,) of these.
-    """
-    cosine = centers.buffer.take(
-        len(features), len(centers.weight) if chosen is None else len(chosen), features.device
-    )
+def own_column(matrix: torch.Tensor, place: Place) -> torch.Tensor:
+    """(B,) of each row the entry of its own class; a rank without classes has no columns: zeros."""
+    if not matrix.shape[1]:
+        return matrix.new_zeros(len(matrix))
+    return matrix[torch.arange(len(matrix), device=matrix.device), place.local_row]
+
+
+def set_own_column(matrix: torch.Tensor, place: Place, values: torch.Tensor) -> None:
+    """Set each row's entry of its own class to values (B,), where that class is this rank's."""
+    if matrix.shape[1]:
+        rows = torch.arange(len(matrix), device=matrix.device)
+        before = matrix[rows, place.local_row]
+        matrix[rows, place.local_row] = torch.where(place.is_local, values, before)
+
+
+def largest_of_rows(matrix: torch.Tensor) -> torch.Tensor:
+    if not matrix.shape[1]:
+        return matrix.new_full((len(matrix),), -torch.inf)
+    return matrix.amax(1)
+
+
+def cosines(features, centers: CenterStorage, chosen) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, n) cosines of normalised features with the chosen centres, and 1 / their lengths (n,)."""
+    count = len(centers.weight) if chosen is None else len(chosen)
+    cosine = centers.matrix.take(len(features), count, features.device)
     lengths = []
     for part, block in centers.blocks(chosen, features.device):
         torch.mm(features, block.t(), out=cosine[:, part])
@@ -112,19 +154,19 @@ def cosines(features, centers, chosen) -> tuple[torch.Tensor, torch.Tensor]:
     if centers.learned:
         per_length = torch.cat(lengths)
     else:
-        per_length = (centers.per_length() if chosen is None else centers.per_length()[chosen]).to(
-            features.device
-        )
+        per_length = centers.per_length()
+        per_length = (per_length if chosen is None else per_length[chosen]).to(features.device)
     return cosine.mul_(per_length), per_length
 
 
-def features_gradient(grad, centers, chosen) -> torch.Tensor:
+def features_gradient(grad, centers: CenterStorage, chosen) -> torch.Tensor:
     """grad (B, n) of the products with the chosen centres -> (B, D)."""
     total = None
     for part, block in centers.blocks(chosen, grad.device):
-        total = (
-            product(grad[:, part], block) if total is None else total.addmm_(grad[:, part], block)
-        )
+        if total is None:
+            total = product(grad[:, part], block)
+        else:
+            total.addmm_(grad[:, part], block)
     return total
 
 
@@ -139,8 +181,6 @@ def product(grad: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     if threads == 1 or share < LARGE_SHARE:
         return grad @ block
     even = threads * share
-    total = torch.bmm(
-        grad[:, :even].unflatten(1, (threads, share)).transpose(0, 1),
-        block[:even].unflatten(0, (threads, share)),
-    ).sum(0)
+    by_thread = grad[:, :even].unflatten(1, (threads, share)).transpose(0, 1)
+    total = torch.bmm(by_thread, block[:even].unflatten(0, (threads, share))).sum(0)
     return total.addmm_(grad[:, even:], block[even:])

@@ -1,0 +1,165 @@
+"""What a rank computes with: the batches of an epoch on its device, mirrored and augmented."""
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from train.run_state import Position
+from utils import distributed
+from utils.dataset.loader import open_loader
+from utils.dataset.order import EpochBatches, mirrored
+from utils.dataset.read_ahead import ReadAhead, RecordBlocks
+from utils.dataset.workers import end_workers, next_batch, to_device
+from utils.errors import InputError
+from utils.inputs import to_input
+
+
+class Inputs(NamedTuple):
+    """A batch of this rank, on its device.
+
+    images (B, 3, 112, 112) in [-1, 1], float32 or bfloat16; labels (B,) int64; features (B, D)
+    float32: the teacher's of these images, mirrored or not, None if the data set has none.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor | None
+
+
+class Feed:
+    """The batches of a run in their order, which depends on seed, epoch and position only.
+
+    dtype: of the images the networks get. Raises InputError if the set does not fill one step.
+    """
+
+    def __init__(self, cfg, dataset, device: torch.device, dtype: torch.dtype):
+        self.cfg = cfg
+        self.device = device
+        self.dtype = dtype
+        self.length = len(dataset)
+        self.batches = EpochBatches(
+            self.length,
+            cfg.batch_size,
+            distributed.rank(),
+            distributed.world_size(),
+            cfg.seed,
+            cfg.shuffle,
+            open_read_ahead(dataset, cfg.shuffle_block),
+        )
+        self.step_samples = self.batches.global_batch * cfg.accumulate
+        self.steps_per_epoch = self.length // self.step_samples
+        if self.steps_per_epoch == 0:
+            raise InputError(
+                f"the set has {self.length} images, one step takes {self.step_samples} "
+                "(batch_size x processes x accumulate): lower batch_size"
+            )
+        self.loader = open_loader(dataset, self.batches, cfg.batch_size, cfg.num_workers, device)
+        self.damaged = DamagedRecords(cfg.max_bad_records)
+        # Seconds spent waiting for images, since whoever reads this set it to 0.
+        self.waited = 0.0
+        self.reading = None
+
+    def steps_left(self, samples: int) -> int:
+        """Whole steps of an epoch of which ``samples`` images are done."""
+        return (self.length - samples) // self.step_samples
+
+    def fraction(self, position: Position) -> float:
+        """How much of the epoch is done, 0 to 1."""
+        return position.samples / (self.steps_per_epoch * self.step_samples)
+
+    def read(self, position: Position) -> Iterator[Inputs]:
+        """Yield this rank's batches of the epoch, from where ``position`` stands now."""
+        epoch, samples = position.epoch, position.samples
+        self.batches.seek(epoch, samples)
+        self.reading = iter(self.loader)
+        while True:
+            started = time.monotonic()
+            batch = next_batch(self.reading)
+            self.waited += time.monotonic() - started
+            if batch is None:
+                return
+            self.damaged.note(batch.bad)
+            # kept in no variable here: the next one takes its memory
+            yield self.to_inputs(batch, epoch, samples)
+            samples += self.batches.global_batch
+
+    def to_inputs(self, batch, epoch: int, samples: int) -> Inputs:
+        """This rank's part of the global batch that begins after ``samples`` images."""
+        cfg = self.cfg
+        device = self.device
+        # some of torchvision's resizing, which augmenting is in part, does not exist on MPS
+        prepared_on = torch.device("cpu") if cfg.augment and device.type == "mps" else device
+        flip = None
+        if cfg.flip:
+            flips = mirrored(cfg.seed, epoch, samples, self.batches.global_batch)
+            own = flips[distributed.rank() * cfg.batch_size :][: cfg.batch_size]
+            flip = to_device(own, prepared_on)
+        images = to_device(batch.images, prepared_on)
+        images = to_input(images, flip, cfg.channels_last, self.dtype)
+        if cfg.augment:
+            # torchvision takes a second to import
+            from utils.augment import augment
+
+            images = augment(images, [cfg.seed, epoch, samples, distributed.rank()])
+        features = None
+        if batch.features is not None:
+            shown = None if flip is None else to_device(flip, device)
+            features = features_shown(to_device(batch.features, device), shown)
+        return Inputs(to_device(images, device), to_device(batch.labels, device), features)
+
+    def close(self) -> None:
+        """End the reading processes."""
+        end_workers(self.reading)
+
+
+def open_read_ahead(dataset, block: int) -> ReadAhead | None:
+    """Read ``block`` records that lie together at a time; 0: every record by itself."""
+    if not block:
+        return None
+    return ReadAhead(RecordBlocks(dataset.shards(), block), *distributed.place_on_node())
+
+
+def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+    """(B, 2, D) float16 features of images and mirror images -> (B, D) float32 of those shown.
+
+    flip: (B,) bool, True where the mirror image is shown; None: nowhere.
+    """
+    plain, of_mirrors = features.unbind(1)
+    return (plain if flip is None else torch.where(flip[:, None], of_mirrors, plain)).float()
+
+
+class DamagedRecords:
+    """{key: reason} of the records that others took the place of; too many end the run."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.reasons = {}
+        self.shared = 0
+
+    def note(self, damaged: list[tuple]) -> None:
+        """Remember (key, reason) pairs of a batch. Raises InputError if there are too many."""
+        for key, reason in damaged:
+            if key not in self.reasons:
+                self.reasons[key] = reason
+                logging.warning("damaged record %s, another one takes its place: %s", key, reason)
+        self.refuse_too_many()
+
+    def share(self) -> None:
+        """Let every rank know what others have met, and stop all together if it is too much."""
+        fresh = len(self.reasons) - self.shared
+        if distributed.all_reduce(torch.tensor(float(fresh))).item():
+            everyone = distributed.all_gather_object(self.reasons)
+            self.reasons = {key: reason for own in everyone for key, reason in own.items()}
+        self.shared = len(self.reasons)
+        self.refuse_too_many()
+
+    def refuse_too_many(self) -> None:
+        if len(self.reasons) > self.most:
+            keys = ", ".join(map(str, sorted(self.reasons, key=str)))
+            raise InputError(
+                f"{len(self.reasons)} damaged records are more than "
+                f"max_bad_records={self.most}: {keys}"
+            )
