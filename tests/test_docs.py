@@ -1,4 +1,4 @@
-"""The pages: their links lead somewhere, their commands name keys that exist, and they stay readable."""
+"""The pages: links lead somewhere, commands name keys and files that exist, lines stay readable."""
 
 import re
 from pathlib import Path

@@ -212,7 +212,8 @@ from data import decode_rec
 write, written = decode_rec.IndexedRecordIO.write_idx, []
 def interrupted(self, key, record):
     written.append(key)
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # shells start what runs in the background deaf to it
+    # shells start what runs in the background deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(written) == 10:
         {what}
     write(self, key, record)

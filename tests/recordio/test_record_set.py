@@ -690,14 +690,18 @@ def test_processes_share_the_pages_of_one_file(big_index, tmp_path):
 
 @pytest.mark.processes
 def test_many_processes_at_once_make_it_once(big_index, tmp_path):
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom utils.recordio import index as record_index\nsave "
-        "= record_index.save\n"
-        "def telling(*arguments): print('made'); save(*arguments)\nrecord_index.save = "
-        "telling\n"
-        "index = record_index.open_index(*sys.argv[2:], None); print(index.offsets[-1], "
-        "index.mapped)"
-    )
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from utils.recordio import index as record_index
+save = record_index.save
+def telling(*arguments):
+    print("made")
+    save(*arguments)
+record_index.save = telling
+index = record_index.open_index(*sys.argv[2:], None)
+print(index.offsets[-1], index.mapped)
+"""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, ROOT, *big_index],

@@ -204,9 +204,13 @@ def test_two_hosts_give_the_losses_of_two_ranks_on_one(two_hosts, faces, one_hos
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 command = sys.argv[next(at for at, word in enumerate(sys.argv) if at and not word.startswith("-")):]
-tasks = [subprocess.Popen(command, env=dict(os.environ, SLURM_NODEID=str(node)), start_new_session=True) for node in range(int(os.environ["SLURM_JOB_NUM_NODES"]))]
+tasks = []
+for node in range(int(os.environ["SLURM_JOB_NUM_NODES"])):
+    variables = dict(os.environ, SLURM_NODEID=str(node))
+    tasks.append(subprocess.Popen(command, env=variables, start_new_session=True))
 def forward(number, frame):
-    for task in tasks:              # as slurmstepd does: to every process of the step
+    # as slurmstepd does: to every process of the step
+    for task in tasks:
         os.killpg(task.pid, number)
 signal.signal(signal.SIGUSR1, forward)
 codes = [task.wait() for task in tasks]
