@@ -15,6 +15,11 @@ PAGES = sorted(
 )
 KEYS = {*config, *(key for entry in DATASETS.values() for key in entry)}
 COMMAND = re.compile(r"(python|torchrun|sbatch) |\./\w+\.sh\b|[A-Z_]+=\S+ ")
+FOLDERS = {path.parent for path in ROOT.glob("[!.]*/*.py")}
+PROGRAMS = {path.name for folder in FOLDERS for path in folder.rglob("*.py")}
+PROGRAM = r"(?<!--config )(?<![$\w./-])[\w./-]+\.(?:py|sh)\b"
+# with a folder: people have texts of their own
+TEXT = r"(?<![$\w./-])[\w.-]+/[\w./-]+\.(?:md|toml|txt)\b"
 # a link, an address or a table row cannot be wrapped
 UNBREAKABLE = re.compile(r"^\||https?://")
 
@@ -54,6 +59,29 @@ def test_commands_name_what_exists(page):
         unknown = {key for key in re.findall(r"\s([a-zA-Z]\w*)=", command) if key not in KEYS}
         # variables of the shell before the script are capitals
         assert not {key for key in unknown if not key.isupper()}, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    """Programs by their path or their name alone; texts, which people have of their own, by path."""
+    for name in re.findall(f"{PROGRAM}|{TEXT}", page.read_text()):
+        places = (ROOT / name, page.parent / name, ROOT / "tests" / name)
+        assert name in PROGRAMS or any(place.is_file() for place in places), name
+
+
+def test_tests_that_start_processes_are_listed():
+    listed = set(re.findall(r"`([\w/]+\.py)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    tests = ROOT / "tests"
+    for file in tests.rglob("test_*.py"):
+        marked = "pytest.mark.processes" in file.read_text() and file != Path(__file__).resolve()
+        assert (str(file.relative_to(tests)) in listed) == marked, file
+
+
+def test_every_folder_has_its_line():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    described = {line.split("/ ")[0] for line in lines if re.match(r"[\w/]+/ +\S", line)}
+    assert {folder.name for folder in FOLDERS} - {"utils"} <= described
+    assert all((ROOT / name).is_dir() for name in described - {"output"})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

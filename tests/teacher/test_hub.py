@@ -81,21 +81,16 @@ import config.load
 from easydict import EasyDict
 from utils.errors import InputError
 from utils.teacher import load_teacher
-heavy = ("onnx", "onnxruntime", "huggingface_hub")
-early, folder = [name for name in heavy if name in sys.modules], sys.argv[1]
+early, folder = [name for name in ("onnx", "onnxruntime", "huggingface_hub") if name in sys.modules], sys.argv[1]
 def load(teacher, repo_id, cache):
-    cfg = EasyDict(teacher=teacher, teacher_repo_id=repo_id, teacher_cache=cache)
-    cfg |= dict(pretrained_teacher_path="", color_space="auto")
     try:
-        return load_teacher(cfg, 16)
+        return load_teacher(EasyDict(teacher=teacher, pretrained_teacher_path="", teacher_repo_id=repo_id, teacher_cache=cache, color_space="auto"), 16)
     except InputError as error:
         return str(error)
 found = load("ir18", "someone/faces_ir18", folder + "/cache")
 torch.save(found(torch.load(folder + "/images.pth")), folder + "/features.pth")
-own = load("ir18", "someone/faces_ir18", "").path
-missing = load("cvlface_ir50", "", folder + "/cache")
-half = load("ir18", "someone/half", folder + "/cache")
-print(json.dumps([found.path, own, missing, half, load("ir18", "no name/at all/x", ""), early]))
+print(json.dumps([found.path, load("ir18", "someone/faces_ir18", "").path, load("cvlface_ir50", "", folder + "/cache"),
+                  load("ir18", "someone/half", folder + "/cache"), load("ir18", "no name/at all/x", ""), early]))
 """
     path, own, missing, half, name, early = child(
         code, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
