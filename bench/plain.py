@@ -1,5 +1,5 @@
-"""The plain way: what a direct reading of the papers gives, as training scripts of this field are
-mostly written. For comparison only.
+"""Data and losses the plain way, as training scripts of this field are mostly written: what a
+direct reading of the papers gives. For comparison only.
 """
 
 import cv2
@@ -34,10 +34,9 @@ class PlainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         header, encoded = unpack(self.records.read_idx(index))
-        image = cv2.cvtColor(
-            cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
-        )
-        return self.transform(image), torch.tensor(header.label, dtype=torch.long)
+        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+        rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        return self.transform(rgb), torch.tensor(header.label, dtype=torch.long)
 
 
 class PlainArcFace(nn.Module):
@@ -52,9 +51,8 @@ class PlainArcFace(nn.Module):
         self.m = m
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        cosine = (F.normalize(features) @ F.normalize(self.kernel, dim=0)).clamp(
-            -1 + 1e-7, 1 - 1e-7
-        )
+        cosine = F.normalize(features) @ F.normalize(self.kernel, dim=0)
+        cosine = cosine.clamp(-1 + 1e-7, 1 - 1e-7)
         margin = torch.zeros_like(cosine).scatter_(1, labels[:, None], self.m)
         theta = cosine.clone().acos() + margin
         return F.cross_entropy(theta.cos() * self.s, labels)
@@ -66,7 +64,8 @@ class PlainAdaDistill(PlainArcFace):
     def forward(self, features, labels, features_t):
         with torch.no_grad():
             f, t = F.normalize(features), F.normalize(features_t)
-            confidence = (F.normalize(self.kernel, dim=0)[:, labels] * t.t()).sum(0).clamp(1e-6, 1)
-            alpha = ((f * t).sum(1).clamp(-1, 1) * confidence).clamp(1e-6, 1)
+            lam = (F.normalize(self.kernel, dim=0)[:, labels] * t.t()).sum(0).clamp(1e-6, 1)
+            cos_st = (f * t).sum(1).clamp(-1, 1)
+            alpha = (cos_st * lam).clamp(1e-6, 1)
             self.kernel[:, labels] = alpha * self.kernel[:, labels] + (1 - alpha) * t.t()
         return super().forward(features, labels)
