@@ -19,7 +19,7 @@ from eval.embed import embed
 from eval.sets.ijb import load_ijb
 from eval.sets.tinyface import load_tinyface
 from tests.commands import ROOT, run
-from tests.runs.test_training import everything, rows
+from tests.runs.outputs import everything, rows
 from utils.weights.load import load_backbone
 
 FULL, BATCH, STANDALONE = (

@@ -18,10 +18,9 @@ from easydict import EasyDict
 
 from backbones import build_backbone
 from config.load import load_config
-from data.make_synthetic import write_pair_set, write_training_set
-from data.synth.render_pool import open_studio
 from tests import rounding
 from tests.commands import LIMIT, ROOT, command, environment, run, run_until
+from tests.runs.outputs import draw_faces, everything, losses, rows
 from train import build
 from train.build import input_dtype
 from train.engine import learning_rate
@@ -52,12 +51,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """72 images of 9 people and two pair sets of 20 pairs."""
-    root = tmp_path_factory.mktemp("faces")
-    with open_studio(1, 3, 1.0) as studio:
-        write_training_set(root, studio, 9, 8)
-        for name in ("frontal", "pose"):
-            write_pair_set(root, studio, name, 20)
-    return root
+    return draw_faces(tmp_path_factory.mktemp("faces"), 9, pair_sets=("frontal", "pose"))
 
 
 @pytest.fixture(scope="module")
@@ -79,29 +73,6 @@ def teacher(faces, tmp_path_factory):
 
 def options(faces, output, *more):
     return [*SMALL, f"rec={faces}", f"val_rec={faces}", f"output={output}", *more]
-
-
-def everything(folder, step):
-    """All tensors of a step: weights, centres, statistics and momentum, by name."""
-    load = {
-        part: torch.load(folder / f"{step}{part}.pth", weights_only=True)
-        for part in ("backbone", "header", "state")
-    }
-    momentum = {
-        f"momentum/{key}": value["momentum_buffer"]
-        for key, value in load["state"]["optimizer"]["state"].items()
-    }
-    if load["state"]["header_momentum"] is not None:
-        momentum["momentum/header"] = load["state"]["header_momentum"]
-    return load["backbone"] | load["header"] | momentum
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
 
 
 METHODS = {
