@@ -63,7 +63,7 @@ def test_commands_name_what_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
-    """Programs by their path or their name alone; texts, of which people have their own, by path."""
+    """Programs by path or by name alone; texts, of which people have their own, by path."""
     for name in re.findall(f"{PROGRAM}|{TEXT}", page.read_text()):
         places = (ROOT / name, page.parent / name, ROOT / "tests" / name)
         assert name in PROGRAMS or any(place.is_file() for place in places), name
