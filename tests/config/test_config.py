@@ -15,13 +15,19 @@ from tests.warm_python import python
 from utils.errors import InputError
 
 DEFAULTS = ROOT / "config" / "config.py"
-SPECIFIED = """dataset embedding_size momentum weight_decay batch_size lr output pretrained_teacher_path pretrained_teacher_header_path teacher_repo_id
-    teacher_cache global_step s m h t_alpha adaptive_alpha use_geom_margin geom_margin_w geom_margin_k geom_margin_warmup_epoch loss network teacher SE rec
-    val_rec data_path db_file_format sample num_classes num_image num_epoch warmup_epoch val_targets eval_step val_eval_every_n_epoch eval_every_n_epoch
-    run_eval_at_start eval_ijb ijb_root ijb_targets ijb_batch_size ijb_num_workers ijb_flip eval_tinyface tinyface_root tinyface_targets tinyface_batch_size
-    tinyface_num_workers tinyface_flip milestones precision channels_last compile num_workers seed grad_clip accumulate shuffle flip augment
-    pretrained_backbone_path pretrained_header_path rec_backend log_every state_every keep_states max_bad_records device sample_rate teacher_embeddings
-    color_space""".split()
+SPECIFIED = """
+    dataset embedding_size momentum weight_decay batch_size lr output pretrained_teacher_path
+    pretrained_teacher_header_path teacher_repo_id teacher_cache global_step s m h t_alpha
+    adaptive_alpha use_geom_margin geom_margin_w geom_margin_k geom_margin_warmup_epoch loss
+    network teacher SE rec val_rec data_path db_file_format sample num_classes num_image
+    num_epoch warmup_epoch val_targets eval_step val_eval_every_n_epoch eval_every_n_epoch
+    run_eval_at_start eval_ijb ijb_root ijb_targets ijb_batch_size ijb_num_workers ijb_flip
+    eval_tinyface tinyface_root tinyface_targets tinyface_batch_size tinyface_num_workers
+    tinyface_flip milestones precision channels_last compile num_workers seed grad_clip
+    accumulate shuffle flip augment pretrained_backbone_path pretrained_header_path rec_backend
+    log_every state_every keep_states max_bad_records device sample_rate teacher_embeddings
+    color_space
+""".split()
 
 
 def write(folder, text, name="mine.py"):
@@ -470,6 +476,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path, name, text):
     assert load_config(tmp_path / name).loss == "CosFace"
 
 
+@pytest.mark.processes
 def test_a_script_shows_a_mistake_as_one_line(tmp_path):
     """From another directory; before the output folder is made."""
     done = subprocess.run(

@@ -49,6 +49,7 @@ def people(folder):
     return folder / "people"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "settings",
     [
@@ -77,6 +78,7 @@ def test_an_entry_script_prints_any_name(settings):
     assert done.stderr == b"error: no Ren\\udce9\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "settings",
     [
@@ -114,6 +116,7 @@ def test_packing_and_checking(folder, people, settings):
         assert people / found == bad
 
 
+@pytest.mark.processes
 def test_training_logs(folder, people):
     """Into such a folder, with a warning that names such a file."""
     (people / NAME / f"{NAME}9.jpg").write_bytes(b"no image")

@@ -301,6 +301,7 @@ def test_combinations_that_make_no_sense(options, message):
         )
 
 
+@pytest.mark.processes
 def test_a_run_with_blocks_on_two_ranks_resumes_on_one(tmp_path):
     """Through the real commands: every image of the epoch is trained on once, over a change of
     ranks in the middle of it.

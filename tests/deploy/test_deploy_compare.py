@@ -110,6 +110,7 @@ def test_aligned_crops(folder, monkeypatch, capsys):
     assert re.search(r"cosine \S+\nno decision", output)
 
 
+@pytest.mark.processes
 def test_photographs_are_detected_and_aligned(folder, monkeypatch, capsys):
     """As a process: the same face at two places of two photographs."""
     done = subprocess.run(

@@ -19,7 +19,7 @@ from eval.embed import embed
 from eval.sets.ijb import load_ijb
 from eval.sets.tinyface import load_tinyface
 from tests.commands import ROOT, run
-from tests.runs.test_training import everything, rows
+from tests.runs.outputs import everything, rows
 from utils.weights.load import load_backbone
 
 FULL, BATCH, STANDALONE = (
@@ -30,7 +30,7 @@ FULL, BATCH, STANDALONE = (
 HOW = ["--device", "cpu", "network=mobilefacenet", "embedding_size=32"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

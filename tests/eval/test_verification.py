@@ -137,6 +137,7 @@ class Calls:
         return self.call
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "name, function",
@@ -465,6 +466,7 @@ def embed_on_rank(folder: str) -> None:
     distributed.shutdown()
 
 
+@pytest.mark.processes
 def test_embed_on_three_ranks_equals_one(tmp_path):
     run(Path(__file__), tmp_path, ranks=3)
     expected = [embed(small_backbone(), faces(count), 2) for count in (1, 2, 8)]

@@ -12,6 +12,8 @@ import torch
 
 from tests.rounding import U, feature_gradient, logit
 
+pytestmark = pytest.mark.processes
+
 CASES = [
     (method, loss)
     for method in ("standalone", "AMLDistill", "AdaDistill")

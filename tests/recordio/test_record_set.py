@@ -657,6 +657,7 @@ def test_a_changed_index_is_not_taken_from_before(big_index, tmp_path):
         assert open_index(idx, rec, no_scan).offsets[2] == 4004
 
 
+@pytest.mark.processes
 def test_processes_share_the_pages_of_one_file(big_index, tmp_path):
     """A spawned process maps what this one has made: nothing of the index is its own, and nothing
     is sent along.
@@ -687,15 +688,20 @@ def test_processes_share_the_pages_of_one_file(big_index, tmp_path):
     assert sizes["Rss"] > 1000 and sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
+@pytest.mark.processes
 def test_many_processes_at_once_make_it_once(big_index, tmp_path):
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom utils.recordio import index as record_index\nsave "
-        "= record_index.save\n"
-        "def telling(*arguments): print('made'); save(*arguments)\nrecord_index.save = "
-        "telling\n"
-        "index = record_index.open_index(*sys.argv[2:], None); print(index.offsets[-1], "
-        "index.mapped)"
-    )
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from utils.recordio import index as record_index
+save = record_index.save
+def telling(*arguments):
+    print("made")
+    save(*arguments)
+record_index.save = telling
+index = record_index.open_index(*sys.argv[2:], None)
+print(index.offsets[-1], index.mapped)
+"""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, ROOT, *big_index],

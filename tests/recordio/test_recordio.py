@@ -229,6 +229,7 @@ write_insightface(sys.argv[2], [images()])
 """
 
 
+@pytest.mark.processes
 def test_killed_writer_leaves_no_final_file(tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-c", KILLED_WRITER, ROOT, tmp_path], stdout=subprocess.PIPE

@@ -570,6 +570,7 @@ def test_shares_that_do_not_make_a_whole(tmp_path):
 # --------------------------------------------------
 
 
+@pytest.mark.processes
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     """A file size limit stands for the full disk: the write fails half-way."""
     path = tmp_path / "600backbone.pth"

@@ -59,6 +59,7 @@ def child(code: str, *arguments, **environment) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.processes
 def test_a_cached_repository_without_a_network(tmp_path):
     """Both the folder of teacher_cache and the hub's own; what is not there is one line.
 
@@ -219,6 +220,7 @@ print(json.dumps([attempt(repo_id) for repo_id in sys.argv[2:]]))
 """
 
 
+@pytest.mark.processes
 def test_fetching_from_a_hub(tmp_path, own_hub):
     """Weights and configuration come, code does not; the token goes along; what goes wrong is one
     line.
@@ -285,6 +287,7 @@ def test_fetching_from_a_hub(tmp_path, own_hub):
     assert private.startswith("teacher: the hub has no o/secret, or it is private")
 
 
+@pytest.mark.processes
 def test_a_hub_that_is_not_there(tmp_path):
     [unreachable] = child(
         FETCH,

@@ -367,6 +367,7 @@ def test_only_the_same_features_go_on(dataset, tmp_path, monkeypatch):
     assert writer_of(tmp_path, dataset, name="ir50").complete, "the same weights under another name"
 
 
+@pytest.mark.processes
 def test_two_commands_do_not_write_one_cache(dataset, tmp_path):
     os.close(writer_of(tmp_path, dataset).progress)  # and with it this process's lock
     code = (
@@ -459,6 +460,7 @@ def test_full_and_forbidden_disks(dataset, tmp_path, monkeypatch):
     assert writer.missing() == [range(10, 20), range(20, 24)]
 
 
+@pytest.mark.processes
 def test_a_full_disk_at_the_start_leaves_nothing(faces, teacher, tmp_path):
     """ulimit -f stands for the full disk: 2 blocks of 512 bytes, the features take 3072."""
     arguments = command(
