@@ -32,7 +32,7 @@ from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
 from utils.files import replacing
-from utils.teacher.cache import PART
+from utils.teacher.cache_writer import PART
 
 
 def main():

@@ -79,7 +79,7 @@ import json, sys, torch
 import config.load
 from easydict import EasyDict
 from utils.errors import InputError
-from utils.teacher import load_teacher
+from utils.teacher.load import load_teacher
 early, folder = [name for name in ("onnx", "onnxruntime", "huggingface_hub") if name in sys.modules], sys.argv[1]
 def load(teacher, repo_id, cache):
     try:
@@ -209,7 +209,7 @@ def own_hub(tmp_path):
 FETCH = """
 import json, sys
 from utils.errors import InputError
-from utils.hub import fetch
+from utils.teacher.hub import fetch
 def attempt(repo_id):
     try:
         return str(fetch(repo_id, sys.argv[1]))

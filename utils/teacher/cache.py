@@ -39,7 +39,7 @@ MAKE = "make it with train/cache_teacher.py"
 AGAIN = "remove the folder and make it again with train/cache_teacher.py"
 
 
-class Origin(NamedTuple):
+class CacheSource(NamedTuple):
     """Where features come from, as a manifest tells it."""
 
     # of the teacher, as config.teacher; of the file, if they were imported
@@ -217,7 +217,9 @@ def read_manifest(path: Path) -> dict:
     expected = dict(images=int, embedding_size=int, data=dict, teacher=dict, replaced=list)
     wrong = [key for key, kind in expected.items() if not isinstance(manifest.get(key), kind)]
     wrong += [
-        f"teacher.{key}" for key in Origin._fields if not wrong and key not in manifest["teacher"]
+        f"teacher.{key}"
+        for key in CacheSource._fields
+        if not wrong and key not in manifest["teacher"]
     ]
     if wrong:
         raise InputError(
@@ -236,7 +238,7 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def make_manifest(dataset, embedding_size: int, origin: Origin) -> dict:
+def make_manifest(dataset, embedding_size: int, origin: CacheSource) -> dict:
     """What a cache of the data set ``dataset`` is before its first feature; the finished one also
     tells which records were ``replaced``.
     """

@@ -37,18 +37,19 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
     """
     content = read_file(path, what, hint)
     if not isinstance(content, dict):
-        kind, look = type(content).__name__, advice(looks_like(content))
-        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{look}")
+        kind, hint = type(content).__name__, advice(looks_like(content))
+        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{hint}")
     return content
 
 
 def read_file(path: str | Path, what: str, hint: str = ""):
     """As ``read_tensors``, whatever the file holds: a dict, a tensor, a list."""
+    hint = f"; {hint}" if hint else ""
     if not str(path):
-        raise InputError(f"{what}: no path is set" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{what}: no path is set{hint}")
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{what}: no file at {path.absolute()}" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{what}: no file at {path.absolute()}{hint}")
     kind = "safetensors" if path.suffix == ".safetensors" else "checkpoint"
     try:
         return load_file(utf8_path(path)) if kind == "safetensors" else load_pickled(path)
@@ -57,17 +58,17 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         reason = "it holds more than tensors, or is no checkpoint"
         if name:
             reason = f"it asks to load {name[1]}, which is code and no tensor"
-        look = advice(bytes_look_like(path, kind))
-        raise InputError(f"{what}: {path} was refused: {reason}{look}") from error
+        hint = advice(bytes_look_like(path, kind))
+        raise InputError(f"{what}: {path} was refused: {reason}{hint}") from error
     except UNREADABLE as error:
         if program := program_in(path):
             raise InputError(f"{what}: {path} is {program}") from error
-        reason, look = first_line(error, 120), advice(bytes_look_like(path, kind))
-        raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){look}") from error
+        reason, hint = first_line(error, 120), advice(bytes_look_like(path, kind))
+        raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){hint}") from error
 
 
-def advice(look: str) -> str:
-    return f"; it looks like {look}" if look else ""
+def advice(likeness: str) -> str:
+    return f"; it looks like {likeness}" if likeness else ""
 
 
 def load_pickled(path: Path):
