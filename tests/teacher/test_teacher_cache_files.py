@@ -258,11 +258,11 @@ def shape_of(**values):
         (lambda path: (path / "manifest.json").unlink(), "no manifest.json in"),
         (
             lambda path: (path / "manifest.json").write_text('{"format": 1'),
-            "manifest.json is damaged .*; remove the folder and make it again",
+            "manifest.json is not JSON .*; remove the folder and make it again",
         ),
         (
             lambda path: (path / "manifest.json").write_text("[]"),
-            "manifest.json holds a list and no manifest",
+            "manifest.json holds a list, not a manifest",
         ),
         (edit(format=2), "has format 2, this version reads format 1"),
         (edit(data=None, images="24"), "is damaged: it says nothing proper about images, data"),
