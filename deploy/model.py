@@ -115,10 +115,10 @@ def load_checkpoint(path: Path, what: str, color_space: str) -> Model:
 
 
 def embed_faces(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """(N, 112, 112, 3) uint8 RGB -> (N, D) float32 of unit length, image and mirror image added as
-    in evaluation: a product of two is their cosine.
+    """(N, 112, 112, 3) uint8 RGB -> (N, D) float32 of unit length: a product is a cosine.
 
-    Errors: InputError naming the model if a feature is not finite, or zero: it has no direction to
+    Image and mirror image are added as in evaluation.
+    Raises InputError naming the model if a feature is not finite, or zero: it has no direction to
     compare.
     """
     features = add_flips(embed(model.network, images, batch_size, name=model.path.name))

@@ -16,7 +16,8 @@ from utils import distributed
 from utils.errors import InputError
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher.load import Teacher
-from utils.teacher.onnx import OnnxNetwork, weight_files
+from utils.teacher.onnx import OnnxNetwork
+from utils.teacher.onnx_graph import weight_files
 from utils.weights.color_order import ORDERS
 from utils.weights.load import load_network, read_weights, run_beside
 from utils.weights.read import digest_of, sha256

@@ -9,7 +9,8 @@ from torch import nn
 from utils.errors import InputError
 from utils.teacher.hub import fetch, find_weights
 from utils.teacher.names import ONNX, TEACHERS, TeacherSpec, full_name, repository_of
-from utils.teacher.onnx import NORMALISED, OnnxNetwork
+from utils.teacher.onnx import OnnxNetwork
+from utils.teacher.onnx_graph import NORMALISED
 from utils.weights.cvlface import CONFIGURATIONS, PublishedConfig, read_configuration
 from utils.weights.load import embedding_size_in, load_network, read_weights
 from utils.weights.read import digest_of, sha256
@@ -39,7 +40,7 @@ class Teacher(nn.Module):
         name: str = "",
         path: str = "",
         sha256: str = "",
-        normalisation: str = NORMALISED.words,
+        normalisation: str = NORMALISED.description,
         embedding_size: int = 0,
         color_space: str = "RGB",
         own_color_space: str = "",
@@ -163,7 +164,7 @@ def load_onnx(cfg) -> tuple[Teacher, str]:
         name=cfg.teacher,
         path=str(network.path),
         sha256=sha256(*network.files),
-        normalisation=network.scale.words,
+        normalisation=network.scale.description,
         embedding_size=network.embedding_size,
         color_space=network.color_space,
         own_color_space=network.own_color_space,
