@@ -58,12 +58,12 @@ def gather(args: argparse.Namespace) -> Evidence:
                 "--calibration-rec"
             )
         several = read_images(folder, args.calibration_images + IMAGES, "--calibration-rec")
-        images, calibration = divide(several, listed(folder))
-        source = f"images of {listed(folder)}"
+        images, calibration = divide(several, path_text(folder))
+        source = f"images of {path_text(folder)}"
     if args.images:
         images, source = read_images(args.images, IMAGES, "--images"), f"images of {args.images}"
     elif images is None and own:
-        images, source = read_images(own, IMAGES, "rec"), f"images of {listed(own)}"
+        images, source = read_images(own, IMAGES, "rec"), f"images of {path_text(own)}"
     elif images is None:
         images, source = draw_images(IMAGES), "drawn faces"
     return Evidence(images, source, calibration, pair_sets(args, cfg) if args.int8 else {})
@@ -93,7 +93,7 @@ def training_set(cfg) -> str | list[str] | None:
     return folder if all(path and Path(path).exists() for path in paths) else None
 
 
-def listed(path: str | Path | list[str]) -> str:
+def path_text(path: str | Path | list[str]) -> str:
     return ", ".join(path) if isinstance(path, list) else str(path)
 
 

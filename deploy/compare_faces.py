@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from deploy.gallery import Reader, read_gallery
+from deploy.gallery import FaceReader, read_gallery
 from deploy.model import add_color_space, embed_faces, load_model
 from eval.report.tables import Table, format_table
 from eval.report.thresholds import read_threshold
@@ -38,7 +38,7 @@ def main() -> None:
     args = parse_arguments()
     model = load_model(args.model, "--model", args.color_space)
     threshold, meaning = find_threshold(args, model)
-    read = Reader(
+    read = FaceReader(
         None if args.aligned else Detector(args.detector, args.detector_size),
         args.face,
         args.min_score,

@@ -28,12 +28,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from deploy import checks
-from deploy.graph import OLDEST_OPSET, OPSET, describe, to_fp16, to_onnx
+from deploy.graph import OLDEST_OPSET, OPSET, to_fp16, to_onnx, write_metadata
 from deploy.model import Model, add_color_space, load_model
 from deploy.quantise import LEAST_OPSET, to_int8
-from eval.report.files import prepare_file, write_json
 from utils.errors import InputError, run
-from utils.files import scratch
+from utils.files import prepare_file, scratch, write_json
 from utils.teacher.onnx_graph import NORMALISED, PIXELS, require_onnx
 from utils.weights.read import split_mark
 
@@ -96,7 +95,7 @@ def write_models(
             model = to_fp16(exported)
         elif numbers == "int8":
             model = to_int8(exported, evidence.calibration, args.uint8)
-        describe(
+        write_metadata(
             model,
             network=original.name,
             embedding_size=original.embedding_size,

@@ -13,7 +13,7 @@ from utils.detect import Detector, choose
 from utils.errors import InputError
 
 
-class Reader:
+class FaceReader:
     """path -> the aligned face (112, 112, 3) uint8 RGB that is meant.
 
     ``notes`` says what was found in each photograph.
@@ -59,7 +59,7 @@ class Gallery(NamedTuple):
     left_out: list[str]
 
 
-def read_gallery(folder: Path, read: Reader, model: Model) -> Gallery:
+def read_gallery(folder: Path, read: FaceReader, model: Model) -> Gallery:
     """The people of a folder.
 
     Raises InputError if there is no such folder, or nobody in it whose face could be read.

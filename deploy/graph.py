@@ -72,7 +72,7 @@ def operators(model) -> Counter:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def describe(model, **about) -> None:
+def write_metadata(model, **about) -> None:
     """Write what a user of the file must know into its metadata, as text."""
     onnx = require_onnx("deploy")
     onnx.helper.set_model_props(model, {key: printable(str(value)) for key, value in about.items()})
@@ -90,7 +90,7 @@ def fold_batchnorm(model) -> None:
     convolution, for zeros beyond the border are not shifted by b, so that edges and corners get
     less of it than the middle.
     """
-    edit = Edit(model)
+    edit = GraphEdit(model)
     edit.drop_copies()
     edit.unify_linear()
     for node in [node for node in edit.nodes if node.op_type == "BatchNormalization"]:
@@ -99,7 +99,7 @@ def fold_batchnorm(model) -> None:
     edit.finish()
 
 
-def fold(edit: "Edit", node) -> None:
+def fold(edit: "GraphEdit", node) -> None:
     before, behind = edit.producer(node.input[0]), edit.consumer(node.output[0])
     a, b = edit.affine(node)
     kind_before, kind_behind = (other and other.op_type for other in (before, behind))
@@ -127,7 +127,7 @@ def is_3x3(conv) -> bool:
     return all(options.get(name, 1) == value for name, value in expected.items())
 
 
-class Edit:
+class GraphEdit:
     """A model's nodes and weights while they are changed; ``finish`` puts them back."""
 
     def __init__(self, model):

@@ -81,5 +81,9 @@ def read_aligned(path: str | Path) -> np.ndarray:
 
 def draw_images(count: int) -> np.ndarray:
     """Drawn faces, for want of photographs, another person on each."""
-    photographs = (take(Photograph(0, person, 1), seed=0, nuisance=1.0) for person in range(count))
-    return np.stack([decode_rgb(photograph) for photograph in photographs])
+    return np.stack(
+        [
+            decode_rgb(take(Photograph(0, person, 1), seed=0, nuisance=1.0))
+            for person in range(count)
+        ]
+    )

@@ -39,7 +39,7 @@ def to_int8(model, images: np.ndarray, uint8: bool = False):
         quantization.quantize_static(
             prepared,
             quantised,
-            reader(images, uint8),
+            calibration_reader(images, uint8),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
@@ -49,7 +49,7 @@ def to_int8(model, images: np.ndarray, uint8: bool = False):
         return onnx.load(quantised)
 
 
-def reader(images: np.ndarray, uint8: bool):
+def calibration_reader(images: np.ndarray, uint8: bool):
     """The images in onnxruntime's form: ``get_next`` gives a batch, and None at the end."""
     import torch
     from onnxruntime.quantization import CalibrationDataReader

@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Teacher(nn.Module):
-    """A frozen network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32 features without
-    gradient.
+    """A frozen network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32, without gradient.
 
     Of one that ``load_teacher`` made: name (the configuration's word), path and sha256 (of the file
     that its weights are from), color_space ("RGB" or "BGR": of the images it was trained on) and

@@ -13,11 +13,11 @@ from utils.teacher.onnx_graph import (
     IMAGE,
     IMAGE_LAST,
     PIXELS,
-    Form,
-    check_form,
+    Signature,
     files_of,
     input_scale,
     read_model,
+    signature_of,
 )
 
 CUDA = "CUDAExecutionProvider"
@@ -40,7 +40,7 @@ class OnnxNetwork(nn.Module):
     those in which it keeps its weights. choice: which output was taken, "" if it has but one.
     about: what the file says of itself, {key: text}; deploy/export_onnx.py writes network, step,
     checkpoint_sha256 and more. Raises InputError if onnxruntime or onnx is not installed, or the
-    file missing, unreadable or of another form.
+    file missing, unreadable or of another signature.
     """
 
     def __init__(self, path: str | Path, what: str = "teacher", color_space: str = "auto"):
@@ -54,14 +54,14 @@ class OnnxNetwork(nn.Module):
         self.parameter_count = sum(int(np.prod(tensor.dims)) for tensor in graph.initializer)
         self.own_color_space = "BGR" if self.about.get("color_space") == "BGR" else "RGB"
         self.color_space = self.own_color_space if color_space == "auto" else color_space
-        form = check_form(graph, self.path, what)
-        self.batch = form.batch
-        self.takes_bytes = form.takes_bytes
+        signature = signature_of(graph, self.path, what)
+        self.batch = signature.batch
+        self.takes_bytes = signature.takes_bytes
         self.scale = PIXELS if self.takes_bytes else input_scale(graph)
         self.device = torch.device("cpu")
         self.session = self.open_session(self.device)
         self.input = self.session.get_inputs()[0].name
-        self.layout, self.output, self.embedding_size = self.probe(form)
+        self.layout, self.output, self.embedding_size = self.probe(signature)
         outputs = [value.name for value in graph.output]
         self.choice = ""
         if len(outputs) > 1:
@@ -97,13 +97,13 @@ class OnnxNetwork(nn.Module):
             )
         return session
 
-    def probe(self, form: Form) -> tuple[tuple[int, int, int], str, int]:
+    def probe(self, signature: Signature) -> tuple[tuple[int, int, int], str, int]:
         """(the layout of an image, the output that is the features, D), by running the model once.
 
         It is run with two images, too, where it allows that.
         Raises InputError if it does not give a row of features for an image.
         """
-        self.layout, shapes = self.first_that_runs(form)
+        self.layout, shapes = self.first_that_runs(signature)
         rows = {
             name: shape
             for name, shape in shapes.items()
@@ -127,18 +127,20 @@ class OnnxNetwork(nn.Module):
                 self.batch = 1
         return self.layout, self.output, shape[1]
 
-    def first_that_runs(self, form: Form) -> tuple[tuple[int, int, int], dict[str, tuple]]:
+    def first_that_runs(
+        self, signature: Signature
+    ) -> tuple[tuple[int, int, int], dict[str, tuple]]:
         """The first layout that the graph computes with, and {output: shape} for one image."""
-        for layout in form.layouts:
+        for layout in signature.layouts:
             self.layout = layout
             array = self.to_graph(torch.zeros(1, *IMAGE))
             try:
-                values = self.session.run(form.outputs, {self.input: array})
+                values = self.session.run(signature.outputs, {self.input: array})
             except failures() as error:
                 reason = error
                 continue
             return layout, {
-                name: value.shape for name, value in zip(form.outputs, values, strict=True)
+                name: value.shape for name, value in zip(signature.outputs, values, strict=True)
             }
         raise InputError(
             f"{self.what}: onnxruntime cannot run {self.path} ({first_line(reason, 200)})"

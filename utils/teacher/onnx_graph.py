@@ -38,7 +38,7 @@ BYTES = Scale(127.5, 127.5, "x as it is (0 to 255), the graph does the rest")
 PIXELS = Scale(127.5, 127.5, "x as it is (0 to 255, uint8), the graph does the rest")
 
 
-class Form(NamedTuple):
+class Signature(NamedTuple):
     """What a graph takes and gives.
 
     batch: the number of images, 0 if any. layouts: of an image, those that its declared shape
@@ -104,7 +104,7 @@ def files_of(path: Path, graph) -> list[Path]:
     return [path, *sorted(path.parent / name for name in names)]
 
 
-def check_form(graph, path: Path, what: str) -> Form:
+def signature_of(graph, path: Path, what: str) -> Signature:
     """What a graph declares. Raises InputError unless it is one image tensor in, features out."""
     subject = f"{what}: {path}"
     inputs = inputs_of(graph)
@@ -129,7 +129,7 @@ def check_form(graph, path: Path, what: str) -> Form:
     if not outputs:
         given = ", ".join(described(value.type.tensor_type) for value in graph.output)
         raise InputError(f"{subject} gives {given}, not (N, D) features of float32")
-    return Form(shape[0], layouts, tensor.elem_type == UINT8, outputs)
+    return Signature(shape[0], layouts, tensor.elem_type == UINT8, outputs)
 
 
 def allows(declared: list[int], layout: tuple[int, int, int]) -> bool:

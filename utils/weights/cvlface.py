@@ -36,7 +36,7 @@ def read_configuration(folder: Path, what: str = "teacher") -> PublishedConfig |
     Raises InputError if it is unreadable, incomplete, or of a network that cannot be built here.
     """
     files = [folder / name for name in CONFIGURATIONS if (folder / name).is_file()]
-    configs = [config for file in files if (config := read_file(file, what))]
+    configs = [config for file in files if (config := read_config_file(file, what))]
     if len(configs) == 2 and configs[0][:3] != configs[1][:3]:
         log.warning(
             "%s states %s, %s %s: the former counts, as for CVLFace itself",
@@ -48,7 +48,7 @@ def read_configuration(folder: Path, what: str = "teacher") -> PublishedConfig |
     return configs[0] if configs else None
 
 
-def read_file(path: Path, what: str) -> PublishedConfig | None:
+def read_config_file(path: Path, what: str) -> PublishedConfig | None:
     """One configuration file; None for a config.json that is not CVLFace's."""
     try:
         content = parse(path.read_text(encoding="utf-8-sig"), path, what)

@@ -133,7 +133,7 @@ def find_match(weights: WeightFile, shapes: dict, key: str) -> Match:
     matches = matches_in(weights.content, shapes)
     match = choose(matches, weights.average, weights.subject)
     if match is None:
-        reason = differences(nearest_to(weights.content, shapes), shapes)
+        reason = mismatch(nearest_to(weights.content, shapes), shapes)
         hint = advice(looks_like(weights.content, key))
         raise InputError(f"{weights.subject} does not fit: {reason}{hint}")
     if names := strangers(match, matches, shapes):
@@ -156,20 +156,19 @@ def nearest_to(content: dict, shapes: dict) -> Match:
     known = next((network.match for network in networks_in(content)), None)
     if known:
         states = [(entry, state) for entry, state in states if entry == known.entry]
-    anchors = [linear_key(shapes), next(iter(shapes))]
-    candidates = [
-        take(entry, state, prefix, shapes)
-        for entry, state in states
-        for prefix in {"", known.prefix if known else "", *guesses(state, anchors)}
-    ]
+    prefixes = {"", known.prefix if known else ""}
+    candidates = []
+    for entry, state in states:
+        guesses = {
+            prefix
+            for key in (linear_key(shapes), next(iter(shapes)))
+            for prefix in prefixes_of(state, key)
+        }
+        candidates += [take(entry, state, prefix, shapes) for prefix in prefixes | guesses]
     return max(candidates, key=lambda match: (len(match.weights), -len(match.prefix)))
 
 
-def guesses(state: dict, keys: list[str]) -> list[str]:
-    return [prefix for key in keys for prefix in prefixes_of(state, key)]
-
-
-def differences(match: Match, shapes: dict) -> str:
+def mismatch(match: Match, shapes: dict) -> str:
     """What keeps weights from being a network's, in words."""
     missing = [key for key in shapes if key not in match.weights and not key.endswith(COUNTER)]
     unexpected = [key.removeprefix(match.prefix) for key in match.beside]

@@ -58,13 +58,13 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         reason = "it holds more than tensors, or is no checkpoint"
         if name:
             reason = f"it asks to load {name[1]}, which is code and no tensor"
-        hint = advice(bytes_look_like(path, kind))
-        raise InputError(f"{what}: {path} was refused: {reason}{hint}") from error
+        look = advice(bytes_look_like(path, kind))
+        raise InputError(f"{what}: {path} was refused: {reason}{look}") from error
     except UNREADABLE as error:
         if program := program_in(path):
             raise InputError(f"{what}: {path} is {program}") from error
-        reason, hint = first_line(error, 120), advice(bytes_look_like(path, kind))
-        raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){hint}") from error
+        reason, look = first_line(error, 120), advice(bytes_look_like(path, kind))
+        raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){look}") from error
 
 
 def advice(likeness: str) -> str:
