@@ -11,7 +11,7 @@ from utils.errors import InputError, nearest
 from utils.losses import check_options
 from utils.losses.margins import MARGINS
 from utils.recordio.files import split_paths
-from utils.teacher.load import ONNX, TEACHERS
+from utils.teacher.names import ONNX, TEACHERS
 
 # One path, made absolute against the repository root or, from the command line, the current folder.
 PATHS = {

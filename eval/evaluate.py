@@ -16,9 +16,10 @@ from utils import distributed
 from utils.errors import InputError
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher.load import Teacher
-from utils.teacher.onnx import OnnxNetwork, weight_files
-from utils.weights.colours import ORDERS
-from utils.weights.load import empty_backbone, load_backbone, run_beside
+from utils.teacher.onnx import OnnxNetwork
+from utils.teacher.onnx_graph import weight_files
+from utils.weights.color_order import ORDERS
+from utils.weights.load import load_network, read_weights, run_beside
 from utils.weights.read import digest_of, sha256
 
 # each flag is another name of a configuration key
@@ -260,10 +261,11 @@ class Evaluator:
             self.sources[job.checkpoint] = (network.color_space, network.choice)
             return Teacher(network).to(self.device)
         cfg = job.network
-        network = empty_backbone(cfg.network, cfg.embedding_size, cfg.SE)
-        loaded = load_backbone(network, job.checkpoint, "checkpoint", color_space=asked)
-        place = f"weights of {loaded.place}" if loaded.place else ""
-        self.sources[job.checkpoint] = (loaded.color_space, place)
+        weights = read_weights(job.checkpoint, "checkpoint")
+        network, loaded = load_network(
+            cfg.network, cfg.embedding_size, cfg.SE, weights, color_space=asked
+        )
+        self.sources[job.checkpoint] = (loaded.color_space, loaded.source)
         layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
         return Teacher(network).to(self.device, memory_format=layout)
 

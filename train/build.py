@@ -23,8 +23,9 @@ from utils.precision import PRECISIONS, autocast
 from utils.recordio.files import find_folders
 from utils.teacher.cache import TeacherCache, open_cache, read_manifest
 from utils.teacher.hub import find_weights
-from utils.teacher.load import ONNX, load_teacher, repository_of
-from utils.teacher.onnx import weight_files
+from utils.teacher.load import load_teacher
+from utils.teacher.names import ONNX, repository_of
+from utils.teacher.onnx_graph import weight_files
 from utils.weights.class_centers import read_kernel
 from utils.weights.load import load_backbone, run_beside
 from utils.weights.read import digest_of, sha256, split_mark

@@ -34,9 +34,9 @@ from train.damaged_records import refuse_too_many
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
-from utils.teacher.cache import Origin, TeacherCache, make_manifest, read_manifest
+from utils.teacher.cache import CacheSource, TeacherCache, make_manifest, read_manifest
 from utils.teacher.cache_writer import CacheWriter
-from utils.teacher.load import ONNX, repository_of
+from utils.teacher.names import ONNX, repository_of
 from utils.weights.read import sha256
 
 # what zipfile and NumPy's headers raise
@@ -108,7 +108,7 @@ def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
     teacher = teacher_pass.teacher
     # onnxruntime knows no autocast
     precision = "fp32" if teacher.name.startswith(ONNX) else teacher_pass.precision
-    origin = Origin(
+    origin = CacheSource(
         teacher.name,
         precision,
         Path(teacher.path).name,
@@ -163,7 +163,7 @@ def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
     columns, size, kind = open_columns(source, len(dataset))
     writer = CacheWriter(
         output,
-        make_manifest(dataset, size, Origin(source.name, kind, imported=sha256(source))),
+        make_manifest(dataset, size, CacheSource(source.name, kind, imported=sha256(source))),
         main=True,
     )
     if writer.complete:

@@ -29,7 +29,7 @@ from utils.errors import InputError
 from utils.inputs import to_input
 from utils.recordio.indexed import IndexedRecordIO
 from utils.teacher import cache_writer
-from utils.teacher.cache import Origin, make_manifest, open_cache
+from utils.teacher.cache import CacheSource, make_manifest, open_cache
 from utils.teacher.cache_writer import CacheWriter
 from utils.weights.class_centers import read_kernel
 from utils.weights.read import sha256
@@ -327,7 +327,7 @@ def write_cache(
 ):
     """A cache of given (N, 2, D) features, written as the command writes it."""
     values = numbered(len(dataset)) if values is None else values
-    origin = Origin(
+    origin = CacheSource(
         name,
         "fp32",
         "backbone.pth",

@@ -37,18 +37,19 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
     """
     content = read_file(path, what, hint)
     if not isinstance(content, dict):
-        kind, look = type(content).__name__, advice(looks_like(content))
-        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{look}")
+        kind, hint = type(content).__name__, advice(looks_like(content))
+        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{hint}")
     return content
 
 
 def read_file(path: str | Path, what: str, hint: str = ""):
     """As ``read_tensors``, whatever the file holds: a dict, a tensor, a list."""
+    hint = f"; {hint}" if hint else ""
     if not str(path):
-        raise InputError(f"{what}: no path is set" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{what}: no path is set{hint}")
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{what}: no file at {path.absolute()}" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{what}: no file at {path.absolute()}{hint}")
     kind = "safetensors" if path.suffix == ".safetensors" else "checkpoint"
     try:
         return load_file(utf8_path(path)) if kind == "safetensors" else load_pickled(path)
@@ -66,8 +67,8 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){look}") from error
 
 
-def advice(look: str) -> str:
-    return f"; it looks like {look}" if look else ""
+def advice(likeness: str) -> str:
+    return f"; it looks like {likeness}" if likeness else ""
 
 
 def load_pickled(path: Path):
