@@ -28,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from data.contact_sheet import draw_sheet
+from data.contact_sheet import draw_sheet, training_set_rows
 from utils.dataset.base import FaceImages, decode_into
 from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
 from utils.dataset.records import MXFaceDataset
@@ -83,15 +83,14 @@ def main() -> None:
     args = parse_arguments()
     dataset, name = open_set(args.set)
     contents = read_all(dataset, args.workers)
-    findings, duplicates = examine(dataset, contents)
+    findings, shared = examine(dataset, contents)
     print(describe(name, findings), flush=True)
     if args.json:
         with replacing(str(args.json)) as file:
             file.write((dumps(findings, indent=2) + "\n").encode())
     if args.sheet:
-        draw_sheet(
-            args.sheet, dataset, np.where(contents.readable, contents.labels, np.nan), duplicates
-        )
+        labels = np.where(contents.readable, contents.labels, np.nan)
+        draw_sheet(args.sheet, training_set_rows(dataset, labels, shared))
         print(f"{args.sheet}: what they look like")
     wrong = [
         f"{findings[name]['count']} {findings[name]['what']}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.synth.render_pool import Photograph, take
+from data.synth.render_pool import Photograph
 from eval.verification import load_bin
 from utils.dataset.base import sampled
 from utils.dataset.folder import IMAGE_SUFFIXES, FaceDatasetFolder
@@ -81,9 +81,5 @@ def read_aligned(path: str | Path) -> np.ndarray:
 
 def draw_images(count: int) -> np.ndarray:
     """Drawn faces, for want of photographs, another person on each."""
-    return np.stack(
-        [
-            decode_rgb(take(Photograph(0, person, 1), seed=0, nuisance=1.0))
-            for person in range(count)
-        ]
-    )
+    people = [Photograph(0, person, 1) for person in range(count)]
+    return np.stack([decode_rgb(person.take(seed=0, nuisance=1.0)) for person in people])

@@ -15,7 +15,7 @@ from utils.errors import InputError
 
 
 @contextmanager
-def replacing(path: str, mode: str = "wb"):
+def replacing(path: str | Path, mode: str = "wb"):
     """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block
     ends well, else it is removed.
     """

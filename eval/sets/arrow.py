@@ -7,7 +7,6 @@ stand-ins for numpy's own functions, for those trust what a file tells them.
 """
 
 import pickle
-import re
 import warnings
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from eval.sets.folder import check_aligned, fingerprint, scan
 from utils.errors import InputError
 from utils.files import utf8_path
 from utils.images import decode_rgb
+from utils.safe_pickle import NUMPY, Array, Dtype, load_torch, refused_name
 from utils.weights.kinds import UNREADABLE
 
 STATE, INFO, SPLITS, METADATA = (
@@ -213,17 +213,17 @@ def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
 def load_plain(path: Path):
     """What torch.save wrote, with ``Array`` in place of numpy arrays."""
     try:
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # the error below says so where it matters
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_torch(path, NUMPY)
     except InputError as error:
         raise InputError(f"{path} was refused: {error}") from error
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        name = refused_name(error)
         if name:
             raise InputError(
-                f"{path} was refused: it asks to load {name[1]}, which is code and no tensor"
+                f"{path} was refused: it asks to load {name}, which is code and no tensor"
             ) from error
         raise InputError(
             f"{path} is damaged or was written with another pickle protocol than "
@@ -278,73 +278,3 @@ def unpack(value, where: str):
 
 def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:150]
-
-
-class Dtype:
-    """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could
-    declare its bytes to be pointers.
-
-    ``dtype``: None for other types, the content of which is passed over.
-    """
-
-    __slots__ = ("name", "dtype")
-
-    def __init__(self, name, *_):
-        self.name = str(name)
-        self.dtype = (
-            np.dtype(self.name)
-            if re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", self.name)
-            else None
-        )
-
-    def __setstate__(self, state):
-        if state[1] == ">":
-            self.name = f"big-endian {self.name}"
-            self.dtype = None
-
-
-class Array:
-    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards.
-
-    ``values``: an array, the list that an array of objects is, or the Dtype of an array that was
-    passed over.
-    """
-
-    __slots__ = ("values",)
-
-    def __init__(self, *_):
-        self.values = np.empty(0)
-
-    def __setstate__(self, state):
-        _version, shape, dtype, _is_fortran, content = state
-        self.values = from_content(content, dtype, shape)
-
-
-def from_content(content, dtype: Dtype, shape: tuple):
-    if dtype.dtype is None:
-        return dtype
-    if dtype.dtype == object:  # strings, at best: the unpickler has let only plain values pass
-        if not isinstance(content, list):
-            raise InputError("it holds a numpy array of objects that is no list")
-        return content
-    if not isinstance(content, (bytes, bytearray)):
-        raise InputError("it holds a numpy array that is not made of bytes")
-    return np.frombuffer(content, dtype.dtype).reshape(shape)
-
-
-def reconstruct(*_type_and_shape) -> Array:
-    return Array()
-
-
-def scalar(dtype: Dtype, content):
-    """A single number or string, as Python's."""
-    values = from_content(content, dtype, (1,))
-    return values[0].item() if isinstance(values, np.ndarray) else values
-
-
-# the names that files hold, as numpy 1 (core) and numpy 2 (_core) write them
-STAND_INS = [(Dtype, "numpy.dtype"), (Array, "numpy.ndarray")] + [
-    (function, f"numpy.{core}.{name}")
-    for core in ("core", "_core")
-    for function, name in ((reconstruct, "multiarray._reconstruct"), (scalar, "multiarray.scalar"))
-]
