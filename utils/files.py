@@ -102,6 +102,33 @@ def take_lock(path: str, shared: bool = False, wait: bool = True):
             return None
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8, by write-then-rename; what is none in a name comes as in ``printable``."""
+    with replacing(str(path)) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | Path, content) -> None:
+    """Write strict JSON, by write-then-rename; NaN and infinities become null."""
+    write_text(path, dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, what: str = "a JSON object", advice: str = "") -> dict:
+    """The JSON object in a file.
+
+    what: of what it should be an object, for the message; advice: how to mend it, which ends the
+    message. Raises InputError naming the file if it is not JSON or holds something else.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # of syntax or encoding
+        raise InputError(f"{path} is not JSON ({error}){advice}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not {what}{advice}")
+    return content
+
+
 def dumps(value, **options) -> str:
     """``json.dumps`` of dicts, lists and plain values; NaN and infinities become null."""
     return json.dumps(finite(value), allow_nan=False, **options)
