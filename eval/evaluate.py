@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from easydict import EasyDict
 
-from config.schema import ROOT, load_config, read_json
+from config.schema import ROOT, load_config
 from eval.benchmarks import KINDS, make, run_benchmark
 from eval.report.files import prepare_folder
 from utils import distributed
 from utils.errors import InputError
+from utils.files import read_json
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher.load import Teacher
 from utils.teacher.onnx import OnnxNetwork, weight_files
@@ -288,7 +289,7 @@ class Evaluator:
         """The configuration that the checkpoint's run wrote beside it, as it is."""
         beside = run_beside(checkpoint)
         return (
-            read_json(beside)
+            read_json(beside, "a dict of configuration values")
             if beside
             else {
                 "config.json": "none in "

@@ -24,7 +24,7 @@ from eval import evaluate
 from eval.report import files, tables
 from utils import distributed
 from utils.errors import InputError, run
-from utils.files import printable
+from utils.files import printable, read_json, write_json
 
 
 def main() -> None:
@@ -143,8 +143,8 @@ class Reports:
             self.settings_of(name).parent.mkdir(exist_ok=True)
             files.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
             if self.arguments.save_json:
-                files.write_json(self.folder / f"{name}.json", results)
-            files.write_json(self.settings_of(name), self.evaluator.settings(job))
+                write_json(self.folder / f"{name}.json", results)
+            write_json(self.settings_of(name), self.evaluator.settings(job))
 
     def add_earlier(self, job: evaluate.Job) -> bool:
         """Take the figures of an earlier report if it is newer than the checkpoint and was made
@@ -161,7 +161,7 @@ class Reports:
             return False
         try:
             settings, figures = (
-                files.read_json(self.settings_of(name)),
+                read_json(self.settings_of(name), advice=files.REMAKE),
                 files.read_metrics(self.metrics_of(name)),
             )
         except InputError as error:

@@ -27,6 +27,7 @@ from eval.report.html_report import write_page
 from eval.report.thresholds import write_thresholds
 from utils import distributed
 from utils.errors import InputError, run
+from utils.files import write_json
 from utils.weights.read import split_mark
 
 
@@ -50,7 +51,7 @@ def main() -> None:
             end="",
         )
         if arguments.results_json:
-            files.write_json(arguments.results_json, results)
+            write_json(arguments.results_json, results)
         if arguments.report_dir:
             settings = {
                 "checkpoint": str(arguments.checkpoint.absolute()),

@@ -6,7 +6,6 @@ eval/report/tables.py says how figures are named and shown, eval/report/html_rep
 
 import csv
 import io
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -31,8 +30,10 @@ from eval.report.tables import (
     show,
 )
 from utils.errors import InputError
-from utils.files import dumps, replacing
+from utils.files import replacing, write_text
 
+# how to mend a report that is damaged
+REMAKE = "; delete it to make it anew"
 COLUMNS, PANELS = 5, 20  # panels in a row of plots, on a page of metrics.pdf
 STYLES = ("-", "--", "-.", ":")
 
@@ -82,24 +83,6 @@ def prepare_file(path: Path, flag: str) -> None:
 
 # --- one checkpoint
 # --------------------------------------------------
-
-
-def write_json(path: Path, results: dict) -> None:
-    """The figures as strict JSON, which knows no infinity: a threshold above all scores is null."""
-    write(path, dumps(results, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict:
-    """What ``write_json`` wrote. Errors: InputError if the file is damaged."""
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:  # of syntax or encoding
-        raise InputError(f"{path} is not JSON ({error}); delete it to make it anew") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{path} holds a {type(values).__name__}, not a JSON object; delete it to make it anew"
-        )
-    return values
 
 
 def write_metrics(path: Path, figures: dict[str, float]) -> None:
@@ -173,7 +156,7 @@ def write_summary(folder: Path, rows: list[Row], sort_by: str | None = None) -> 
         ],
     )
     shown = list(headlines(columns)) or columns
-    write(
+    write_text(
         folder / "summary.md",
         markdown(ordered, shown if chosen in (None, *shown) else [*shown, chosen], chosen),
     )
@@ -335,10 +318,4 @@ def draw(axes, key: str, title: str, rows: list[Row]) -> dict:
 def write_table(path: Path, lines) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    write(path, text.getvalue())
-
-
-def write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        # the name of a file or folder may be no UTF-8
-        file.write(text.encode("utf-8", "backslashreplace"))
+    write_text(path, text.getvalue())

@@ -48,6 +48,9 @@ class Table(NamedTuple):
     remark: str = ""
     minor: bool = False
 
+    def is_marked(self) -> bool:
+        return any(MARK in cell for cells in self.rows.values() for cell in cells)
+
 
 # --- all figures of one checkpoint
 # --------------------------------------------------

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.report.files import write_json
 from eval.report.html_report import PairExhibit
 from eval.roc import Roc, resolves
 from utils.errors import InputError
+from utils.files import write_json
 
 FARS = tuple(mantissa * 10.0**-exponent for exponent in range(6, 0, -1) for mantissa in (1, 2, 5))
 FILE = "thresholds.json"
