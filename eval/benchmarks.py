@@ -270,7 +270,7 @@ def run_benchmark(
 
     features: a folder that keeps the features of the checkpoint with this SHA-256, taken to be
     trained on images of this colour order; None: they are not kept.
-    Errors: InputError, on all ranks, naming the benchmark.
+    Raises InputError, on all ranks, naming the benchmark.
     """
     try:
         store = None

@@ -159,7 +159,7 @@ class Evaluator:
     def network_of(self, checkpoint: Path) -> EasyDict:
         """The configuration of the checkpoint's run, if it is beside it.
 
-        Errors: InputError if it is wrong.
+        Raises InputError if it is wrong.
         """
         beside = run_beside(checkpoint)
         return load_config(beside, self.overrides) if beside else self.cfg
@@ -176,7 +176,7 @@ class Evaluator:
     def plan(self, checkpoint: Path) -> Job:
         """Find what the evaluation of a checkpoint needs, before any network runs.
 
-        Errors: InputError if the run's config.json is wrong, or a set damaged, missing though the
+        Raises InputError if the run's config.json is wrong, or a set damaged, missing though the
         command line names it, or none there.
         """
         network = self.network_of(checkpoint)
@@ -235,7 +235,7 @@ class Evaluator:
         the public functions of eval/ return them.
 
         exhibits: a list to which rank 0 adds what a report page shows.
-        Errors: InputError if the file is missing, unreadable, of another network, an image
+        Raises InputError if the file is missing, unreadable, of another network, an image
         unreadable, or a feature not finite.
         """
         backbone = self.load(job)

@@ -44,7 +44,7 @@ class StoredFeatures(NamedTuple):
             np.save(file, features.numpy())
 
     def read(self) -> torch.Tensor:
-        """All features (images, D or 2 D). Errors: InputError if a file is damaged, naming it."""
+        """All features (images, D or 2 D). Raises InputError if a file is damaged, naming it."""
         features = None
         for part in self.parts():
             values = self.read_part(part)

@@ -85,7 +85,7 @@ def plan(
     """The evaluations to do: a checkpoint with a report is skipped, one whose configuration or sets
     are unusable is a failure of its own.
 
-    Errors: InputError if the same reason keeps all of them from being evaluated.
+    Raises InputError if the same reason keeps all of them from being evaluated.
     """
     jobs, errors = [], {}
     for checkpoint in checkpoints:
@@ -196,7 +196,7 @@ class Reports:
     def close(self, checkpoints: list[Path]) -> None:
         """Write the comparison of all.
 
-        Errors: InputError that names the checkpoints that could not be evaluated.
+        Raises InputError that names the checkpoints that could not be evaluated.
         """
         distributed.main_computes(
             lambda: self.compare(

@@ -55,7 +55,7 @@ def format_skipped(skipped: dict[Path, str]) -> str:
 def prepare_folder(path: Path, flag: str) -> None:
     """Make the folder that a flag names.
 
-    Errors: InputError if it is none and cannot become one, or nothing can be written there.
+    Raises InputError if it is none and cannot become one, or nothing can be written there.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def prepare_folder(path: Path, flag: str) -> None:
 def prepare_file(path: Path, flag: str) -> None:
     """Make the folder of the file that a flag names.
 
-    Errors: as ``prepare_folder``, and InputError if the path is a folder.
+    Raises InputError as ``prepare_folder`` does, and if the path is a folder.
     """
     if path.is_dir():
         raise InputError(f"{flag}: {path.absolute()} is a folder; name a file")
@@ -82,7 +82,6 @@ def prepare_file(path: Path, flag: str) -> None:
 
 
 # --- one checkpoint
-# --------------------------------------------------
 
 
 def write_metrics(path: Path, figures: dict[str, float]) -> None:
@@ -96,7 +95,7 @@ def write_metrics(path: Path, figures: dict[str, float]) -> None:
 def read_metrics(path: Path) -> dict[str, float]:
     """The figures that ``write_metrics`` wrote.
 
-    Errors: InputError naming the file and the line if it is damaged, or has no figures.
+    Raises InputError naming the file and the line if it is damaged, or has no figures.
     """
     figures = {}
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -126,7 +125,6 @@ def parse_metric(line: str) -> tuple[str, float] | None:
 
 
 # --- many checkpoints
-# --------------------------------------------------
 
 
 def write_summary(folder: Path, rows: list[Row], sort_by: str | None = None) -> None:
@@ -134,7 +132,7 @@ def write_summary(folder: Path, rows: list[Row], sort_by: str | None = None) -> 
     (headlines against steps), ``metrics.pdf`` (every figure against steps).
 
     sort_by: a figure, as ``tables.find_metric`` understands it; the tables then have the checkpoint
-    with the largest first, those without it last. Errors: InputError, before anything is written,
+    with the largest first, those without it last. Raises InputError, before anything is written,
     if no figure or several are meant.
     """
     columns = sorted({key for row in rows for key in row.figures})

@@ -53,7 +53,6 @@ class Table(NamedTuple):
 
 
 # --- all figures of one checkpoint
-# --------------------------------------------------
 
 
 def format_results(results: dict) -> str:
@@ -216,7 +215,6 @@ def short(rate: float) -> str:
 
 
 # --- single figures of many checkpoints, by their dotted keys
-# --------------------------------------------------
 
 
 def flatten(results: dict) -> dict[str, float]:
@@ -304,7 +302,7 @@ def find_metric(name: str, keys) -> str:
     """The key that a person means: the key itself, the label of a headline (lfw, IJBC 1e-4), a set
     with one headline, or the end of one key (lfw.XNorm).
 
-    Errors: InputError that lists the nearest keys if there is none, and the candidates if there are
+    Raises InputError that lists the nearest keys if there is none, and the candidates if there are
     several.
     """
     labels = headlines(keys)

@@ -51,7 +51,6 @@ def saved_fingerprint(folder: Path) -> str:
 
 
 # --- images
-# --------------------------------------------------
 
 
 class Records(Dataset):
@@ -96,7 +95,7 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
     """Open a saved folder and check its schema; ``with_paths``: it has a column of paths too, which
     become ``names``.
 
-    Errors: InputError for a folder of several splits, one that is damaged or has other columns, an
+    Raises InputError for a folder of several splits, one that is damaged or has other columns, an
     ``index`` that does not number the rows.
     """
     try:
@@ -161,7 +160,7 @@ def check_schema(folder: Path, table, columns: tuple[str, ...]) -> None:
 def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
     """(N,) row of each index.
 
-    Errors: InputError unless ``index`` is a permutation of 0 ... N - 1.
+    Raises InputError unless ``index`` is a permutation of 0 ... N - 1.
     """
     rows = np.argsort(index, kind="stable")
     wrong = np.flatnonzero(index[rows] != np.arange(len(index)))
@@ -179,14 +178,13 @@ def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
 
 
 # --- metadata.pt
-# --------------------------------------------------
 
 
 def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
     """The named entries of a folder's metadata.pt, whether tensors, numpy arrays or lists.
 
     ``keys``: name -> int for (n,) int64 (whole numbers of any type), float for (n,) float32, str
-    for a list of strings. Further entries may be any plain values. Errors: InputError if the file
+    for a list of strings. Further entries may be any plain values. Raises InputError if the file
     is missing, damaged, lacks a key, holds something else under it, or asks anywhere for code
     (refused, named, not run).
     """

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def find_set(root: str | Path, target: str, suffix: str) -> Path:
     """The folder ``root/target``, or else ``root/target + suffix``, as CVLFace names it.
 
-    Errors: InputError listing the folders that are there.
+    Raises InputError listing the folders that are there.
     """
     root = Path(root)
     names = [target] if target.endswith(suffix) else [target, target + suffix]
@@ -107,7 +107,7 @@ def check_images(images: Dataset, num_workers: int, name: str) -> None:
     """Read every image once, in at most ``num_workers`` processes, so that one that is unreadable
     is noticed now and not when it is measured.
 
-    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Errors: InputError
+    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Raises InputError
     naming the first unreadable image.
     """
     batches = iter(
@@ -140,7 +140,7 @@ def check_images(images: Dataset, num_workers: int, name: str) -> None:
 def check_aligned(image: np.ndarray, name: str) -> np.ndarray:
     """Return (112, 112, 3) ``image``.
 
-    Errors: InputError naming an image of another size, for scaling it would give plausible, wrong
+    Raises InputError naming an image of another size, for scaling it would give plausible, wrong
     features.
     """
     height, width = image.shape[:2]

@@ -49,7 +49,7 @@ class TinyFaceSet(NamedTuple):
 def find_tinyface(root: str | Path, target: str) -> Path:
     """The set's folder: ``root/target``, or else ``root/target_aligned_pad_0.1``.
 
-    Errors: InputError listing the folders that are there.
+    Raises InputError listing the folders that are there.
     """
     return find_set(root, target, SUFFIX)
 
@@ -59,7 +59,7 @@ def load_tinyface(root: str | Path, target: str) -> TinyFaceSet:
     hours; one image is read as a sample.
 
     Logged as warnings: probes without a mate in the gallery, which count as misses; no distractors.
-    Errors: InputError for missing or empty folders, unreadable metadata, lists naming images that
+    Raises InputError for missing or empty folders, unreadable metadata, lists naming images that
     are not there or cannot be told apart, no probe with a mate, a first image that is unreadable or
     not aligned.
     """
@@ -131,7 +131,7 @@ def read_tree(folder: Path, target: str) -> TinyFaceSet:
 def check(tinyface: TinyFaceSet, folder: Path) -> None:
     """That images and lists fit each other.
 
-    Errors: InputError naming the first thing that does not.
+    Raises InputError naming the first thing that does not.
     """
     paths = tinyface.image_paths
     try:

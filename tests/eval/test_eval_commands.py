@@ -100,7 +100,6 @@ class HostilePayload:
 
 
 # --- run_full_eval
-# --------------------------------------------------
 
 
 def test_full_eval_figures_skipped_sets_and_json(runs, sets, tmp_path):
@@ -165,7 +164,6 @@ def test_hostile_checkpoint_is_refused_and_does_not_run(runs, sets, tmp_path):
 
 
 # --- the same path, without a process
-# --------------------------------------------------
 
 
 def evaluator(*arguments) -> evaluate.Evaluator:
@@ -313,7 +311,6 @@ def test_color_space_of_a_run_is_its_teachers(sets, tmp_path):
 
 
 # --- run_batch_eval
-# --------------------------------------------------
 
 
 def test_batch_eval_reports(runs, sets, tmp_path):

@@ -104,7 +104,6 @@ def read_table(path: Path) -> list[list[str]]:
 
 
 # --- a page, read back
-# --------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -468,7 +467,6 @@ def test_curves_against_loops():
 
 
 # --- tables
-# --------------------------------------------------
 
 
 def test_terminal_table():
@@ -529,7 +527,6 @@ def test_set_of_a_key(key, group):
 
 
 # --- metrics of one checkpoint
-# --------------------------------------------------
 
 
 def test_metrics_come_back(tmp_path):
@@ -584,7 +581,6 @@ def test_json_is_strict(tmp_path):
 
 
 # --- comparison of many
-# --------------------------------------------------
 
 
 def rows_of(*accuracies, key="verification.lfw.Accuracy-Flip") -> list[Row]:
@@ -787,7 +783,6 @@ def test_unknown_sort_writes_nothing(tmp_path):
 
 
 # --- plot_curves: reads summary.csv
-# --------------------------------------------------
 
 
 def test_curves_take_the_last_step_of_any_order(tmp_path):
