@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from backbones import build_backbone
-from eval.benchmarks import benchmarks_of
+from eval.test_sets import test_sets_of
 from eval.verification import load_targets
 from train.start_up import Run
 from utils import distributed
@@ -280,5 +280,5 @@ def load_validation(cfg) -> Validation:
     missing or damaged must not end a run after hours.
     """
     return Validation(
-        load_targets(cfg.val_rec, cfg.val_targets) if cfg.val_targets else {}, benchmarks_of(cfg)
+        load_targets(cfg.val_rec, cfg.val_targets) if cfg.val_targets else {}, test_sets_of(cfg)
     )

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from eval import verification
-from eval.benchmarks import run_benchmark
+from eval.test_sets import run_test_set
 from train.build import input_dtype
 from train.start_up import SETTLED, StopRequest, check_settled, write_config
 from utils import distributed
@@ -521,7 +521,7 @@ class Engine:
         distributed.sync_buffers(self.backbone)
         results = {}
         for benchmark in self.benchmarks:
-            results.setdefault(benchmark.kind, {})[benchmark.name] = run_benchmark(
+            results.setdefault(benchmark.kind, {})[benchmark.name] = run_test_set(
                 benchmark,
                 self.backbone,
                 device=self.run.device,

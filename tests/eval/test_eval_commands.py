@@ -173,7 +173,7 @@ def evaluator(*arguments) -> evaluate.Evaluator:
 
 
 def names_of(job) -> list[str]:
-    return [benchmark.name for benchmark in job.benchmarks]
+    return [test_set.name for test_set in job.test_sets]
 
 
 def test_named_folder_or_name_must_exist(runs, sets, tmp_path):
@@ -227,8 +227,7 @@ def test_network_is_the_runs_and_sets_are_those_of_a_named_config(runs, sets, tm
     )
     assert tool.skipped == {sets / "lfw.bin": "lfw", **NOT_THERE}
     assert (
-        tool.plan(runs / "teacher" / "5backbone.pth").benchmarks[0].images
-        is job.benchmarks[0].images
+        tool.plan(runs / "teacher" / "5backbone.pth").test_sets[0].images is job.test_sets[0].images
     ), "read once"
     assert tool.plan(tmp_path / "1backbone.pth").network.network == "iresnet18", (
         "no config.json beside it"
