@@ -22,11 +22,10 @@ import torch
 
 from deploy.measure import Timing, measure, megabytes, multiply_adds
 from deploy.model import Model, add_color_space, load_model
-from eval.report.files import prepare_file
 from eval.report.tables import Table, format_table
 from utils import distributed
 from utils.errors import InputError, run
-from utils.files import write_json
+from utils.files import prepare_file, write_json
 from utils.teacher.onnx import CUDA
 
 

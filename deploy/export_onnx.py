@@ -31,9 +31,8 @@ from deploy import checks
 from deploy.graph import OLDEST_OPSET, OPSET, describe, to_fp16, to_onnx
 from deploy.model import Model, add_color_space, load_model
 from deploy.quantise import LEAST_OPSET, to_int8
-from eval.report.files import prepare_file
 from utils.errors import InputError, run
-from utils.files import scratch, write_json
+from utils.files import prepare_file, scratch, write_json
 from utils.teacher.onnx import NORMALISED, PIXELS, require_onnx
 from utils.weights.read import split_mark
 

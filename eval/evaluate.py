@@ -10,11 +10,10 @@ import torch
 from easydict import EasyDict
 
 from config.schema import ROOT, load_config
-from eval.report.files import prepare_folder
 from eval.test_sets import KINDS, make, run_test_set
 from utils import distributed
 from utils.errors import InputError
-from utils.files import read_json
+from utils.files import prepare_folder, read_json
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher.load import Teacher
 from utils.teacher.onnx import OnnxNetwork, weight_files

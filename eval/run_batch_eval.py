@@ -25,14 +25,14 @@ from eval import evaluate
 from eval.report import files, tables
 from utils import distributed
 from utils.errors import InputError, run
-from utils.files import printable, read_json, write_json
+from utils.files import prepare_folder, printable, read_json, write_json
 
 
 def main() -> None:
     arguments = parse_arguments()
     checkpoints = find_checkpoints(arguments.checkpoint_dir, arguments.checkpoint_suffix)
     folder = arguments.report_dir or arguments.checkpoint_dir / "reports"
-    files.prepare_folder(folder, "--report-dir")
+    prepare_folder(folder, "--report-dir")
     evaluator = evaluate.Evaluator(arguments)
     reports = Reports(folder, arguments, evaluator)
     jobs = plan(evaluator, checkpoints, reports)
@@ -171,7 +171,7 @@ class Reports:
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
         run_name = printable(checkpoint.absolute().parent.name)
-        self.rows[checkpoint] = files.Row(printable(name), run_name, step_of(checkpoint), figures)
+        self.rows[checkpoint] = tables.Row(printable(name), run_name, step_of(checkpoint), figures)
         return name
 
     def add_failure(self, checkpoint: Path, error: str) -> None:
@@ -199,7 +199,7 @@ class Reports:
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[files.Row], checkpoints: int) -> None:
+    def compare(self, rows: list[tables.Row], checkpoints: int) -> None:
         if rows:
             files.write_summary(self.folder, rows, self.arguments.sort_by)
             skipped = files.format_skipped(self.evaluator.skipped)

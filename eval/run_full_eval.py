@@ -27,16 +27,16 @@ from eval.report.html_report import write_page
 from eval.report.thresholds import write_thresholds
 from utils import distributed
 from utils.errors import InputError, run
-from utils.files import write_json
+from utils.files import prepare_file, prepare_folder, write_json
 from utils.weights.read import split_mark
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.results_json:
-        files.prepare_file(arguments.results_json, "--results-json")
+        prepare_file(arguments.results_json, "--results-json")
     if arguments.report_dir:
-        files.prepare_folder(arguments.report_dir, "--report-dir")
+        prepare_folder(arguments.report_dir, "--report-dir")
     if not split_mark(arguments.checkpoint)[0].is_file():
         raise InputError(f"--checkpoint: no file at {arguments.checkpoint.absolute()}")
     evaluator = evaluate.Evaluator(arguments)

@@ -102,6 +102,35 @@ def take_lock(path: str, shared: bool = False, wait: bool = True):
             return None
 
 
+def prepare_folder(path: Path, flag: str) -> None:
+    """Make the folder that a flag names.
+
+    Raises InputError if it is none and cannot become one, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{flag}: {path.absolute()} is no folder and cannot become one: {error.strerror}"
+        ) from error
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(
+            f"{flag}: nothing can be written to {path.absolute()}: {error.strerror}"
+        ) from error
+
+
+def prepare_file(path: Path, flag: str) -> None:
+    """Make the folder of the file that a flag names.
+
+    Raises InputError as ``prepare_folder`` does, and if the path is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{flag}: {path.absolute()} is a folder; name a file")
+    prepare_folder(path.absolute().parent, flag)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8, by write-then-rename; what is none in a name comes as in ``printable``."""
     with replacing(str(path)) as file:

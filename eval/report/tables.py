@@ -36,6 +36,15 @@ HEADLINES = (  # the figures that papers compare, and what the heads of columns 
 )
 
 
+class Row(NamedTuple):
+    """One evaluated checkpoint. step: None for one without a number, such as best_backbone.pth."""
+
+    name: str
+    run: str
+    step: int | None
+    figures: dict[str, float]
+
+
 class Table(NamedTuple):
     """title, remark: for the page; corner: the head of the first column; rows: {name: cells};
     minor: thresholds, which the terminal leaves out.

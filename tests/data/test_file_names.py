@@ -138,7 +138,7 @@ def test_figures_of_a_set_of_such_a_name(folder):
     assert files.read_metrics(folder / "metrics.csv") == flat
     write_json(folder / "results.json", results)
     assert read_json(folder / "results.json") == results
-    files.write_summary(folder, [files.Row(printable(NAME), printable(NAME), 1, flat)])
+    files.write_summary(folder, [tables.Row(printable(NAME), printable(NAME), 1, flat)])
     assert SHOWN in (folder / "summary.csv").read_text("utf-8")
     assert SHOWN in (folder / "summary.md").read_text("utf-8")
     write_page(folder / "page.html", NAME, results, [], {"val_rec": NAME}, [NAME])
