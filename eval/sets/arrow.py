@@ -17,17 +17,15 @@ from torch.utils.data import Dataset
 
 from eval.roc import to_whole
 from eval.sets.folder import check_aligned, fingerprint, scan
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.files import utf8_path
 from utils.images import decode_rgb
 from utils.weights.kinds import UNREADABLE
 
-STATE, INFO, SPLITS, METADATA = (
-    "state.json",
-    "dataset_info.json",
-    "dataset_dict.json",
-    "metadata.pt",
-)
+STATE = "state.json"
+INFO = "dataset_info.json"
+SPLITS = "dataset_dict.json"
+METADATA = "metadata.pt"
 # what datasets and pyarrow raise for folders that lack files, are cut off, damaged or written by
 # another program
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
@@ -53,7 +51,7 @@ def saved_fingerprint(folder: Path) -> str:
 # --- images
 
 
-class Records(Dataset):
+class ArrowImages(Dataset):
     """Aligned images of a saved folder, in the order of ``index``: ``ds[i]`` -> (112, 112, 3) uint8
     RGB, decoded by whoever asks.
 
@@ -77,11 +75,10 @@ class Records(Dataset):
             record = self.table[row]["image"]
             if record["bytes"] is None and not record["path"]:
                 raise InputError("the record holds neither an image nor the path of one")
-            image = decode_rgb(
-                (self.folder / record["path"]).read_bytes()
-                if record["bytes"] is None
-                else record["bytes"]
-            )
+            encoded = record["bytes"]
+            if encoded is None:
+                encoded = (self.folder / record["path"]).read_bytes()
+            image = decode_rgb(encoded)
         except DAMAGED as error:
             raise InputError(f"{name}: {error}") from error
         return check_aligned(image, name)
@@ -91,7 +88,7 @@ class Records(Dataset):
         return f"{self.folder}: image {index}" + (f" ({self.names[index]})" if self.names else "")
 
 
-def open_records(folder: Path, with_paths: bool = False) -> Records:
+def open_images(folder: Path, with_paths: bool = False) -> ArrowImages:
     """Open a saved folder and check its schema; ``with_paths``: it has a column of paths too, which
     become ``names``.
 
@@ -102,9 +99,8 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{folder} is a folder of Hugging Face's datasets library, which cannot "
-            f"be loaded ({first_line(error)}): "
-            "pip install -r requirements/requirement.txt"
+            f"{folder} is a folder of Hugging Face's datasets library, which cannot be loaded "
+            f"({first_line(error)}): pip install -r requirements/requirement.txt"
         ) from error
     if (folder / SPLITS).is_file():
         raise InputError(
@@ -112,11 +108,10 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
             "that is the set, or name its folder"
         )
     datasets.disable_progress_bars()
+    columns = ("image", "index", "path") if with_paths else ("image", "index")
     try:
         table = datasets.load_from_disk(utf8_path(folder.absolute()))
-        check_schema(
-            folder, table, ("image", "index", "path") if with_paths else ("image", "index")
-        )
+        check_schema(folder, table, columns)
         rows = order_rows(folder, table.data.column("index").to_numpy())
         paths = table.data.column("path").to_pylist() if with_paths else None
         images = (
@@ -131,30 +126,31 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
             f"{folder} is no readable folder of datasets' save_to_disk "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-    return Records(folder, images, rows, paths and [paths[row] for row in rows])
+    return ArrowImages(folder, images, rows, paths and [paths[row] for row in rows])
 
 
 def check_schema(folder: Path, table, columns: tuple[str, ...]) -> None:
-    found = {column: str(table.data.column(column).type) for column in table.column_names}
+    """Raises InputError unless ``columns`` are there, complete and as SCHEMA says."""
+    types = {column: str(table.data.column(column).type) for column in table.column_names}
     fits = {
         "image": getattr(table.features.get("image"), "_type", "") == "Image",
-        "index": found.get("index", "") in WHOLE_NUMBERS,
-        "path": found.get("path") in ("string", "large_string"),
+        "index": types.get("index", "") in WHOLE_NUMBERS,
+        "path": types.get("path") in ("string", "large_string"),
     }
     empty = [
-        column for column in columns if column in found and table.data.column(column).null_count
+        column for column in columns if column in types and table.data.column(column).null_count
     ]
-    if not all(fits[column] for column in columns) or empty:
-        there = ", ".join(
-            f"{column} ({'image' if column == 'image' and fits[column] else kind})"
-            for column, kind in found.items()
-        )
-        raise InputError(
-            f"{folder} is no set of aligned images: its columns are "
-            f"{there}{'; rows without ' + ', '.join(empty) if empty else ''}; "
-            "expected are "
-            f"{', '.join(f'{column} ({kind})' for column, kind in SCHEMA.items() if column in columns)}"
-        )
+    if all(fits[column] for column in columns) and not empty:
+        return
+    if fits["image"]:
+        types["image"] = "image"
+    present = ", ".join(f"{column} ({kind})" for column, kind in types.items())
+    expected = ", ".join(f"{column} ({SCHEMA[column]})" for column in columns)
+    without = f"; rows without {', '.join(empty)}" if empty else ""
+    raise InputError(
+        f"{folder} is no set of aligned images: its columns are {present}{without}; "
+        f"expected are {expected}"
+    )
 
 
 def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
@@ -164,17 +160,14 @@ def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
     """
     rows = np.argsort(index, kind="stable")
     wrong = np.flatnonzero(index[rows] != np.arange(len(index)))
-    if len(wrong) or not len(index):
-        found = (
-            f"sorted, {index[rows[wrong[0]]]} stands where {wrong[0]} should"
-            if len(wrong)
-            else ("it is empty")
-        )
-        raise InputError(
-            f"{folder}: the column 'index' must number the {len(index)} images 0, 1, "
-            f"2, ...: {found}"
-        )
-    return rows
+    if len(index) and not len(wrong):
+        return rows
+    reason = "it is empty"
+    if len(wrong):
+        reason = f"sorted, {index[rows[wrong[0]]]} stands where {wrong[0]} should"
+    raise InputError(
+        f"{folder}: the column 'index' must number the {len(index)} images 0, 1, 2, ...: {reason}"
+    )
 
 
 # --- metadata.pt
@@ -198,14 +191,16 @@ def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
         )
     missing = [key for key in keys if key not in content]
     if missing:
-        raise InputError(
-            f"{path} lacks {', '.join(missing)}; it holds "
-            f"{', '.join(map(str, content)) or 'nothing'}"
-        )
-    return {
-        key: (to_texts if kind is str else to_vector)(content[key], kind, f"{path}: {key}")
-        for key, kind in keys.items()
-    }
+        present = ", ".join(map(str, content)) or "nothing"
+        raise InputError(f"{path} lacks {', '.join(missing)}; it holds {present}")
+    metadata = {}
+    for key, kind in keys.items():
+        value = unpack(content[key], f"{path}: {key}")
+        if kind is str:
+            metadata[key] = to_texts(value, f"{path}: {key}")
+        else:
+            metadata[key] = to_vector(value, kind, f"{path}: {key}")
+    return metadata
 
 
 def load_plain(path: Path):
@@ -236,7 +231,7 @@ def load_plain(path: Path):
 
 def to_vector(value, kind: type, where: str) -> np.ndarray:
     """(n,) int64 or float32 from a tensor, array or list of numbers."""
-    value = unpack(value, where)
+    number_type = np.int64 if kind is int else np.float32
     try:
         if isinstance(value, torch.Tensor):
             value = value.double().numpy() if value.is_floating_point() else value.numpy()
@@ -244,19 +239,21 @@ def to_vector(value, kind: type, where: str) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise InputError(f"{where} is no list of numbers ({first_line(error)})") from error
     if not array.size:
-        return np.empty(0, np.int64 if kind is int else np.float32)
-    numbers = to_whole(array) if kind is int else array if array.dtype.kind in "biuf" else None
+        return np.empty(0, number_type)
+    if kind is int:
+        numbers = to_whole(array)
+    else:
+        numbers = array if array.dtype.kind in "biuf" else None
     if numbers is None or array.size != max(array.shape, default=0):
+        expected = "whole numbers" if kind is int else "numbers"
         raise InputError(
-            f"{where} is {array.dtype} of shape {array.shape}; expected is a list of "
-            f"{'whole ' if kind is int else ''}numbers"
+            f"{where} is {array.dtype} of shape {array.shape}; expected is a list of {expected}"
         )
-    return np.array(numbers.reshape(-1), np.int64 if kind is int else np.float32)
+    return np.array(numbers.reshape(-1), number_type)
 
 
-def to_texts(value, kind: type, where: str) -> list[str]:
+def to_texts(value, where: str) -> list[str]:
     """A list of strings from a list or array of them."""
-    value = unpack(value, where)
     texts = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where} is no list of strings")
@@ -274,10 +271,6 @@ def unpack(value, where: str):
     return value.values
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:150]
-
-
 class Dtype:
     """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could
     declare its bytes to be pointers.
@@ -289,11 +282,8 @@ class Dtype:
 
     def __init__(self, name, *_):
         self.name = str(name)
-        self.dtype = (
-            np.dtype(self.name)
-            if re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", self.name)
-            else None
-        )
+        is_simple = re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", self.name)
+        self.dtype = np.dtype(self.name) if is_simple else None
 
     def __setstate__(self, state):
         if state[1] == ">":
@@ -341,8 +331,7 @@ def scalar(dtype: Dtype, content):
 
 
 # the names that files hold, as numpy 1 (core) and numpy 2 (_core) write them
-STAND_INS = [(Dtype, "numpy.dtype"), (Array, "numpy.ndarray")] + [
-    (function, f"numpy.{core}.{name}")
-    for core in ("core", "_core")
-    for function, name in ((reconstruct, "multiarray._reconstruct"), (scalar, "multiarray.scalar"))
-]
+STAND_INS = [(Dtype, "numpy.dtype"), (Array, "numpy.ndarray")]
+for core in ("numpy.core", "numpy._core"):
+    STAND_INS.append((reconstruct, f"{core}.multiarray._reconstruct"))
+    STAND_INS.append((scalar, f"{core}.multiarray.scalar"))

@@ -15,12 +15,14 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from eval.ijb import check_mated, list_templates
-from eval.sets.arrow import METADATA, is_saved, open_records, read_metadata, saved_fingerprint
+from eval.sets.arrow import is_saved, open_images, read_metadata, saved_fingerprint
 from eval.sets.folder import (
     ImageFiles,
     find_set,
     fingerprint,
     first_of,
+    layout_error,
+    refuse_empty_files,
     scan,
     warn_if_not_as_published,
 )
@@ -73,14 +75,11 @@ def load_ijb(root: str | Path, target: str) -> IJBSet:
     """
     folder = find_ijb(root, target)
     # CVLFace's may have got a copy of the meta files
-    crops = (folder / CROPS).is_dir() or not is_saved(folder) and bool(prefixes(folder / META))
+    has_meta_only = not is_saved(folder) and bool(prefixes(folder / META))
+    crops = (folder / CROPS).is_dir() or has_meta_only
     if crops == is_saved(folder):
-        raise InputError(
-            f"{folder} is {'both' if crops else 'neither'} InsightFace's layout "
-            f"(folders {CROPS} and {META}, in it <prefix>{FACES}) "
-            f"{'and' if crops else 'nor'} CVLFace's (state.json, dataset_info.json, "
-            f"*.arrow, {METADATA})"
-        )
+        layout = f"InsightFace's layout (folders {CROPS} and {META}, in it <prefix>{FACES})"
+        raise layout_error(folder, crops, layout)
     ijb = read_insightface(folder, target) if crops else read_cvlface(folder, target)
     check(ijb, folder)
     ijb.images[0]
@@ -96,18 +95,9 @@ def load_ijb(root: str | Path, target: str) -> IJBSet:
 
 
 def read_cvlface(folder: Path, target: str) -> IJBSet:
-    images = open_records(folder)
-    meta = read_metadata(
-        folder,
-        {
-            "faceness_scores": float,
-            "templates": int,
-            "medias": int,
-            "label": int,
-            "p1": int,
-            "p2": int,
-        },
-    )
+    images = open_images(folder)
+    columns = dict(faceness_scores=float, templates=int, medias=int, label=int, p1=int, p2=int)
+    meta = read_metadata(folder, columns)
     return IJBSet(
         target,
         images,
@@ -159,16 +149,18 @@ def choose_prefix(meta: Path, target: str) -> str:
 
     Raises InputError if there are none, or those of several sets, none the target's.
     """
-    found, own = prefixes(meta), target.lower().removesuffix(SUFFIX)
-    if not found:
+    present, own = prefixes(meta), target.lower().removesuffix(SUFFIX)
+    if not present:
+        files = ", ".join(sorted(scan(meta))) or "none"
+        raise InputError(f"{meta}: no *{FACES}; files there: {files}")
+    if len(present) == 1:
+        return present[0]
+    if own not in present:
+        names = ", ".join(present)
         raise InputError(
-            f"{meta}: no *{FACES}; files there: {', '.join(sorted(scan(meta))) or 'none'}"
+            f"{meta} has the meta files of several sets ({names}), none of them of {own}"
         )
-    if len(found) > 1 and own not in found:
-        raise InputError(
-            f"{meta} has the meta files of several sets ({', '.join(found)}), none of them of {own}"
-        )
-    return found[0] if len(found) == 1 else own
+    return own
 
 
 def find_files(folder: Path, names: list[str]) -> list[tuple]:
@@ -176,16 +168,14 @@ def find_files(folder: Path, names: list[str]) -> list[tuple]:
 
     Raises InputError with the number and the first of those missing or empty.
     """
-    there = scan(folder)
-    missing = [name for name in names if name not in there]
+    files = scan(folder)
+    missing = [name for name in names if name not in files]
     if missing:
         raise InputError(
             f"{folder} lacks {first_of(missing, 'image')}, of {len(names)} in the meta files"
         )
-    listing = [(name, *there[name]) for name in names]
-    empty = [name for name, size, _ in listing if not size]
-    if empty:
-        raise InputError(f"{folder}: {first_of(empty, 'empty file')}: copy again what was cut off")
+    listing = [(name, *files[name]) for name in names]
+    refuse_empty_files(folder, listing)
     return listing
 
 
@@ -193,75 +183,64 @@ def find_files(folder: Path, names: list[str]) -> list[tuple]:
 
 
 def check(ijb: IJBSet, folder: Path) -> None:
-    """That all parts of a set fit each other.
-
-    Raises InputError naming the first thing that does not.
+    """Raises InputError unless all parts of a set fit each other, naming the first that does
+    not.
     """
-    per_image = {
-        "images": len(ijb.images),
-        "faceness_scores": len(ijb.faceness_scores),
-        "templates": len(ijb.templates),
-        "medias": len(ijb.medias),
-    }
-    per_pair = {"label": len(ijb.label), "p1": len(ijb.p1), "p2": len(ijb.p2)}
-    for lengths in (per_image, per_pair):
-        if len(set(lengths.values())) > 1 or 0 in lengths.values():
-            raise InputError(
-                f"{folder}: "
-                f"{', '.join(f'{count} {name}' for name, count in lengths.items())}: they must be "
-                "equal, and not 0"
-            )
+    check_lengths(ijb, ("images", "faceness_scores", "templates", "medias"), folder)
+    check_lengths(ijb, ("label", "p1", "p2"), folder)
     unscored = np.flatnonzero(~np.isfinite(ijb.faceness_scores))
     if len(unscored):
-        raise InputError(
-            f"{folder}: "
-            f"{first_of([ijb.images.name_of(i) for i in unscored], 'image')}, with a detector "
-            "score that is not finite"
-        )
-    other = np.flatnonzero((ijb.label != 0) & (ijb.label != 1))
-    if len(other):
-        raise InputError(
-            f"{folder}: pair {other[0] + 1} of {len(ijb.label)} has the label "
-            f"{ijb.label[other[0]]}; "
-            "labels are 1 (genuine) and 0 (impostor)"
-        )
-    if not ijb.label.any() or ijb.label.all():
-        raise InputError(
-            f"{folder}: no {'impostor' if ijb.label.any() else 'genuine'} pair among "
-            f"{len(ijb.label)}: rates cannot be measured"
-        )
-    lists = {f"1:N gallery {name}": rows for name, rows in ijb.galleries.items()} | (
-        {"1:N probes": ijb.probes} if ijb.probes else {}
-    )
-    for where, templates in [("pairs", ijb.p1), ("pairs", ijb.p2)] + [
-        (name, templates) for name, (templates, _) in lists.items()
-    ]:
-        check_templates(ijb, templates, folder, where)
+        names = first_of([ijb.images.name_of(index) for index in unscored], "image")
+        raise InputError(f"{folder}: {names}, with a detector score that is not finite")
+    check_label(ijb.label, folder)
+    lists = {f"1:N gallery {name}": rows for name, rows in ijb.galleries.items()}
+    if ijb.probes:
+        lists["1:N probes"] = ijb.probes
+    for templates in (ijb.p1, ijb.p2):
+        check_templates(ijb, templates, folder, "pairs")
+    for name, (templates, _) in lists.items():
+        check_templates(ijb, templates, folder, name)
     subjects = {
         name: list_templates(f"{folder}: the list of the {name}", *rows)[1]
         for name, rows in lists.items()
     }
     for name in ijb.galleries:
-        check_mated(
-            np.isin(subjects["1:N probes"], subjects[f"1:N gallery {name}"]),
-            f"{folder}: 1:N gallery {name}: ",
+        gallery = f"1:N gallery {name}"
+        mated = np.isin(subjects["1:N probes"], subjects[gallery])
+        check_mated(mated, f"{folder}: {gallery}: ")
+
+
+def check_lengths(ijb: IJBSet, fields: tuple[str, ...], folder: Path) -> None:
+    lengths = {field: len(getattr(ijb, field)) for field in fields}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        counts = ", ".join(f"{count} {name}" for name, count in lengths.items())
+        raise InputError(f"{folder}: {counts}: they must be equal, and not 0")
+
+
+def check_label(label: np.ndarray, folder: Path) -> None:
+    other = np.flatnonzero((label != 0) & (label != 1))
+    if len(other):
+        raise InputError(
+            f"{folder}: pair {other[0] + 1} of {len(label)} has the label {label[other[0]]}; "
+            "labels are 1 (genuine) and 0 (impostor)"
         )
+    if not label.any() or label.all():
+        kind = "impostor" if label.any() else "genuine"
+        raise InputError(f"{folder}: no {kind} pair among {len(label)}: rates cannot be measured")
 
 
 def check_templates(ijb: IJBSet, templates: np.ndarray, folder: Path, where: str) -> None:
-    """That the listed templates can have a feature.
-
-    Raises InputError naming the first that cannot.
-    """
+    """Raises InputError naming the first of the listed templates that can have no feature."""
     unknown = np.flatnonzero(~np.isin(templates, ijb.templates))
     if len(unknown):
+        distinct = list(dict.fromkeys(templates[unknown].tolist()))
         raise InputError(
-            f"{folder}: there is no image of "
-            f"{first_of(list(dict.fromkeys(templates[unknown].tolist())), 'template')}, "
-            f"in the {where} (row {unknown[0] + 1} of {len(templates)})"
+            f"{folder}: there is no image of {first_of(distinct, 'template')}, in the {where} "
+            f"(row {unknown[0] + 1} of {len(templates)})"
         )
     weightless = np.setdiff1d(ijb.templates, ijb.templates[ijb.faceness_scores != 0])
-    weightless = weightless[np.isin(weightless, templates)] if len(weightless) else weightless
+    if len(weightless):
+        weightless = weightless[np.isin(weightless, templates)]
     if len(weightless):
         raise InputError(
             f"{folder}: the detector score of all images is 0 for "

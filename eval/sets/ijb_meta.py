@@ -22,7 +22,8 @@ def read_rows(path: Path, kind: str, columns: tuple[str, ...]) -> tuple[list[str
     """A meta file's names and the numbers behind them, (N, columns) int64 (kind "q") or float64
     ("d"). Raises InputError naming the line.
     """
-    number, names, values = int if kind == "q" else float, [], array(kind)
+    number, number_type = (int, np.int64) if kind == "q" else (float, np.float64)
+    names, values = [], array(kind)
     for line, text in enumerate(read_text(path).rstrip().split("\n"), 1):
         name, *fields = text.split() or [""]
         try:
@@ -35,9 +36,7 @@ def read_rows(path: Path, kind: str, columns: tuple[str, ...]) -> tuple[list[str
                 f"{', '.join(columns)}, separated by blanks"
             ) from error
         names.append(name)
-    return names, np.frombuffer(values, np.int64 if kind == "q" else np.float64).reshape(
-        len(names), len(columns)
-    )
+    return names, np.frombuffer(values, number_type).reshape(len(names), len(columns))
 
 
 def in_order(
@@ -66,18 +65,17 @@ def in_order(
 
 
 def check_points(names: list[str], points: np.ndarray, path: Path) -> None:
-    for wrong, what in (
-        (
-            lambda: ~np.isfinite(points).all(axis=(1, 2)),
-            "points that are not finite (NaN or infinite)",
-        ),
-        (lambda: np.ptp(points, axis=1).max(axis=1) == 0, "all five points in one place"),
-    ):
-        places = np.flatnonzero(wrong())
-        if len(places):
-            raise InputError(
-                f"{path}: {first_of([names[i] for i in places], 'image')}, with {what}"
-            )
+    """Raises InputError if points, (N, 5, 2), are not finite, or all five in one place."""
+    are_finite = np.isfinite(points).all(axis=(1, 2))
+    refuse_images(names, ~are_finite, "points that are not finite (NaN or infinite)", path)
+    in_one_place = np.ptp(points, axis=1).max(axis=1) == 0
+    refuse_images(names, in_one_place, "all five points in one place", path)
+
+
+def refuse_images(names: list[str], is_wrong: np.ndarray, what: str, path: Path) -> None:
+    wrong = [names[index] for index in np.flatnonzero(is_wrong)]
+    if wrong:
+        raise InputError(f"{path}: {first_of(wrong, 'image')}, with {what}")
 
 
 def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -87,14 +85,12 @@ def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Raises InputError naming the first line that is anything else, as the last one of a file that
     was cut off.
     """
-    parts, line = [], 1
-    for block in whole_lines(path):
-        parts.append(parse_pairs(block, path, line))
-        line += block.count(b"\n")
-    return tuple(
-        np.concatenate([part[:, column] for part in parts] or [np.empty(0, np.int64)])
-        for column in range(3)
-    )
+    blocks, line = [np.empty((0, 3), np.int64)], 1
+    for text in whole_lines(path):
+        blocks.append(parse_pairs(text, path, line))
+        line += text.count(b"\n")
+    p1, p2, label = (np.concatenate([block[:, column] for block in blocks]) for column in range(3))
+    return p1, p2, label
 
 
 def whole_lines(path: Path) -> Iterator[bytes]:
@@ -145,19 +141,20 @@ def read_lists(places: list[Path], prefix: str) -> dict:
     """The 1:N lists in these folders as ``galleries`` and ``probes``; {} and None if there are
     none. ``prefix``: of their names, "*" for any.
     """
-    found = [path for place in places for path in sorted(place.glob(f"{prefix}_1N_*.csv"))]
-    galleries, probes = {}, [path for path in found if path.stem.endswith(PROBES)]
-    for path in found:
+    files = [path for place in places for path in sorted(place.glob(f"{prefix}_1N_*.csv"))]
+    probes = [path for path in files if path.stem.endswith(PROBES)]
+    galleries = {}
+    for path in files:
         if GALLERY in path.name:
             name = path.stem.rpartition("_")[2]
             if name in galleries:
                 raise InputError(f"{path}: there is another list of gallery {name}")
             galleries[name] = read_list(path)
     if len(probes) > 1 or bool(galleries) != bool(probes):
-        there = ", ".join(path.name for path in found)
+        names = ", ".join(path.name for path in files)
         raise InputError(
             f"{places[0]}: 1:N takes one list of probes (*{PROBES}.csv) and galleries "
-            f"(*{GALLERY}*.csv); there are {there}"
+            f"(*{GALLERY}*.csv); there are {names}"
         )
     return {"galleries": galleries, "probes": read_list(probes[0]) if probes else None}
 
@@ -171,21 +168,10 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     with io.StringIO(read_text(path), newline="") as file:
         rows = csv.reader(file)
         try:
-            header = [cell.strip().lower() for cell in next(rows, [])]
-            if (
-                len(header) < 2
-                or header[0].isdigit()
-                or "subject" in header[0]
-                or "template" in header[1]
-            ):
-                raise InputError(
-                    f"{path}: the first line is {', '.join(header)[:100]!r}, no "
-                    "header of the columns template, subject, ..."
-                )
-            for row in rows:
-                if row:
-                    templates.append(int(row[0]))
-                    subjects.append(int(row[1]))
+            check_header([cell.strip().lower() for cell in next(rows, [])], path)
+            for row in filter(None, rows):
+                templates.append(int(row[0]))
+                subjects.append(int(row[1]))
         except InputError:
             raise
         except (ValueError, IndexError, OverflowError, csv.Error) as error:
@@ -196,3 +182,13 @@ def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not templates:
         raise InputError(f"{path}: no line follows the header")
     return np.array(templates, np.int64), np.array(subjects, np.int64)
+
+
+def check_header(header: list[str], path: Path) -> None:
+    """Raises InputError unless these can be names of the columns template and subject."""
+    is_header = len(header) >= 2 and not header[0].isdigit()
+    if not is_header or "subject" in header[0] or "template" in header[1]:
+        raise InputError(
+            f"{path}: the first line is {', '.join(header)[:100]!r}, no header of the columns "
+            "template, subject, ..."
+        )
