@@ -100,7 +100,6 @@ class HostilePayload:
 
 
 # --- run_full_eval
-# --------------------------------------------------
 
 
 @pytest.mark.processes
@@ -169,7 +168,6 @@ def test_hostile_checkpoint_is_refused_and_does_not_run(runs, sets, tmp_path):
 
 
 # --- the same path, without a process
-# --------------------------------------------------
 
 
 def evaluator(*arguments) -> evaluate.Evaluator:
@@ -179,7 +177,7 @@ def evaluator(*arguments) -> evaluate.Evaluator:
 
 
 def names_of(job) -> list[str]:
-    return [benchmark.name for benchmark in job.benchmarks]
+    return [test_set.name for test_set in job.test_sets]
 
 
 def test_named_folder_or_name_must_exist(runs, sets, tmp_path):
@@ -233,8 +231,7 @@ def test_network_is_the_runs_and_sets_are_those_of_a_named_config(runs, sets, tm
     )
     assert tool.skipped == {sets / "lfw.bin": "lfw", **NOT_THERE}
     assert (
-        tool.plan(runs / "teacher" / "5backbone.pth").benchmarks[0].images
-        is job.benchmarks[0].images
+        tool.plan(runs / "teacher" / "5backbone.pth").test_sets[0].images is job.test_sets[0].images
     ), "read once"
     assert tool.plan(tmp_path / "1backbone.pth").network.network == "iresnet18", (
         "no config.json beside it"
@@ -317,7 +314,6 @@ def test_color_space_of_a_run_is_its_teachers(sets, tmp_path):
 
 
 # --- run_batch_eval
-# --------------------------------------------------
 
 
 @pytest.mark.processes

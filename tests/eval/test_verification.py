@@ -36,7 +36,6 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 # --- pair sets
-# --------------------------------------------------
 
 
 def encode(image: np.ndarray) -> bytes:
@@ -279,7 +278,6 @@ def test_missing_files_are_named_with_what_is_there(tmp_path):
 
 
 # --- the protocol
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["easy", "hard", "random"])
@@ -363,7 +361,6 @@ def test_evaluate_refuses_what_it_cannot_measure():
 
 
 # --- features
-# --------------------------------------------------
 
 
 def small_backbone() -> nn.Module:

@@ -280,7 +280,6 @@ def test_an_unreadable_image_is_an_error_with_its_name(data, checkpoints, tmp_pa
 
 
 # --- many checkpoints
-# --------------------------------------------------
 
 
 def test_each_run_is_evaluated_as_its_own_configuration_says(data, checkpoints, tmp_path):
@@ -431,7 +430,6 @@ def test_a_bad_checkpoint_among_shared_ones_is_named_at_the_end(data, checkpoint
 
 
 # --- during training
-# --------------------------------------------------
 
 
 def training(data, output, *more):
