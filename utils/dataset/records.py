@@ -90,7 +90,8 @@ class MXFaceDataset(FaceImages):
         shard = self._shards[number]
         if len(self._shards) == 1:
             return shard.key(at)
-        return f"{shard.path if len(self._folders) > 1 else os.path.basename(shard.path)}:{shard.key(at)}"
+        file = shard.path if len(self._folders) > 1 else os.path.basename(shard.path)
+        return f"{file}:{shard.key(at)}"
 
     def _encoded(self, index: int) -> tuple[bytes, float]:
         number, at = self._place(index)
