@@ -193,7 +193,7 @@ def test_workers_read_what_was_read_ahead(shards, monkeypatch, tmp_path):
     the order of the disk, and before any record of it.
     """
     # the records are no images
-    monkeypatch.setattr("utils.dataset.records.decode_into", lambda encoded, out: None)
+    monkeypatch.setattr("utils.dataset.base.decode_into", lambda encoded, out: None)
     logged = Logged(monkeypatch, tmp_path / "reads")
     batches = sampler(shards)
     loader = DataLoader(

@@ -746,7 +746,7 @@ def test_a_missing_index_in_a_read_only_folder_is_scanned_once_a_machine(
     monkeypatch.setattr(record_index, "SHARED_FROM_RECORDS", 0)
     folder = copy_set("plain", tmp_path / "set")
     (folder / "train.idx").unlink()
-    monkeypatch.setattr("utils.recordio.os.access", lambda *arguments: False)
+    monkeypatch.setattr("utils.recordio.indexed.os.access", lambda *arguments: False)
     first = IndexedRecordIO(folder / "train.idx", folder / "train.rec", "r")
     scanned = []
     monkeypatch.setattr("utils.recordio.indexed.scan_index", scanned.append)
