@@ -153,7 +153,7 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
         [
             first + order[is_image] - shard.first
             for shard, order, is_image, first in zip(
-                shards, orders, are_images, firsts[:-1], strict=True
+                shards, orders, are_images, firsts, strict=True
             )
         ]
     )

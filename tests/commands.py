@@ -52,15 +52,13 @@ def environment(ranks=1, **extra) -> dict:
     )
 
 
-def run(
-    script, *arguments, ranks=1, expect=0, timeout=LIMIT, restarts=0, fresh=False, **extra
-) -> str:
+def run(script, *arguments, ranks=1, expect=0, timeout=LIMIT, restarts=0, **extra) -> str:
     """Run to the end and return stdout and stderr together.
 
-    The exit status must be ``expect`` (or, for "error", not 0). fresh: see ``command``.
+    The exit status must be ``expect`` (or, for "error", not 0).
     """
     done = subprocess.run(
-        command(script, *arguments, ranks=ranks, restarts=restarts, fresh=fresh),
+        command(script, *arguments, ranks=ranks, restarts=restarts),
         env=environment(ranks, **extra),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

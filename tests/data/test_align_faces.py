@@ -76,8 +76,6 @@ def test_with_a_detector_in_two_processes_and_on_to_records(photos, tmp_path):
         "--png",
         "--workers",
         2,
-        # a script that spawns workers of its own, which import it again
-        fresh=True,
     )
     assert report(tmp_path / "faces") == {
         "ann/a.jpg": ("ann/a.png", ""),
