@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-from data.synth.drawing import SIZE
-from data.synth.drawing import Face
+from data.synth.drawing import SIZE, Face
 
 # name: (centre, half range), uniform
 IDENTITY = {
