@@ -20,6 +20,7 @@ memory.
 import argparse
 import hashlib
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -289,8 +290,7 @@ def describe_sizes(sizes: np.ndarray) -> dict:
         return dict(classes=0)
     counts = np.histogram(present, [*STEPS, np.inf])[0]
     names = [
-        f"{low}" if high == low + 1 else f"{low}-{high - 1}"
-        for low, high in zip(STEPS, STEPS[1:], strict=False)
+        f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(STEPS)
     ] + [f"{STEPS[-1]} and more"]
     return dict(
         classes=len(present),

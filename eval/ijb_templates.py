@@ -3,6 +3,7 @@ protocols of eval/ijb.py share.
 """
 
 import warnings
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -153,7 +154,7 @@ def cut_into_blocks(
     order = np.argsort(block_of.astype(np.uint16), kind="stable")  # 16 bits: a radix sort
     ends = np.cumsum(np.bincount(block_of, minlength=-(-count // ROWS_AT_A_TIME)))
     blocks = []
-    for block, (begin, end) in enumerate(zip(np.append(0, ends), ends, strict=False)):
+    for block, (begin, end) in enumerate(pairwise(np.append(0, ends))):
         if begin < end:
             start = block * ROWS_AT_A_TIME
             pairs = order[begin:end]

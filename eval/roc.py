@@ -217,12 +217,13 @@ def search(
     slack = 2 * probes.shape[1] * float(np.finfo(np.float32).eps)
     found = []
     for start in range(0, len(probes), PROBES_AT_A_TIME):
-        block = probes[start : start + PROBES_AT_A_TIME]
+        part = slice(start, start + PROBES_AT_A_TIME)
+        block = probes[part]
         scores = block @ gallery.T
         crowded = scores[0].std() < CROWDED * slack
         if crowded:
             scores = _cosines(block, gallery)
-        for probe, row, subject in zip(block, scores, probe_subjects[start:], strict=False):
+        for probe, row, subject in zip(block, scores, probe_subjects[part], strict=True):
             exactly = row.take if crowded else partial(_cosines_with, probe, gallery)
             found.append(
                 _rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly)

@@ -108,7 +108,7 @@ def find_roles(image_paths: Sequence[str], meta: dict[str, Sequence[str]]) -> li
     roles = [
         np.array([_find(path, role, by_stem) for path in meta[role]], np.int64) for role in ROLES
     ]
-    for role, images in zip(ROLES[:2], roles, strict=False):
+    for role, images in zip(ROLES[:2], roles[:2], strict=True):
         if not len(images):
             raise InputError(f"TinyFace lists: {role} is empty")
     images, counts = np.unique(np.concatenate(roles), return_counts=True)

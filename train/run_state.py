@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from config.load import read_json
 from utils import distributed
 from utils.errors import InputError
+from utils.files import read_json
 from utils.run.folder import RunFolder
 
 # What weights are made for: a run cannot go on from its own with another value, but for most

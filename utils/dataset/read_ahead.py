@@ -30,7 +30,7 @@ class RecordBlocks:
         self._first_image = np.cumsum([0] + [shard.count for shard in shards])
         self._first_block = np.cumsum([0] + [-(-shard.count // size) for shard in shards])
         self.sizes = np.full(self._first_block[-1], size, np.int32)
-        for shard, end in zip(shards, self._first_block[1:], strict=False):
+        for shard, end in zip(shards, self._first_block[1:], strict=True):
             self.sizes[end - 1] = (shard.count - 1) % size + 1
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ environment, which has no torch.
 import hashlib
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -141,8 +142,7 @@ class MXFaceDataset(FaceImages):
 
     def parts(self) -> list[tuple[slice, int, int]]:
         starts = np.append(0, self._ends).tolist()
-        spans = zip(starts, starts[1:], strict=False)
-        return [(slice(first, end), *self._classes(first)) for first, end in spans]
+        return [(slice(first, end), *self._classes(first)) for first, end in pairwise(starts)]
 
     def shards(self) -> list[Shard]:
         """The record files in the order of their images."""

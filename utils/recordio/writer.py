@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from itertools import pairwise
 
 from utils.errors import InputError
 from utils.files import replacing
@@ -44,7 +45,7 @@ def write_insightface(
                 f"{EXACT_IN_FLOAT32} records, got {end}; "
                 f"use the plain layout (data/make_rec.py --layout plain)"
             )
-        for identity, span in enumerate(zip(starts, starts[1:], strict=False)):
+        for identity, span in enumerate(pairwise(starts)):
             writer.write_idx(key + identity, pack(IRHeader(2, span, key + identity, 0), b""))
         writer.write_idx(0, pack(IRHeader(2, (key, end), 0, 0), b""))
     write_property(root_dir, len(starts) - 1, image_size)
