@@ -40,8 +40,8 @@ from utils.dataset.base import first_label
 from utils.dataset.folder import list_identities
 from utils.errors import InputError, run
 from utils.files import replacing
-from utils.images import JPEG_START, decode_bgr
-from utils.jpeg import ends_early
+from utils.images import decode_bgr
+from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
 from utils.recordio.format import IRHeader, RecordError, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO

@@ -3,9 +3,8 @@
 import cv2
 import numpy as np
 
+from utils.jpeg import JPEG_START
 from utils.recordio.format import RecordError
-
-JPEG_START = b"\xff\xd8\xff"
 
 
 def decode_bgr(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:

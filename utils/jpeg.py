@@ -2,7 +2,8 @@
 
 import re
 
-START, END = b"\xff\xd8\xff", b"\xff\xd9"
+JPEG_START = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
 # in coded image data 0xff stands before 0 (it is data), 0xd0 ... 0xd7 (restart) or 0xff (filling)
 _MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _END_OF_IMAGE = 0xD9
@@ -15,10 +16,10 @@ def ends_early(encoded: bytes | memoryview) -> bool:
 
     Other formats (PNG, WebP, ...) are none of this function's business: False.
     """
-    if bytes(encoded[:3]) != START:
+    if bytes(encoded[:3]) != JPEG_START:
         return False
     # as the last two bytes it is the image's own: a thumbnail's has the image behind it
-    if bytes(encoded[-2:]) == END:
+    if bytes(encoded[-2:]) == JPEG_END:
         return False
     encoded = bytes(encoded)
     at = 2
