@@ -77,6 +77,9 @@ config.sample_rate = 1.0
 config.centers_device = "auto"
 # how they are kept: "fp32", "bf16" (half the memory; products are fp32 all the same)
 config.centers_precision = "fp32"
+# of the products of embeddings and centres on a GPU: "fp32", "tf32" (several times faster; a logit
+# is off by at most s/512, mostly by a fiftieth of that)
+config.header_precision = "fp32"
 
 # --- teacher
 # the network of the file below: any of the above, iresnet50_se, ...; cvlface_ir50, cvlface_ir101;
@@ -114,6 +117,9 @@ config.precision = "auto"
 config.channels_last = True
 # torch.compile: a minute at the start, faster steps
 config.compile = False
+# with compile: the network's kernels are recorded once and started together (CUDA graphs), for GPUs
+# that are faster than the host can start small kernels; they take more memory
+config.cuda_graphs = False
 
 # --- data
 # "native", or "mxnet" to read records by MXNet itself (requirements/mxnet.txt)

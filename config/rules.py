@@ -34,6 +34,7 @@ WORDS = {
     "loss": tuple(MARGINS),
     "centers_device": ("auto", "cpu"),
     "centers_precision": ("fp32", "bf16"),
+    "header_precision": ("fp32", "tf32"),
     "header_format": ("auto", "file", "shards"),
     "color_space": ("auto", "RGB", "BGR"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
@@ -182,6 +183,11 @@ def check_training(values: dict, method: str) -> None:
         raise InputError(
             "batch_size=1: BatchNorm needs at least two images per process; "
             "set batch_size=2 or more, accumulate makes larger steps"
+        )
+    if values["cuda_graphs"] and not values["compile"]:
+        raise InputError(
+            "cuda_graphs=True records what torch.compile makes: set compile=True as well, "
+            "or cuda_graphs=False"
         )
     if values["device"] == "mps":
         for key, allowed in MPS_TAKES.items():

@@ -19,7 +19,7 @@ from utils.dataset.workers import cores, end_workers, next_batch, start_worker, 
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
 from utils.inputs import mirror, to_input
-from utils.precision import PRECISIONS, autocast
+from utils.precision import PRECISIONS, autocast, cudnn_benchmark
 
 # images whose features wait on the device before they are copied to the host: 32 MB, and the device
 # need not be waited for
@@ -230,7 +230,8 @@ def _embed_batch(
     # The copy makes read-only and memory-mapped arrays acceptable to torch, and stacks lists.
     pixels = batch if isinstance(batch, torch.Tensor) else torch.from_numpy(np.array(batch))
     x = to_input(to_device(pixels, device), channels_last=channels_last)
-    with torch.inference_mode(), autocast(device, precision):
+    # the last batch is smaller: cuDNN would try everything anew for it
+    with torch.inference_mode(), autocast(device, precision), cudnn_benchmark(False):
         if not flip:
             return backbone(x).float()
         plain, mirrored = backbone(torch.cat([x, mirror(x)])).float().chunk(2)

@@ -183,13 +183,23 @@ def open_teacher(cfg, run: Run, dataset):
     teacher = load_teacher(cfg, cfg.embedding_size)
     teacher.to(run.device, memory_format=memory_format(cfg))
     keep_to_one_teacher(run, teacher.sha256)
-    network = torch.compile(teacher) if cfg.compile else teacher
+    network = compiled(teacher, cfg)
 
     def features(batch):
         with autocast(run.device, run.precision):
             return network(batch.images)
 
     return features
+
+
+def compiled(network: torch.nn.Module, cfg) -> torch.nn.Module:
+    """The network as ``cfg.compile`` and ``cfg.cuda_graphs`` ask for it.
+
+    A CUDA graph keeps its outputs where they are: they hold until the next begins (see the engine).
+    """
+    if not cfg.compile:
+        return network
+    return torch.compile(network, mode="reduce-overhead" if cfg.cuda_graphs else None)
 
 
 def memory_format(cfg) -> torch.memory_format:

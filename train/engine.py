@@ -15,14 +15,14 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from train.build import input_dtype, memory_format
+from train.build import compiled, input_dtype, memory_format
 from train.feed import Feed
 from train.gradients import FiniteGuard, make_scaler
 from train.progress import Progress
 from train.run_state import Position, RunState
 from train.start_up import StopRequest, write_config
 from utils import distributed
-from utils.precision import autocast
+from utils.precision import autocast, cudnn_benchmark
 from utils.run.hang_watch import Watch
 
 
@@ -48,8 +48,12 @@ class Engine:
         self.position = Position()
         self.feed = Feed(cfg, dataset, run.device, input_dtype(cfg, run))
         self.backbone = student.to(run.device, memory_format=memory_format(cfg))
-        self.student = wrap(self.backbone, run, cfg.compile)
+        self.student = wrap(self.backbone, run, cfg)
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
+        if cfg.cuda_graphs:
+            # of their own: what a graph returns is overwritten by its next run
+            for weight in self.weights:
+                weight.grad = torch.zeros_like(weight)
         self.header = header.to(run.device)
         # their step() below needs no gradient as large as the centres
         self.header.centers.defer = True
@@ -90,7 +94,7 @@ class Engine:
             self.verify()
             self.run_benchmarks(self.position.epoch)
         try:
-            with Watch(cfg.timeout):
+            with Watch(cfg.timeout), cudnn_benchmark(True):
                 self.make_up_for_benchmarks()
                 self.train_epochs(stop)
         finally:
@@ -153,6 +157,9 @@ class Engine:
         for part in range(cfg.accumulate):
             distributed.begin()
             batch = next(batches)
+            if cfg.cuda_graphs:
+                # nothing that the graphs returned before is used any more
+                torch.compiler.cudagraph_mark_step_begin()
             last = part == cfg.accumulate - 1
             with nullcontext() if last else self.student.no_sync():
                 loss, stats = self.loss_of(self.student, batch, self.position.epoch + fraction)
@@ -166,7 +173,7 @@ class Engine:
         self.scaler.step(self.optimizer)
         self.move_centers(lr, norm)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not cfg.cuda_graphs)
         return total, means
 
     def move_centers(self, lr: float, norm: torch.Tensor) -> None:
@@ -212,9 +219,9 @@ class Engine:
             self.state.save()
 
 
-def wrap(backbone: torch.nn.Module, run, compiled: bool):
+def wrap(backbone: torch.nn.Module, run, cfg):
     """The student as ``student(images)``: under autocast, compiled, averaging gradients."""
-    network = torch.compile(backbone) if compiled else backbone
+    network = compiled(backbone, cfg)
     if distributed.world_size() > 1:
         device_ids = [run.device] if run.device.type == "cuda" else None
         network = DistributedDataParallel(

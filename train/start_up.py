@@ -48,6 +48,7 @@ def start(cfg, resume: bool):
     if cfg.timeout:
         patience = max(distributed.TIMEOUT, timedelta(minutes=cfg.timeout + 5))
     device = distributed.init(cfg.device, patience)
+    check_device(cfg, device)
     precision = choose_precision(cfg.precision, device)
     folder = RunFolder(cfg.output)
     resume_step, passed_over = where_to_resume(folder, cfg.global_step, resume)
@@ -72,6 +73,21 @@ def start(cfg, resume: bool):
     yield Run(device, precision, folder, resume_step)
     # not after an error: closing the connections would end the other ranks before this one says why
     distributed.shutdown()
+
+
+def check_device(cfg, device: torch.device) -> None:
+    """Raises InputError if ``device`` cannot do what the configuration asks of a CUDA GPU."""
+    for key, elsewhere in (("cuda_graphs", False), ("header_precision", "fp32")):
+        if cfg[key] != elsewhere and device.type != "cuda":
+            raise InputError(
+                f"{key}={cfg[key]} needs a CUDA GPU, but this run is on {device}: "
+                f"set {key}={elsewhere}"
+            )
+    if cfg.header_precision == "tf32" and not torch.cuda.is_tf32_supported():
+        name = torch.cuda.get_device_name(device)
+        raise InputError(
+            f"header_precision=tf32: {name} does not multiply in tf32; set header_precision=fp32"
+        )
 
 
 def where_to_resume(

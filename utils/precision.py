@@ -1,5 +1,8 @@
 """The number formats a network can compute in, and which one this hardware prefers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from utils.errors import InputError
@@ -34,6 +37,36 @@ def choose_precision(precision: str, device: torch.device) -> str:
             native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return "bf16" if native else "fp32"
     return precision
+
+
+@contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """In this block a GPU multiplies float32 matrices in "fp32" or "tf32", whatever was set before.
+
+    tf32 rounds both matrices to a mantissa of 10 bits and adds in float32. The setting is the
+    process's: it counts for autograd's threads, too.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
+def cudnn_benchmark(on: bool) -> Iterator[None]:
+    """In this block cuDNN tries its convolutions for every new shape and takes the fastest.
+
+    That pays where shapes stay as they are: in training.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def float64_device(device: torch.device) -> torch.device:

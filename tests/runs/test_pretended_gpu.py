@@ -8,6 +8,7 @@ threads, torch.compile and CUDA graphs, NCCL, pinned memory, fp16's loss scaler 
 step whether a gradient was infinite), reading and saving: these run beside it or are left out.
 """
 
+import logging
 import pickle
 import sys
 
@@ -28,6 +29,7 @@ from train import (
     gradients,
     progress,
     run_state,
+    start_up,
     train_AdaDistill,
     train_AMLDistill,
     train_standalone,
@@ -41,7 +43,11 @@ SCRIPTS = {
     "AdaDistill": train_AdaDistill,
 }
 # no pinned memory without a GPU
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory'")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory'"),
+    # whether centres have changed is seen at their address
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
 LIVE, CACHED = "pretrained_teacher_path={files}/teacher.pth", "teacher_embeddings={files}/cache"
 GEOMETRY = ["use_geom_margin=True", "geom_margin_warmup_epoch=0"]
 
@@ -100,11 +106,24 @@ def gpu(monkeypatch):
     monkeypatch.setattr(engine.Engine, "train_step", strict_step)
     monkeypatch.setattr(progress.Progress, "is_due", strict_unless_due)
     monkeypatch.setattr(run_state.RunState, "save", lambda state: None)
+    # the tests' own answer to signals stays
+    monkeypatch.setattr(start_up.signal, "signal", lambda *_arguments: None)
+    monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
     monkeypatch.setattr(distributed, "init", lambda *_arguments: GPU)
     # from the features, which have no numbers
     no_figures = dict.fromkeys(("Accuracy-Flip", "Accuracy-Std", "XNorm"), 0.0)
     monkeypatch.setattr(verification, "figures", lambda *_arguments: no_figures)
     return gpu
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """A run takes over the root logger, which is the tests' again afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def train(method: str, files, monkeypatch, tmp_path, *options) -> None:
@@ -135,7 +154,7 @@ def train(method: str, files, monkeypatch, tmp_path, *options) -> None:
 @pytest.mark.parametrize(
     "method, options",
     [
-        ("standalone", ["loss=ArcFace", "precision=bf16", "sample_rate=0.5"]),
+        ("standalone", ["loss=ArcFace", "sample_rate=0.5", "header_precision=tf32"]),
         ("standalone", ["loss=AdaFace", "precision=fp32", "batch_size=2", "accumulate=2"]),
         ("AMLDistill", ["loss=CosFace", "precision=bf16", "augment=True"]),
         ("AMLDistill", ["loss=ArcFace", "precision=bf16", LIVE, *GEOMETRY]),

@@ -3,6 +3,7 @@
 import torch
 
 from utils.losses.center_storage import CenterStorage, one_over_length
+from utils.precision import float32_products
 
 # Classes from which on the threads of a CPU share them out in a product.
 LARGE_SHARE = 1024
@@ -14,7 +15,8 @@ def cosines(features, centers: CenterStorage, chosen) -> tuple[torch.Tensor, tor
     cosine = centers.matrix.take(len(features), count, features.device)
     lengths = []
     for part, block in centers.blocks(chosen, features.device):
-        torch.mm(features, block.t(), out=cosine[:, part])
+        with float32_products(centers.precision):
+            torch.mm(features, block.t(), out=cosine[:, part])
         if centers.learned:
             lengths.append(one_over_length(block))
     if centers.learned:
@@ -29,10 +31,11 @@ def features_gradient(grad, centers: CenterStorage, chosen) -> torch.Tensor:
     """grad (B, n) of the products with the chosen centres -> (B, D)."""
     total = None
     for part, block in centers.blocks(chosen, grad.device):
-        if total is None:
-            total = product(grad[:, part], block)
-        else:
-            total.addmm_(grad[:, part], block)
+        with float32_products(centers.precision):
+            if total is None:
+                total = product(grad[:, part], block)
+            else:
+                total.addmm_(grad[:, part], block)
     return total
 
 

@@ -63,6 +63,7 @@ class CenterStorage(nn.Module):
     """(C, D) class centres, of which this rank holds rows ``start`` to ``stop``, from N(0, 0.01).
 
     dtype: float32 or bf16. on_host: they stay in the host's memory wherever the module is moved.
+    precision: "fp32" or "tf32", of the products with them on a GPU.
     """
 
     # Whether anything moves them: SGD, or the teacher's features.
@@ -73,9 +74,16 @@ class CenterStorage(nn.Module):
     momentum = None
 
     def __init__(
-        self, num_classes, embedding_size, dtype=torch.float32, on_host=False, adaptive_alpha=True
+        self,
+        num_classes,
+        embedding_size,
+        dtype=torch.float32,
+        on_host=False,
+        precision="fp32",
+        adaptive_alpha=True,
     ):
         super().__init__()
+        self.precision = precision
         self.adaptive_alpha = adaptive_alpha
         share = -(-num_classes // distributed.world_size())
         self.num_classes = num_classes

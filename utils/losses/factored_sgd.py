@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from utils.losses.center_storage import BLOCK_ROWS, CenterStorage, one_over_length, store
+from utils.precision import float32_products
 
 
 class FactoredGradient(NamedTuple):
@@ -56,7 +57,8 @@ class FactoredSGD(CenterStorage):
         gradient = torch.zeros_like(block)
         for grad, features, columns in pending:
             own = grad[:, part] if columns is chosen else columns_of(grad, columns, chosen[part])
-            gradient.addmm_(own.t(), features)
+            with float32_products(self.precision):
+                gradient.addmm_(own.t(), features)
         direction = block * one_over_length(block)[:, None]
         return gradient.sub_(direction.mul_((gradient * direction).sum(1, keepdim=True)))
 

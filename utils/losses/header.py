@@ -23,6 +23,7 @@ class Header(nn.Module):
         all ranks. stats: 0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill);
         margin_scaler (AdaFace); geom (geometry margin).
     Everything here is float32, under autocast too: a cosine rounded to bf16 moves a logit by 0.1.
+    Only a GPU's products with the centres are tf32 if that is asked for.
     Feature gradients come times the world size, so that DistributedDataParallel's average is the
     gradient of that mean.
     """
@@ -147,6 +148,7 @@ def build_header(
     sample_rate=1.0,
     centers_dtype=torch.float32,
     centers_on_host=False,
+    header_precision="fp32",
 ) -> nn.Module:
     """A header for (D = embedding_size, C = num_classes); see ``Header`` for what it returns.
 
@@ -158,8 +160,8 @@ def build_header(
     sample_rate: share of the classes that enter the softmax of a step, those of the batch always
     among them.
     centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all
-    products are float32. centers_on_host: they stay in the host's memory when the header is moved
-    to a GPU.
+    products are of float32 numbers. centers_on_host: they stay in the host's memory when the header
+    is moved to a GPU. header_precision: "fp32", or "tf32" for the products on a GPU.
     Raises InputError for unknown names and for combinations that make no sense.
     """
     for what, name, known in (("method", method, CENTERS), ("loss", loss, MARGINS)):
@@ -169,7 +171,12 @@ def build_header(
             )
     check_options(loss, use_geom_margin, sample_rate, method)
     centers = CENTERS[method](
-        num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
+        num_classes,
+        embedding_size,
+        centers_dtype,
+        centers_on_host,
+        header_precision,
+        adaptive_alpha,
     )
     margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
     geometry = None
