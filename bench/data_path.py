@@ -40,12 +40,20 @@ def write_set(folder: str, images: int, num_classes: int, distinct: int = 512) -
 
 
 class Way:
-    """Both read the whole set once, shuffled. workers: 1, a reading process that shares the core
-    with the one that trains; 0, none.
+    """Both read the whole set once, shuffled. workers: reading processes, 0: none. one_core: they
+    share it with the process that trains.
     """
 
-    def __init__(self, folder: str, device: str, workers: int, precision: str = "auto"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    def __init__(
+        self,
+        folder: str,
+        device: str,
+        workers: int,
+        precision: str = "auto",
+        one_core: bool = True,
+    ):
+        if one_core:
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         cv2.setNumThreads(0)
         self.folder = folder

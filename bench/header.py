@@ -12,18 +12,18 @@ B, C, D = 128, 85_742, 512
 class Step:
     """What both ways have in common: the same features, labels and centres."""
 
-    def __init__(self, method: str, device: str):
+    def __init__(self, method: str, device: str, batch: int = B, classes: int = C):
         self.adaptive = method == "AdaDistill"
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(0)
-        self.features = torch.randn(B, D, generator=generator).to(device)
-        self.teacher = self.features + 0.5 * torch.randn(B, D, generator=generator).to(device)
-        self.labels = torch.randperm(C, generator=generator)[:B].to(device)
-        self.kernel = 0.01 * torch.randn(D, C, generator=generator)
+        self.features = torch.randn(batch, D, generator=generator).to(device)
+        self.teacher = self.features + 0.5 * torch.randn(batch, D, generator=generator).to(device)
+        self.labels = torch.randperm(classes, generator=generator)[:batch].to(device)
+        self.kernel = 0.01 * torch.randn(D, classes, generator=generator)
         # libraries start before anything is measured
         self.build(1000)
         self.step(self.labels % 1000)
-        self.build(C)
+        self.build(classes)
         return_memory()
 
     def step(self, labels=None) -> dict:
@@ -68,8 +68,8 @@ class Ours(Step):
 
     def limit(self) -> dict:
         """The two matrix products and one softmax that no way can do without."""
-        logits = self.header.centers.matrix.take(B, C, self.device)
         weight = self.header.centers.weight.detach()
+        logits = self.header.centers.matrix.take(len(self.features), len(weight), self.device)
         torch.mm(self.features, weight.t(), out=logits)
         gradient = torch.softmax(logits, 1) @ weight
         self.header.centers.matrix.give_back(logits)

@@ -3,7 +3,8 @@
 Both ways in turns, medians, the same figures from both.
 
     ./bench/run.sh                   on CPU cores, a few minutes
-    ./bench/run.sh --cuda            on a GPU: training with 512 images a step
+    ./bench/run.sh --cuda            on a GPU, eight minutes: training with 512 images a step
+    ./bench/run.sh --cuda --dry-run  the same code on the CPU, at sizes that show nothing
     ./bench/run.sh --only header     one part: data, header, training or evaluation
     ./bench/run.sh --full            evaluation at the full sizes of IJB-C and TinyFace
 
@@ -25,9 +26,45 @@ import torch
 
 from bench import data_path, evaluation, header, training
 from bench.processes import Process, run_tool
+from utils.dataset.workers import cores
 from utils.errors import InputError, run
 from utils.files import replacing
 
+
+class Sizes(NamedTuple):
+    """How much is measured.
+
+    images: of the data path; header_batch: embeddings of a header step; batch, steps, rounds,
+    repeats: images of a training step, such steps a call, calls of each way after the first, and
+    how many of ours for one of the plain way; workers: reading processes of training.
+    """
+
+    images: int
+    header_batch: int
+    batch: int
+    steps: int
+    rounds: int
+    repeats: int
+    workers: int
+    classes: int = training.C
+    teacher: str = "iresnet50"
+
+
+ON_CPU = Sizes(4096, header.B, 64, steps=1, rounds=4, repeats=4, workers=1)
+# a header step of milliseconds, and a second or more a call; two of 16 cores are left to training
+# and its copies to the GPU
+ON_GPU = Sizes(32_768, 1024, 512, steps=20, rounds=3, repeats=2, workers=min(cores(), 14))
+DRY = Sizes(
+    data_path.BATCH,
+    4,
+    4,
+    steps=1,
+    rounds=1,
+    repeats=1,
+    workers=1,
+    classes=1000,
+    teacher="iresnet18",
+)
 CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -48,14 +85,16 @@ class Row(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
-    device = "cuda" if arguments.cuda else "cpu"
-    if arguments.cuda and not torch.cuda.is_available():
+    if arguments.cuda and not arguments.dry_run and not torch.cuda.is_available():
         raise InputError("--cuda: PyTorch sees no GPU here")
+    parts = [arguments.only] if arguments.only else list(PARTS)
+    if arguments.cuda and not arguments.only:
+        # NumPy and PyTorch on the host: nothing that a GPU changes
+        parts.remove("evaluation")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for part, rows_of in PARTS.items():
-            if arguments.only in ("", part):
-                rows += rows_of(Path(folder), device, arguments)
+        for part in parts:
+            rows += PARTS[part](Path(folder), arguments)
     print("\n" + table(rows))
     if arguments.json:
         with replacing(str(arguments.json), "w") as file:
@@ -69,30 +108,49 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU at small sizes: does everything run?"
+    )
     parser.add_argument("--only", default="", choices=tuple(PARTS), help="one part")
     parser.add_argument(
         "--full", action="store_true", help="evaluation at full size: seven minutes more"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.device = "cuda" if arguments.cuda and not arguments.dry_run else "cpu"
+    arguments.size = ON_GPU if arguments.cuda else ON_CPU
+    if arguments.dry_run:
+        arguments.size = DRY
+    return arguments
 
 
 # --- the rows
 
 
-def data_rows(folder: Path, device: str, arguments) -> list[Row]:
-    images = 4096
+def data_rows(folder: Path, arguments) -> list[Row]:
+    """On one core; beside a GPU, which that would starve, with a process for every core."""
+    images = arguments.size.images
     data_path.write_set(folder / "images", images, training.C)
     run_tool("data/decode_rec.py", folder / "images", "--output", folder / "decoded")
+    one_core = not arguments.cuda
+    ways = [(1, "one core, a reading process"), (0, "one core, no other process")]
+    if arguments.cuda:
+        ways = [(cores(), f"{cores()} reading processes")]
     rows = []
     for decoded in (False, True):
-        for workers, what in ((1, "a reading process"), (0, "no other process")):
-            options = dict(folder=str(folder / "images"), device=device, workers=workers)
+        for workers, what in ways:
+            limited = one_core and not decoded
+            options = dict(
+                folder=str(folder / "images"),
+                device=arguments.device,
+                workers=workers,
+                one_core=one_core,
+            )
             calls = in_turns(
                 "bench.data_path",
                 options,
-                rounds=5,
-                limit=not decoded,
+                rounds=1 if arguments.dry_run else 5,
+                limit=limited,
                 ours=dict(folder=str(folder / "decoded")) if decoded else None,
             )
             for figure in ("images", "red", "green", "blue"):
@@ -101,30 +159,31 @@ def data_rows(folder: Path, device: str, arguments) -> list[Row]:
                 check_equal("data path", calls, figure, 5e-3)
             suffix = ", decoded before" if decoded else ""
             row = Row(
-                f"data path, one core, {what}{suffix}",
+                f"data path, {what}{suffix}",
                 "us/image",
                 plain=1e6 * median(calls["Plain.step"]) / images,
                 ours=1e6 * median(calls["Ours.step"]) / images,
-                floor=8,
+                floor=8 if one_core else None,
             )
-            if not decoded:
+            if limited:
                 limit = 1e6 * median(calls["Ours.limit"]) / images
                 row = row._replace(limit=limit, allowed=1 / 0.7)
             rows.append(row)
     return say(rows)
 
 
-def header_rows(folder: Path, device: str, arguments) -> list[Row]:
+def header_rows(folder: Path, arguments) -> list[Row]:
+    batch, classes = arguments.size.header_batch, arguments.size.classes
     rows = []
     for method, floor in (("AdaDistill", 6), ("standalone", 2.5)):
         adaptive = method == "AdaDistill"
-        calls = in_turns(
-            "bench.header", dict(method=method, device=device), rounds=7, limit=adaptive
-        )
+        options = dict(method=method, device=arguments.device, batch=batch, classes=classes)
+        rounds = 1 if arguments.dry_run else 7
+        calls = in_turns("bench.header", options, rounds, limit=adaptive)
         for figure in ("loss", "gradient"):
             check_equal(f"{method} header", calls, figure, 1e-4)
         row = Row(
-            f"{method} header step, B={header.B}, C={header.C:,}",
+            f"{method} header step, B={batch}, C={classes:,}",
             "ms",
             plain=1e3 * median(calls["Plain.step"]),
             ours=1e3 * median(calls["Ours.step"]),
@@ -138,71 +197,85 @@ def header_rows(folder: Path, device: str, arguments) -> list[Row]:
             Row(
                 "the same: peak memory beyond the centres",
                 "MB",
+                # of the first call: ours keeps its matrix for the next
                 plain=calls["Plain.step"][0]["bytes"] / 1e6,
                 ours=calls["Ours.step"][0]["bytes"] / 1e6,
                 floor=3,
                 # (B, C) float32, twice
-                limit=2 * 4 * header.B * header.C / 1e6,
+                limit=2 * 4 * batch * classes / 1e6,
                 allowed=1,
             )
         )
     return say(rows)
 
 
-def training_rows(folder: Path, device: str, arguments) -> list[Row]:
+def training_rows(folder: Path, arguments) -> list[Row]:
     """Plain with live teacher against ours with live teacher, and with cached features."""
-    cuda = device == "cuda"
-    batch, steps, rounds, repeats = (512, 20, 5, 2) if cuda else (64, 1, 4, 4)
-    training.prepare(folder / "training", batch * steps * (rounds * repeats + 2), device)
+    size = arguments.size
+    batch, steps = size.batch, size.steps
+    images = batch * steps * (size.rounds * size.repeats + 2)
+    training.prepare(folder / "training", images, arguments.device, size.classes, size.teacher)
     options = dict(
         folder=str(folder / "training"),
-        device=device,
+        device=arguments.device,
         batch=batch,
-        workers=12 if cuda else 1,
+        workers=size.workers,
         steps=steps,
+        classes=size.classes,
+        teacher=size.teacher,
+        # minutes of a CPU
+        compiled=not arguments.dry_run,
     )
-    if cuda:
+    if arguments.cuda:
         live_floor, cached_floor = 4, 8
     else:
         live_floor, cached_floor = 2.5 if CPU_HAS_BF16 else 1.3, 3.5
+    kinds = [
+        (True, False, live_floor, "live iResNet-50 teacher"),
+        (False, False, cached_floor, "cached teacher features"),
+    ]
+    if arguments.cuda:
+        kinds.append((False, arguments.device == "cuda", cached_floor, "cached, CUDA graphs"))
     rows = []
-    for live, floor, what in (
-        (True, live_floor, "live iResNet-50 teacher"),
-        (False, cached_floor, "cached teacher features"),
-    ):
+    for live, graphs, floor, what in kinds:
         calls = in_turns(
             "bench.training",
             options,
-            rounds,
+            size.rounds,
             limit=not live,
-            ours=dict(live=live),
+            ours=dict(live=live, graphs=graphs),
             extra="matrix_rate",
             first="compare",
-            repeats=1 if live else repeats,
+            repeats=1 if live else size.repeats,
         )
         # fp32 against bf16
         for figure, tolerance in (("loss", 0.005), ("gradient", 0.03)):
             check_equal(what, calls, figure, tolerance, "compare")
-        plain = median(calls["Plain.step"][1:]) / steps
-        ours = median(calls["Ours.step"][1:]) / steps
+        plain = median(calls["Plain.step"]) / steps
+        ours = median(calls["Ours.step"]) / steps
         row = Row(
             f"AdaDistill training step, B={batch}, {what}", "ms", 1e3 * plain, 1e3 * ours, floor
         )
         if not live:
-            limit = 1e3 * median(calls["Ours.limit"][1:]) / steps
+            limit = 1e3 * median(calls["Ours.limit"]) / steps
             row = row._replace(limit=limit, allowed=1.1)
         rows.append(row)
         best = calls["Ours.matrix_rate"][-1]["teraflops"]
-        say_rates("plain, live teacher", batch, True, plain, best, calls["Plain.step"])
-        say_rates(f"ours, {what}", batch, live, ours, best, calls["Ours.step"])
+        work = training.gigaflops(batch, True, size.teacher)
+        say_rates("plain, live teacher", batch, work, plain, best, calls["Plain.step"])
+        work = training.gigaflops(batch, live, size.teacher)
+        say_rates(f"ours, {what}", batch, work, ours, best, calls["Ours.step"])
     return say(rows)
 
 
 def say_rates(
-    what: str, batch: int, live: bool, seconds: float, best: float, calls: list[dict]
+    what: str, batch: int, work: float, seconds: float, best: float, calls: list[dict]
 ) -> None:
-    """What ``seconds`` a step mean; best: TFLOP/s of a bf16 matrix product."""
-    rate = training.gigaflops(batch, live) / seconds / 1e3
+    """What ``seconds`` a step mean.
+
+    work: 1e9 operations of the networks; best: TFLOP/s of a bf16 matrix product.
+    """
+    rate = work / seconds / 1e3
     waiting = calls[-1]["waiting"]
     print(
         f"  {what}: {batch / seconds:,.0f} images/s, {rate:.2f} TFLOP/s in the networks = "
@@ -220,7 +293,7 @@ def memory(calls: list[dict]) -> str:
     return f"peak {beyond / 1e9:.2f} GB beyond what is there before the first step"
 
 
-def evaluation_rows(folder: Path, device: str, arguments) -> list[Row]:
+def evaluation_rows(folder: Path, arguments) -> list[Row]:
     """In this process: both ways are NumPy and PyTorch on the host."""
     scale = 1 if arguments.full else 8
     floors = {"pair set, ten folds": 50, "IJB-C 1:1, three variants": 12}
@@ -286,7 +359,8 @@ def in_turns(
 
 
 def median(calls: list[dict]) -> float:
-    return statistics.median(call["seconds"] for call in calls)
+    """Seconds of a call; the first one warms up."""
+    return statistics.median(call["seconds"] for call in calls[1:])
 
 
 def check_equal(

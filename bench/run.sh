@@ -2,7 +2,8 @@
 # How much faster than the plain way, as ratios measured in one run; a few minutes, a table at the
 # end.
 #   ./bench/run.sh                     on CPU cores
-#   ./bench/run.sh --cuda              on a GPU
+#   ./bench/run.sh --cuda              on a GPU, eight minutes
+#   ./bench/run.sh --cuda --dry-run    the same code on the CPU, at small sizes
 #   ./bench/run.sh --only header       one part: data, header, training, evaluation
 #   ./bench/run.sh --full              evaluation at the full sizes of IJB-C and TinyFace
 set -euo pipefail

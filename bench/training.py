@@ -1,6 +1,6 @@
 """Whole AdaDistill training steps from a RecordIO file.
 
-iResNet-50 teacher, live or from cached features, MobileFaceNet student, 85,742 classes.
+A teacher (iResNet-50), live or from cached features, a MobileFaceNet student, 85,742 classes.
 """
 
 import sys
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones import build_backbone
 from bench.data_path import write_set
 from bench.plain import PlainAdaDistill, PlainSet
-from bench.processes import run_tool
+from bench.processes import measured, run_tool
 from config.load import parse_arguments
 from train import build, start_up
 from train.engine import Engine
@@ -26,24 +26,26 @@ from utils.inputs import to_input
 D, C = 512, 85_742
 
 
-def prepare(folder: Path, images: int, device: str) -> None:
+def prepare(folder: Path, images: int, device: str, classes: int, network: str) -> None:
     """A set, a teacher with random weights, and its features: they teach nothing and cost as much
     as any.
     """
-    write_set(folder, images, C)
+    write_set(folder, images, classes)
     torch.manual_seed(0)
-    teacher = build_backbone("iresnet50", D).train()
+    teacher = build_backbone(network, D).train()
     for module in teacher.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             # one look at images sets its statistics; with those it begins with, features overflow
             module.momentum = 1.0
     with torch.no_grad():
-        teacher(to_input(MXFaceDataset(str(folder)).__getitems__(range(32)).images))
+        teacher(to_input(MXFaceDataset(str(folder)).__getitems__(range(min(32, images))).images))
     torch.save(teacher.state_dict(), folder / "teacher.pth")
     run_tool(
         "train/cache_teacher.py",
         f"rec={folder}",
         "num_image=0",
+        f"num_classes={classes}",
+        f"teacher={network}",
         f"pretrained_teacher_path={folder}/teacher.pth",
         f"device={device}",
         "--output",
@@ -51,35 +53,55 @@ def prepare(folder: Path, images: int, device: str) -> None:
     )
 
 
-def gigaflops(batch: int, live: bool) -> float:
+def gigaflops(batch: int, live: bool, network: str) -> float:
     """Operations of one step's networks in 1e9, two for each multiply-add: student forward and
-    backward, and teacher.
+    backward, and the teacher ``network``.
     """
     student = build_backbone("mobilefacenet", D)
-    teacher = build_backbone("iresnet50", D).eval()
+    teacher = build_backbone(network, D).eval()
     images = torch.zeros(2, 3, 112, 112)
-    with FlopCounterMode(display=False) as counter:
-        student(images).sum().backward()
-        if live:
-            with torch.no_grad():
-                teacher(images)
-    return counter.get_total_flops() / 2 * batch / 1e9
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        student(images)
+    # backward makes two products for each one forward; counted there, depthwise convolutions would
+    # be taken for dense ones
+    operations = 3 * counter.get_total_flops()
+    if live:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            teacher(images)
+        operations += counter.get_total_flops()
+    return operations / 2 * batch / 1e9
 
 
 class Way:
     """``steps``: training steps a call; the first call, in which everything compiles, is not
-    counted by those who ask.
+    counted by those who ask. compiled, graphs: of ours.
     """
 
     def __init__(
-        self, folder: str, device: str, batch: int, workers: int, steps: int, live: bool = True
+        self,
+        folder: str,
+        device: str,
+        batch: int,
+        workers: int,
+        steps: int,
+        classes: int = C,
+        teacher: str = "iresnet50",
+        live: bool = True,
+        compiled: bool = True,
+        graphs: bool = False,
     ):
         self.folder = Path(folder)
         self.device = torch.device(device)
         self.batch = batch
         self.workers = workers
         self.steps = steps
+        self.classes = classes
+        self.teacher_name = teacher
         self.live = live
+        self.compiled = compiled
+        self.graphs = graphs
+        # as the engine trains, and plain scripts do
+        torch.backends.cudnn.benchmark = True
         self.open()
 
     def compare(self) -> dict:
@@ -89,7 +111,8 @@ class Way:
         loss = self.loss_of_first()
         loss.backward()
         length = torch.nn.utils.get_total_norm([p.grad for p in self.student.parameters()])
-        self.student.zero_grad()
+        # the gradients' memory stays
+        self.student.zero_grad(set_to_none=False)
         return dict(loss=loss.item(), gradient=length.item())
 
     def step(self) -> dict:
@@ -109,9 +132,9 @@ class Plain(Way):
     def open(self):
         torch.manual_seed(0)
         self.student = build_backbone("mobilefacenet", D).to(self.device).train()
-        self.teacher = build_backbone("iresnet50", D).to(self.device).eval()
+        self.teacher = build_backbone(self.teacher_name, D).to(self.device).eval()
         self.teacher.load_state_dict(torch.load(self.folder / "teacher.pth", weights_only=True))
-        self.header = PlainAdaDistill(D, C).to(self.device)
+        self.header = PlainAdaDistill(D, self.classes).to(self.device)
         self.optimizer = torch.optim.SGD(
             self.student.parameters(), lr=0.1 / 512 * self.batch, momentum=0.9, weight_decay=5e-4
         )
@@ -162,18 +185,21 @@ class Ours(Way):
             "dataset=emoreIresNet",
             f"rec={self.folder}",
             "num_image=0",
+            f"num_classes={self.classes}",
+            f"teacher={self.teacher_name}",
             "val_targets=[]",
-            f"output={self.folder}/run_{self.live}",
+            f"output={self.folder}/run_{self.live}_{self.graphs}",
             f"batch_size={self.batch}",
             f"num_workers={self.workers}",
-            "compile=True",
+            f"compile={self.compiled}",
+            f"cuda_graphs={self.graphs}",
             f"device={self.device.type}",
             teacher,
         ]
         cfg, _ = parse_arguments(__doc__, "AdaDistill")
         self.context = start_up.start(cfg, False)
         run = self.context.__enter__()
-        dataset = build.build_dataset(cfg)
+        self.dataset = dataset = build.build_dataset(cfg)
         cfg = build.with_classes(cfg, dataset)
         validation = Validation(cfg)
         torch.manual_seed(0)
@@ -191,7 +217,7 @@ class Ours(Way):
         self.alone = None
 
     def loss_of_first(self):
-        images = self.feed.loader.dataset.dataset.__getitems__(range(self.batch))
+        images = self.dataset.__getitems__(range(self.batch))
         self.feed.cfg.flip = False
         first = self.feed.to_inputs(images, 0, 0)
         self.feed.cfg.flip = True
@@ -214,7 +240,7 @@ class Ours(Way):
         images, direction = self.alone
         for _ in range(self.steps):
             (self.engine.student(images).float() * direction).sum().backward()
-            self.engine.optimizer.zero_grad(set_to_none=True)
+            self.engine.optimizer.zero_grad(set_to_none=not self.graphs)
         return {}
 
     def matrix_rate(self) -> dict:
@@ -222,15 +248,13 @@ class Ours(Way):
         n, rounds = (8192, 20) if self.device.type == "cuda" else (2048, 5)
         a = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
         b = a @ a
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(rounds):
-            torch.mm(a, a, out=b)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-        return dict(teraflops=2 * n**3 * rounds / seconds / 1e12)
+
+        def multiply() -> dict:
+            for _ in range(rounds):
+                torch.mm(a, a, out=b)
+            return {}
+
+        return dict(teraflops=2 * n**3 * rounds / measured(multiply)["seconds"] / 1e12)
 
     def close(self):
         self.feed.close()

@@ -78,7 +78,7 @@ config.centers_device = "auto"
 # how they are kept: "fp32", "bf16" (half the memory; products are fp32 all the same)
 config.centers_precision = "fp32"
 # of the products of embeddings and centres on a GPU: "fp32", "tf32" (several times faster; a logit
-# is off by at most s/512, mostly by a fiftieth of that)
+# is off by at most s/512, mostly by a hundredth of that)
 config.header_precision = "fp32"
 
 # --- teacher

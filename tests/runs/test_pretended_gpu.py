@@ -155,7 +155,7 @@ def train(method: str, files, monkeypatch, tmp_path, *options) -> None:
     "method, options",
     [
         ("standalone", ["loss=ArcFace", "sample_rate=0.5", "header_precision=tf32"]),
-        ("standalone", ["loss=AdaFace", "precision=fp32", "batch_size=2", "accumulate=2"]),
+        ("standalone", ["loss=AdaFace", "sample_rate=0.5", "batch_size=2", "accumulate=2"]),
         ("AMLDistill", ["loss=CosFace", "precision=bf16", "augment=True"]),
         ("AMLDistill", ["loss=ArcFace", "precision=bf16", LIVE, *GEOMETRY]),
         ("AdaDistill", ["loss=ArcFace", "precision=bf16", LIVE, "val_targets=pairs"]),

@@ -72,9 +72,10 @@ class FactoredSGD(CenterStorage):
         pending = self.pending
         if self.momentum is None:
             self.momentum = torch.zeros_like(self.weight)
-        chosen = pending[0].chosen
+        chosen, is_sampled = pending[0].chosen, None
         if chosen is not None and len(pending) > 1:
-            chosen = torch.cat([factors.chosen for factors in pending]).unique()
+            sampled = [factors.chosen for factors in pending]
+            chosen, is_sampled = union(sampled, len(self.weight))
         device = pending[0].grad.device
         for part, block in self.blocks(chosen, device, BLOCK_ROWS[device.type]):
             rows = part if chosen is None else chosen[part]
@@ -82,8 +83,14 @@ class FactoredSGD(CenterStorage):
             gradient.add_(block, alpha=weight_decay)
             velocity = self.momentum[rows].to(device, torch.float32)
             velocity.mul_(momentum).add_(gradient)
-            store(self.momentum, rows, velocity)
-            store(self.weight, rows, block.sub_(velocity, alpha=lr))
+            for tensor, values in (
+                (self.momentum, velocity),
+                (self.weight, block.sub_(velocity, alpha=lr)),
+            ):
+                if is_sampled is not None:
+                    before = tensor.detach()[rows].to(device, torch.float32)
+                    values = torch.where(is_sampled[part, None].to(device), values, before)
+                store(tensor, rows, values)
         self.forget()
 
     def forget(self) -> None:
@@ -91,6 +98,17 @@ class FactoredSGD(CenterStorage):
         for factors in self.pending:
             self.matrix.give_back(factors.grad)
         self.pending = []
+
+
+def union(sampled: list[torch.Tensor], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows (n,) of ``count`` that are in any list, ascending, and others; whether each is (n,).
+
+    n is as large as the union can be: how many rows lie in several lists only the GPU knows.
+    """
+    rows = torch.cat(sampled)
+    is_sampled = torch.zeros(count, device=rows.device).index_fill_(0, rows, 1.0)
+    rows = is_sampled.topk(min(len(rows), count), sorted=False).indices.sort().values
+    return rows, is_sampled[rows] > 0
 
 
 def columns_of(grad: torch.Tensor, columns: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
