@@ -97,17 +97,10 @@ def write_models(
             model = to_int8(exported, evidence.calibration, args.uint8)
         write_metadata(
             model,
-            network=original.name,
-            embedding_size=original.embedding_size,
-            parameters=original.parameters,
-            color_space="RGB",
+            **original.about(),
             numbers=numbers,
             normalisation=(PIXELS if args.uint8 else NORMALISED).description,
-            step=original.step,
             checkpoint=args.checkpoint.name,
-            checkpoint_sha256=original.sha256,
-            checkpoint_color_space=original.color_space,
-            features="not normalised: add those of the mirror image, then divide by the L2 norm",
         )
         path.write_bytes(model.SerializeToString())
 
