@@ -7,7 +7,6 @@ makes no sense are errors before anything is built.
 
 import argparse
 import ast
-import json
 import runpy
 import sys
 import traceback
@@ -18,6 +17,7 @@ from easydict import EasyDict as edict
 
 from config import rules
 from utils.errors import InputError, nearest
+from utils.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = ROOT / "config" / "config.py"
@@ -163,7 +163,7 @@ def read_file(path: Path) -> ConfigFile:
     if not path.is_file():
         raise InputError(f"no configuration file at {path.absolute()}")
     if path.suffix == ".json":
-        return ConfigFile(read_json(path), {})
+        return ConfigFile(read_json(path, "a dict of configuration values"), {})
     # a file that imports the defaults and edits them gets fresh ones
     sys.modules.pop("config.config", None)
     try:
@@ -188,18 +188,6 @@ def where_it_failed(error: Exception, path: Path) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"{path} holds a {type(values).__name__}, not a dict of configuration values"
-        )
-    return values
 
 
 # --- the command line

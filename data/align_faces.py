@@ -46,7 +46,7 @@ from utils.detect import (
     from_left,
 )
 from utils.errors import InputError, run
-from utils.files import read_text, replacing, scratch
+from utils.files import read_text, replacing, temporary_folder
 from utils.images import decode_bgr
 from utils.process_pool import in_parallel
 
@@ -84,7 +84,7 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output: {output} is there and not an empty folder; name a new one")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(".align_faces-", output.parent) as temporary:
+    with temporary_folder(".align_faces-", output.parent) as temporary:
         folder = temporary / "faces"
         folder.mkdir()
         work = Aligner(args, folder)

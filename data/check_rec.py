@@ -34,7 +34,7 @@ from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, wh
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import cores
 from utils.errors import InputError, run
-from utils.files import dumps, replacing
+from utils.files import write_json
 from utils.jpeg import ends_early
 from utils.process_pool import in_parallel
 from utils.recordio.files import IMAGE_SIZE, has_records, split_paths
@@ -86,8 +86,7 @@ def main() -> None:
     findings, shared = examine(dataset, contents)
     print(describe(name, findings), flush=True)
     if args.json:
-        with replacing(str(args.json)) as file:
-            file.write((dumps(findings, indent=2) + "\n").encode())
+        write_json(args.json, findings)
     if args.sheet:
         labels = np.where(contents.readable, contents.labels, np.nan)
         draw_sheet(args.sheet, training_set_rows(dataset, labels, shared))

@@ -39,7 +39,7 @@ from utils.dataset.loader import open_loader
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import cores, end_workers, next_batch
 from utils.errors import InputError, run
-from utils.files import scratch, take_lock
+from utils.files import take_lock, temporary_folder
 from utils.jpeg import ends_early
 from utils.recordio.files import IMAGE_SIZE, find_folders, has_records, stem
 from utils.recordio.format import unpack
@@ -70,7 +70,7 @@ def main() -> None:
             f"--output {output}: {len(dataset)} decoded images take "
             f"{needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB left"
         )
-    with scratch(prefix, output.parent) as folder, take_lock(str(folder / "lock")):
+    with temporary_folder(prefix, output.parent) as folder, take_lock(folder / "lock"):
         copy = folder / "copy"
         copy.mkdir()
         try:
@@ -128,7 +128,7 @@ def parse_arguments() -> argparse.Namespace:
 def remove_leftovers(parent: Path, prefix: str) -> None:
     """Remove what killed runs have left; what another one is writing is locked."""
     for folder in parent.glob(f"{escape(prefix)}*"):
-        if (folder / "lock").exists() and (lock := take_lock(str(folder / "lock"), wait=False)):
+        if (folder / "lock").exists() and (lock := take_lock(folder / "lock", wait=False)):
             with lock:
                 shutil.rmtree(folder)
 

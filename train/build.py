@@ -1,6 +1,5 @@
 """What a run is made of, from its configuration: data set, student, header, teacher, validation."""
 
-import json
 import logging
 from inspect import signature
 from pathlib import Path
@@ -9,7 +8,6 @@ import torch
 from easydict import EasyDict
 
 from backbones import build_backbone
-from config.load import read_json
 from train.start_up import Run
 from utils import distributed, losses
 from utils.dataset.classes import check_classes
@@ -17,7 +15,7 @@ from utils.dataset.folder import FaceDatasetFolder
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.staging import stage
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import read_json, write_json
 from utils.losses import Header
 from utils.precision import PRECISIONS, autocast
 from utils.recordio.files import find_folders
@@ -231,8 +229,7 @@ def keep_to_one_teacher(run: Run, digest: str) -> None:
                     f"resume: {run.folder.path} was trained from a teacher with SHA-256 "
                     f"{before}, this one has {digest}: set the same, or another output="
                 )
-        with replacing(file) as out:
-            out.write((json.dumps(dict(sha256=digest)) + "\n").encode())
+        write_json(file, dict(sha256=digest))
 
     distributed.main_computes(compare)
 

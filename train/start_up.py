@@ -1,6 +1,5 @@
 """What every training script does first: ranks, device, output folder, log, where to resume."""
 
-import json
 import logging
 import os
 import signal
@@ -13,11 +12,10 @@ from typing import NamedTuple
 import cv2
 import torch
 
-from config.load import read_json
 from utils import distributed
 from utils.dataset.workers import STOP_SIGNALS
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import read_json, write_json
 from utils.precision import choose_precision
 from utils.run.folder import RunFolder
 from utils.run.log import start_log
@@ -176,14 +174,13 @@ def write_config(cfg, resume_step: int) -> None:
     """Write config.json; when resuming, say what has changed since the run was started."""
     path = Path(cfg.output) / "config.json"
     if resume_step and path.exists():
-        before = read_json(path)
+        before = read_json(path, "a dict of configuration values")
         for key, value in cfg.items():
             if before.get(key) != value and key != "global_step":
                 logging.warning(
                     "resumed with another %s: %r instead of %r", key, value, before.get(key)
                 )
-    with replacing(path) as file:
-        file.write((json.dumps(dict(cfg), indent=2) + "\n").encode())
+    write_json(path, dict(cfg))
 
 
 class StopRequest:

@@ -6,7 +6,6 @@ Its loose crops show the face somewhere, turned and scaled, with the five points
 detector would give. data/README.md describes the files.
 """
 
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from data.synth.faces import NUISANCE, draw_identity, draw_nuisance, encode, ren
 from data.synth.render_pool import Photograph
 from utils.align import TEMPLATE, align
 from utils.errors import InputError
+from utils.files import write_json
 from utils.images import decode_bgr
 
 IJB, TINYFACE = 4, 5  # random streams; 0 .. 3 are those of make_synthetic.py
@@ -75,7 +75,7 @@ def replacing_folder(path: Path, made: dict):
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        (temporary / ORIGIN).write_text(json.dumps(made, indent=2))
+        write_json(temporary / ORIGIN, made)
         if path.exists():
             path.rename(outgoing)
         temporary.rename(path)
