@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from data.contact_sheet import COLUMNS, Row
-from data.synth.drawing import SIZE
+from data.synth.canvas import SIZE
 from data.synth.faces import NUISANCE, draw_identity, draw_nuisance, encode, render
 from data.synth.render_pool import Photograph
 from utils.align import TEMPLATE, align
