@@ -92,7 +92,9 @@ class Face(Canvas):
             corner = who.mouth_width + 1
             nostril = (who.nose_width + 1, who.nose_length - 2)
             fold = [nostril, (corner + 2, who.mouth_y - 2), (corner, who.mouth_y)]
-            self.fill(self.place_feature(np.array(fold) * (side, 1)), 0.75 * who.skin, 0.55 * who.fold)
+            self.fill(
+                self.place_feature(np.array(fold) * (side, 1)), 0.75 * who.skin, 0.55 * who.fold
+            )
         below_lip = ellipse((0, who.mouth_y + who.lip_lower + 3.5), (8.0, 2.2))
         self.cast(self.place_feature(below_lip), -0.20)
         for height in (0.32, 0.42):
