@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.dataset.base import Batch, FaceImages, keep_batch
-from utils.dataset.workers import start_worker
+from utils.dataset.workers import open_workers
 from utils.errors import InputError
 from utils.files import take_lock
 from utils.recordio.files import IMAGE_SIZE
@@ -49,11 +49,10 @@ def open_loader(
         generator=torch.Generator(),
     )
     if num_workers == 0:
-        return DataLoader(dataset, **options)
-    return DataLoader(
+        return open_workers(dataset, 0, **options)
+    return open_workers(
         SharedBatches(dataset, batch_size, num_workers),
-        num_workers=num_workers,
-        worker_init_fn=start_worker,
+        num_workers,
         persistent_workers=True,
         prefetch_factor=PREFETCH,
         **options,

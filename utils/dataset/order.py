@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from utils.dataset.read_ahead import ReadAhead
-from utils.memory import counted, scratch
+from utils.memory import mapped_range, mapped_zeros
 
 WINDOW = 64  # blocks that are shuffled together
 # beside seed, epoch and window: random numbers that neither mirrors nor augmentation use
@@ -72,13 +72,13 @@ class EpochBatches:
         """(batches, batch size) of this rank alone, so that all ranks of a machine hold the order
         of millions of images once.
         """
-        order = counted(self.length, np.int32 if self.length < 1 << 31 else np.int64)
+        order = mapped_range(self.length, np.int32 if self.length < 1 << 31 else np.int64)
         # the same numbers as permutation(length), in half the memory
         np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         whole = order[self.samples : self.samples + len(self) * self.global_batch].reshape(
             -1, self.world_size, self.batch_size
         )
-        mine = scratch(len(self) * self.batch_size, order.dtype).reshape(-1, self.batch_size)
+        mine = mapped_zeros(len(self) * self.batch_size, order.dtype).reshape(-1, self.batch_size)
         mine[:] = whole[:, self.rank]
         return mine
 

@@ -4,9 +4,12 @@ start, fail and end.
 
 import os
 import signal
+from collections.abc import Callable
+from functools import partial
 
 import cv2
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import InputError
 
@@ -28,17 +31,50 @@ def start_worker(worker_id: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def next_batch(batches):
-    """The iterator's next batch, or None at its end.
+def open_workers(dataset: Dataset, num_workers: int, collate_fn: Callable, **options) -> DataLoader:
+    """A DataLoader with ``num_workers`` of these processes (0: none), read by ``next_batch``."""
+    if num_workers == 0:
+        return DataLoader(dataset, collate_fn=collate_fn, **options)
+    return DataLoader(
+        ErrorsSent(dataset),
+        num_workers=num_workers,
+        collate_fn=partial(collate, collate_fn),
+        worker_init_fn=start_worker,
+        **options,
+    )
 
-    Errors: a worker's InputError, without the traceback it arrives wrapped in.
+
+class ErrorsSent(Dataset):
+    """A data set for workers: an InputError comes in place of the batch in which it is raised.
+
+    A DataLoader would send the text of its traceback.
     """
-    try:
-        return next(batches, None)
-    except InputError as error:  # its last line is the message
-        raise InputError(
-            str(error).strip().splitlines()[-1].removeprefix("utils.errors.InputError: ")
-        ) from error
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]):
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(indices)
+            return [self.dataset[index] for index in indices]
+        except InputError as error:
+            return error
+
+
+def collate(collate_fn: Callable, samples):
+    return samples if isinstance(samples, InputError) else collate_fn(samples)
+
+
+def next_batch(batches):
+    """The iterator's next batch, or None at its end. Raises the InputError of a worker."""
+    batch = next(batches, None)
+    if isinstance(batch, InputError):
+        raise batch
+    return batch
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

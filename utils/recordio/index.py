@@ -23,7 +23,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files import replacing, take_lock
-from utils.memory import scratch
+from utils.memory import mapped_zeros
 
 # 2: a repeated line is dropped, a repeated key refused
 FORMAT = 2
@@ -185,7 +185,8 @@ def ascending(
         return [(keys[-1:], offsets[-1:]), (keys[:-1], offsets[:-1])], 0
     order = order_of(keys)
     keys, offsets = (
-        np.take(values, order, out=scratch(len(order)), mode="clip") for values in (keys, offsets)
+        np.take(values, order, out=mapped_zeros(len(order)), mode="clip")
+        for values in (keys, offsets)
     )
     again = np.flatnonzero(keys[1:] == keys[:-1]) + 1
     if len(again) == 0:
@@ -248,7 +249,7 @@ def order_of(values: np.ndarray) -> np.ndarray:
     bits = len(values).bit_length()
     if int(values.max()) >= 1 << 63 - bits:
         return np.argsort(values, kind="stable")
-    packed = scratch(len(values))
+    packed = mapped_zeros(len(values))
     np.left_shift(values, bits, out=packed)
     for first in range(0, len(packed), 1 << 20):
         part = packed[first : first + (1 << 20)]
@@ -268,7 +269,7 @@ def read_index(idx_path: str) -> tuple[np.ndarray, np.ndarray]:
     """
     # the shortest line is 0<tab>0; pages that are not written to take no memory
     most = os.path.getsize(idx_path) // 4 + 1
-    keys, offsets, count = scratch(most), scratch(most), 0
+    keys, offsets, count = mapped_zeros(most), mapped_zeros(most), 0
     for pairs in parsed(idx_path):
         if len(pairs) and pairs.min() < 0:
             raise InputError(f"{idx_path} names a negative key or offset; {rebuild(idx_path)}")
