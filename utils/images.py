@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from utils.recordio.format import RecordError
+from utils.errors import RecordError
 
 JPEG_START = b"\xff\xd8\xff"
 

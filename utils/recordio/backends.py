@@ -3,8 +3,8 @@
 import os
 import struct
 
-from utils.errors import InputError
-from utils.recordio.format import IRHeader, RecordError, unpack
+from utils.errors import InputError, RecordError
+from utils.recordio.format import IRHeader, unpack
 from utils.recordio.indexed import IndexedRecordIO
 
 

@@ -13,8 +13,8 @@ from array import array
 
 import numpy as np
 
-from utils.errors import InputError
-from utils.recordio.format import MAGIC_BYTES, RecordError, frame
+from utils.errors import InputError, RecordError
+from utils.recordio.format import MAGIC_BYTES, frame
 from utils.recordio.index import first_beyond, open_index, read_index, rebuild, write_index
 from utils.recordio.reader import NO_OFFSET, Glance, RecordFile, log, scan_index
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.errors import RecordError
 from utils.recordio.format import (
-    _FRAME,
-    _HEADER,
+    FRAME,
+    HEADER,
     FIRST,
     LAST,
     LENGTH_BITS,
@@ -19,16 +20,13 @@ from utils.recordio.format import (
     MAGIC_BYTES,
     MIDDLE,
     WHOLE,
-    RecordError,
 )
 
 # bytes read together with a record's frame, in the hope that they are all of it
 MOST_AT_ONCE = 1 << 16
 
-
 # from here on the counter of whoever wrote the index overflowed
 NO_OFFSET = 1 << 62
-
 
 log = logging.getLogger(__name__)
 
@@ -104,11 +102,11 @@ class RecordFile:
 
     def _part(self, offset: int, name: str | int) -> tuple[int, bytes | memoryview, int]:
         """(cflag, bytes, offset after the padding) of the part at ``offset``."""
-        window = self.pread(_FRAME.size + self._usual, offset)
+        window = self.pread(FRAME.size + self._usual, offset)
         cflag, length = self._frame(window, offset, name)
-        payload = memoryview(window)[_FRAME.size : _FRAME.size + length]
+        payload = memoryview(window)[FRAME.size : FRAME.size + length]
         if len(payload) < length:
-            payload = self.pread(length, offset + _FRAME.size)
+            payload = self.pread(length, offset + FRAME.size)
         # records of a file are alike: one call reads most of them whole; what a large one asked for
         # is forgotten step by step
         self._usual = min(max(length, self._usual - (self._usual >> 4)), MOST_AT_ONCE)
@@ -120,9 +118,9 @@ class RecordFile:
 
     def _frame(self, start: bytes, offset: int, name: str | int) -> tuple[int, int]:
         """(cflag, length) from the bytes at ``offset``."""
-        if len(start) < _FRAME.size:
+        if len(start) < FRAME.size:
             raise self._damaged(name, offset, "truncated, the file ends before it")
-        magic, word = _FRAME.unpack_from(start)
+        magic, word = FRAME.unpack_from(start)
         if magic != MAGIC:
             raise self._damaged(
                 name, offset, f"no record starts there (0x{magic:08x} instead of the magic)"
@@ -139,20 +137,20 @@ class RecordFile:
         """What the first bytes of the record at ``offset`` tell, without reading the image;
         RecordError as ``read``.
         """
-        wanted = _HEADER.size + 4
-        window = self.pread(_FRAME.size + wanted, offset)
+        wanted = HEADER.size + 4
+        window = self.pread(FRAME.size + wanted, offset)
         cflag, length = self._frame(window, offset, name)
         if cflag == WHOLE:
-            start, end = window[_FRAME.size : _FRAME.size + length], _after(offset, length)
+            start, end = window[FRAME.size : FRAME.size + length], _after(offset, length)
         else:
             start, end = self.read(offset, name), self._end_of_split(offset, name)
             length = len(start)
-        if length < _HEADER.size or len(start) < min(wanted, length):
+        if length < HEADER.size or len(start) < min(wanted, length):
             return Glance(end, -1, float("nan"), False)
-        flag, label, key, _ = _HEADER.unpack_from(start)
-        labels_end = _HEADER.size + 4 * flag
+        flag, label, key, _ = HEADER.unpack_from(start)
+        labels_end = HEADER.size + 4 * flag
         if 0 < flag and labels_end <= length:
-            label = struct.unpack_from("<f", start, _HEADER.size)[0]
+            label = struct.unpack_from("<f", start, HEADER.size)[0]
         # a flag of more labels than there are is damage, and says nothing about the record's kind
         return Glance(end, key, label, length > labels_end, flag if labels_end <= length else 0)
 
@@ -160,7 +158,7 @@ class RecordFile:
         """The offset after the last part of the split record at ``offset``."""
         cflag = FIRST
         while cflag != LAST:
-            cflag, length = self._frame(self.pread(_FRAME.size, offset), offset, name)
+            cflag, length = self._frame(self.pread(FRAME.size, offset), offset, name)
             offset = _after(offset, length)
         return offset
 
@@ -172,7 +170,7 @@ class RecordFile:
 
 def _after(offset: int, length: int) -> int:
     """The offset after a part of ``length`` bytes and its padding."""
-    return offset + _FRAME.size + (length + 3) // 4 * 4
+    return offset + FRAME.size + (length + 3) // 4 * 4
 
 
 def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:

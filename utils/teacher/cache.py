@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import InputError
-from utils.recordio.format import RecordError
+from utils.errors import InputError, RecordError
 from utils.recordio.reader import RecordFile
 
 FORMAT = 1
