@@ -36,12 +36,13 @@ def build_backbone(
 ) -> nn.Module:
     """Build the network called ``name`` with freshly initialised weights.
 
-    The network maps (B, 3, 112, 112) RGB (AdaFace's released weights: BGR) in [-1, 1] to (B,
-    embedding_size) float32 features, not normalised, whatever the autocast precision. State-dict
-    keys are those of the published checkpoints: AdaDistill and InsightFace (iresnet*,
-    mobilefacenet, mbf*), AdaFace and CVLFace (ir*). ``use_se`` (squeeze-and-excitation) exists for
-    iresnet*, ``dropout`` before the last layer for iresnet* and ir*. Raises InputError for an
-    unknown name or an option that the network does not have.
+    It maps (B, 3, 112, 112) RGB (AdaFace's released weights: BGR) in [-1, 1] to (B, embedding_size)
+    float32 features, not normalised, whatever the autocast precision. State-dict keys are those of
+    the published checkpoints: AdaDistill and InsightFace (iresnet*, mobilefacenet, mbf*), AdaFace
+    and CVLFace (ir*).
+    use_se: squeeze-and-excitation, of iresnet*.
+    dropout: before the last layer, of iresnet* and ir*.
+    Raises InputError for an unknown name or an option that the network does not have.
     """
     if name not in NAMES:
         raise InputError(_unknown(name))

@@ -16,8 +16,9 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlockIR(nn.Module):
-    """BN, conv, BN, PReLU, strided conv, BN; added to the input, subsampled or projected to the
-    same shape.
+    """BN, conv, BN, PReLU, strided conv, BN, added to the input.
+
+    The input is subsampled or projected to the same shape.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
@@ -42,11 +43,10 @@ class BasicBlockIR(nn.Module):
 
 
 class IR(nn.Module):
-    """Four stages of ``BasicBlockIR`` on 112x112 faces, then BN, dropout, linear, BN without
-    weights.
+    """Four stages of ``BasicBlockIR`` on 112x112 faces, BN, dropout, linear, BN without weights.
 
-    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size)
-    float32.
+    Input (B, 3, 112, 112), output (B, embedding_size) float32.
+    blocks: residual blocks of each stage.
     """
 
     def __init__(self, blocks: Sequence[int], embedding_size: int, dropout: float = 0.0):

@@ -1,5 +1,6 @@
-"""IResNet: the ResNet of ArcFace, InsightFace and AdaDistill (improved residual unit, Duta et al.
-2020, arXiv:2004.04989).
+"""IResNet: the ResNet of ArcFace, InsightFace and AdaDistill.
+
+Its residual unit is the improved one of Duta et al. 2020, arXiv:2004.04989.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ _WIDTHS = (64, 128, 256, 512)
 
 
 class SEModule(nn.Module):
-    """Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507): scale each channel by a gate
-    computed from all of them.
+    """Squeeze-and-excitation (Hu et al. 2018, arXiv:1709.01507).
+
+    Each channel is scaled by a gate that is computed from all of them.
     """
 
     def __init__(self, channels: int, reduction: int = 16):
@@ -30,8 +32,9 @@ class SEModule(nn.Module):
 
 
 class IBasicBlock(nn.Module):
-    """BN, conv, BN, PReLU, strided conv, BN, optional SE; added to the input, or to its 1x1
-    projection where the shape changes.
+    """BN, conv, BN, PReLU, strided conv, BN, optional SE, added to the input.
+
+    Where the shape changes, to its 1x1 projection.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, use_se: bool, project: bool):
@@ -52,11 +55,10 @@ class IBasicBlock(nn.Module):
 
 
 class IResNet(nn.Module):
-    """Four stages of residual blocks on 112x112 faces, a linear layer on the 7x7 map, and a
-    BatchNorm of unit scale.
+    """Four stages of residual blocks on 112x112 faces, a linear layer, a BatchNorm of unit scale.
 
-    ``blocks``: residual blocks per stage. Input (B, 3, 112, 112), output (B, embedding_size)
-    float32.
+    Input (B, 3, 112, 112), output (B, embedding_size) float32.
+    blocks: residual blocks of each stage.
     """
 
     def __init__(

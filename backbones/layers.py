@@ -1,6 +1,4 @@
-"""What every backbone shares: the float32 tail and the initialisation of the non-residual
-families.
-"""
+"""What backbones share: the float32 tail, and the initialisation of those other than IResNet."""
 
 from collections.abc import Callable
 
@@ -19,8 +17,9 @@ def in_float32(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -
 
 
 def init_kaiming(network: nn.Module) -> None:
-    """Initialise in place as AdaFace and InsightFace's MobileFaceNet do: He normal over fan-out,
-    biases 0; norms keep 1 and 0.
+    """Initialise in place as AdaFace and InsightFace's MobileFaceNet do.
+
+    He normal over fan-out, biases 0; norms keep 1 and 0.
     """
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -15,7 +15,6 @@ from torch import nn
 from backbones.layers import in_float32, init_kaiming
 
 # --- AdaDistill's mobilefacenet: keys conv, bn, prelu
-# --------------------------------------------------
 
 
 class ConvUnit(nn.Module):
@@ -104,7 +103,6 @@ class MobileFaceNet(nn.Module):
 
 
 # --- InsightFace's mbf and mbf_large: everything is called layers
-# --------------------------------------------------
 
 
 class Chain(nn.Module):
@@ -123,18 +121,17 @@ class Chain(nn.Module):
 class MBF(nn.Module):
     """InsightFace's MobileFaceNet: (B, 3, 112, 112) -> (B, embedding_size) float32.
 
-    ``blocks``: residual bottlenecks in each of four stages (a first stage of one is a plain grouped
-    convolution); ``scale``: width in units of 64 channels.
+    blocks: residual bottlenecks in each of four stages (a first stage of one is a plain grouped
+    convolution). scale: width in units of 64 channels.
     """
 
     def __init__(self, embedding_size: int, blocks: Sequence[int], scale: int):
         super().__init__()
         narrow, wide = 64 * scale, 128 * scale
-        first = (
-            _conv(narrow, narrow, 3, 1, 1, groups=64)
-            if blocks[0] == 1
-            else _residuals(narrow, 128, blocks[0])
-        )
+        if blocks[0] == 1:
+            first = _conv(narrow, narrow, 3, 1, 1, groups=64)
+        else:
+            first = _residuals(narrow, 128, blocks[0])
         self.layers = nn.ModuleList(
             [
                 _conv(3, narrow, 3, 2, 1),

@@ -1,6 +1,4 @@
-"""Images per second from a RecordIO file to a batch of normalised floats on the device, on one CPU
-core.
-"""
+"""From a RecordIO file to a batch of normalised floats on the device, on one CPU core."""
 
 import os
 
@@ -29,20 +27,15 @@ def write_set(folder: str, images: int, num_classes: int, distinct: int = 512) -
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(distinct):
-        image = cv2.resize(
-            rng.integers(0, 256, (9, 9, 3), dtype=np.uint8),
-            (112, 112),
-            interpolation=cv2.INTER_CUBIC,
-        )
+        small = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        image = cv2.resize(small, (112, 112), interpolation=cv2.INTER_CUBIC)
         image = np.clip(image + rng.normal(0, 6, image.shape), 0, 255).astype(np.uint8)
         encoded.append(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 93])[1].tobytes())
     os.makedirs(folder, exist_ok=True)
     with IndexedRecordIO(f"{folder}/train.idx", f"{folder}/train.rec", "w") as records:
         for key in range(images):
-            records.write_idx(
-                key,
-                pack(IRHeader(0, float(key * 7919 % num_classes), key, 0), encoded[key % distinct]),
-            )
+            header = IRHeader(0, float(key * 7919 % num_classes), key, 0)
+            records.write_idx(key, pack(header, encoded[key % distinct]))
     write_property(folder, num_classes)
 
 
@@ -66,13 +59,14 @@ class Way:
         """The sums of two pixels of all images, by channel: of both ends of a row, the same
         mirrored or not.
         """
-        total, count = torch.zeros(3, dtype=torch.float64, device=self.device), 0
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        count = 0
         for batch in self.loader:
-            total, count = (
-                total + self.images(batch)[:, :, 56, ::111].sum((0, 2), dtype=torch.float64),
-                count + len(batch[0]),
-            )
-        return dict(zip(("red", "green", "blue"), total.tolist(), strict=True), images=count)
+            ends = self.images(batch)[:, :, 56, ::111]
+            total += ends.sum((0, 2), dtype=torch.float64)
+            count += len(batch[0])
+        red, green, blue = total.tolist()
+        return dict(red=red, green=green, blue=blue, images=count)
 
 
 class Plain(Way):

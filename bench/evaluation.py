@@ -1,15 +1,14 @@
-"""Evaluation protocols on given features: ours against straightforward loops, on made-up data with
-the shapes of IJB-C, TinyFace and LFW.
+"""Evaluation protocols on given features: ours against straightforward loops.
 
     python bench/evaluation.py             # an eighth of the images and pairs: a minute or two
-    python bench/evaluation.py --full              # all of them: about seven minutes and 5 GB
+    python bench/evaluation.py --full      # all of them: about seven minutes and 5 GB
     python bench/evaluation.py --limits    # only ours, full size, beside time and memory limits
 
-The loops do what published evaluators do: search all images for those of each template, average
-media by media, fetch two rows for each pair, sort the whole gallery for each probe, try every
-threshold on every fold. Both must give the same figures, else this ends with an error. Both run in
-this process, in turns; short ones several times, of which the median counts. Memory is the
-process's peak, inputs included.
+The data are made up, with the shapes of IJB-C, TinyFace and LFW. The loops do what published
+evaluators do: search all images for those of each template, average media by media, fetch two rows
+for each pair, sort the whole gallery for each probe, try every threshold on every fold. Both must
+give the same figures, else this ends with an error. Both run in this process, in turns; short ones
+several times, of which the median counts. Memory is the process's peak, inputs included.
 """
 
 import argparse
@@ -26,9 +25,7 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from sklearn.metrics import roc_curve
-
-from bench.plain import plain_verification
+from bench import plain_evaluation as plain
 from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
 from utils.errors import InputError, run
@@ -46,29 +43,29 @@ IJBC = {
 }
 TINYFACE = {"people": 2_569, "probes": 3_728, "gallery": 4_443, "distractors": 153_428}
 PAIRS = 6_000
-ROUNDS, ENOUGH = 7, 5.0  # repeat until one of both is reached: times, seconds of ours
+# repeat until one of both is reached: times, seconds
+ROUNDS, ENOUGH = 7, 5.0
 
 
 class Work(NamedTuple):
     name: str
     plain: Callable[[], dict]
     ours: Callable[[], dict]
-    seconds: float  # limits of ours at full size, on 2 CPU cores
-    gigabytes: float | None
+    # limits of ours at full size, on 2 CPU cores
+    seconds: float
+    gigabytes: float | None = None
 
 
 def main() -> None:
     arguments = parse_arguments()
     scale = 1 if arguments.full or arguments.limits else 8
     size = "full size" if scale == 1 else f"1/{scale} of the images and pairs"
-    print(
-        f"{size}; seconds, and peak memory of the process in GB\n{header(arguments.limits)}",
-        flush=True,
-    )
+    print(f"{size}; seconds, and peak memory of the process in GB")
+    print(header(arguments.limits), flush=True)
     rows = []
-    for work in workloads(scale):
-        rows.append(measure_ours(work) if arguments.limits else measure_both(work))
-        print(line(rows[-1]), flush=True)
+    for row in measure_all(scale, measure_ours if arguments.limits else measure_both):
+        rows.append(row)
+        print(line(row), flush=True)
     if arguments.json:
         with replacing(str(arguments.json), "w") as file:
             file.write(json.dumps({"scale": scale, "rows": rows}, indent=2) + "\n")
@@ -89,112 +86,149 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def workloads(scale: int) -> Iterator[Work]:
-    """One after the other, so that memory holds the data of one."""
-    images, pairs, searches = make_ijb(scale)
-    yield Work(
-        "IJB-C 1:1, three variants",
-        lambda: plain_ijb(*images, *pairs),
-        lambda: ijb.evaluate(*images, *pairs),
-        45,
-        6,
-    )
-    yield Work(
-        "IJB-C 1:N, two galleries",
-        lambda: join(plain_1n(*images, *search) for search in searches),
-        lambda: join(ijb.evaluate_1n(*images, *search) for search in searches),
-        10,
-        None,
-    )
-    del images, pairs, searches
-    faces = make_tinyface(scale)
-    yield Work(
-        "TinyFace", lambda: plain_tinyface(*faces), lambda: tinyface.evaluate(*faces), 15, None
-    )
-    del faces
-    embeddings, issame = make_pairs()
-    yield Work(
-        "pair set, ten folds",
-        lambda: plain_verification(embeddings, issame),
-        lambda: dict(
-            zip(("accuracy", "val"), verification.evaluate(embeddings, issame)[2:4], strict=True)
-        ),
-        0.1,
-        None,
-    )
-
-
 # --- measuring
-# --------------------------------------------------
+
+
+def measure_all(scale: int, measure: Callable[[Work], dict]) -> Iterator[dict]:
+    """A row for each protocol, one after the other, so that memory holds the data of one."""
+    yield from measure_ijb(scale, measure)
+    yield measure_tinyface(scale, measure)
+    yield measure_pairs(measure)
+
+
+def measure_ijb(scale: int, measure: Callable[[Work], dict]) -> Iterator[dict]:
+    images, pairs, searches = make_ijb(scale)
+    yield measure(
+        Work(
+            "IJB-C 1:1, three variants",
+            plain=lambda: plain.ijb_1to1(*images, *pairs),
+            ours=lambda: ijb.evaluate(*images, *pairs),
+            seconds=45,
+            gigabytes=6,
+        )
+    )
+    yield measure(
+        Work(
+            "IJB-C 1:N, two galleries",
+            plain=lambda: join(plain.ijb_1ton(*images, *search) for search in searches),
+            ours=lambda: join(ijb.evaluate_1n(*images, *search) for search in searches),
+            seconds=10,
+        )
+    )
+
+
+def measure_tinyface(scale: int, measure: Callable[[Work], dict]) -> dict:
+    faces = make_tinyface(scale)
+    return measure(
+        Work(
+            "TinyFace",
+            plain=lambda: plain.tinyface(*faces),
+            ours=lambda: tinyface.evaluate(*faces),
+            seconds=15,
+        )
+    )
+
+
+def measure_pairs(measure: Callable[[Work], dict]) -> dict:
+    embeddings, issame = make_pairs()
+
+    def ours() -> dict:
+        _, _, accuracy, val, *_ = verification.evaluate(embeddings, issame)
+        return {"accuracy": accuracy, "val": val}
+
+    return measure(
+        Work(
+            "pair set, ten folds",
+            plain=lambda: plain.verification(embeddings, issame),
+            ours=ours,
+            seconds=0.1,
+        )
+    )
 
 
 def measure_both(work: Work) -> dict:
-    plain, ours = [], []
-    while not ours or (
-        len(ours) < ROUNDS and sum(seconds for seconds, _, _ in ours + plain) < ENOUGH
-    ):
-        plain.append(timed(work.plain))
-        ours.append(timed(work.ours))
-    check_equal(work.name, plain[-1][2], ours[-1][2])
-    row = {"what": work.name, "plain": median(plain), "ours": median(ours)}
-    return row | {
-        "ratio": row["plain"] / row["ours"],
-        "plain_peak": max(peak for _, peak, _ in plain),
-        "ours_peak": max(peak for _, peak, _ in ours),
+    plain_calls, our_calls = in_turns(work.plain, work.ours)
+    check_equal(work.name, plain_calls[-1].result, our_calls[-1].result)
+    plain_seconds, our_seconds = median(plain_calls), median(our_calls)
+    return {
+        "what": work.name,
+        "plain": plain_seconds,
+        "ours": our_seconds,
+        "ratio": plain_seconds / our_seconds,
+        "plain_peak": max(call.peak for call in plain_calls),
+        "ours_peak": max(call.peak for call in our_calls),
     }
 
 
 def measure_ours(work: Work) -> dict:
-    ours = [timed(work.ours)]
-    while len(ours) < ROUNDS and sum(seconds for seconds, _, _ in ours) < ENOUGH:
-        ours.append(timed(work.ours))
+    (calls,) = in_turns(work.ours)
     return {
         "what": work.name,
-        "ours": median(ours),
+        "ours": median(calls),
         "limit": work.seconds,
-        "ours_peak": max(peak for _, peak, _ in ours),
+        "ours_peak": max(call.peak for call in calls),
         "limit_peak": work.gigabytes,
     }
 
 
-def timed(function: Callable[[], dict]) -> tuple[float, float, dict]:
-    """Seconds, peak resident memory in GB, result."""
+class Call(NamedTuple):
+    seconds: float
+    # of resident memory, in GB
+    peak: float
+    result: dict
+
+
+def in_turns(*functions: Callable[[], dict]) -> list[list[Call]]:
+    """The calls of each function, at least one."""
+    calls = [[] for _ in functions]
+    spent = 0.0
+    while len(calls[0]) < ROUNDS and spent < ENOUGH:
+        for function, done in zip(functions, calls, strict=True):
+            done.append(timed(function))
+            spent += done[-1].seconds
+    return calls
+
+
+def timed(function: Callable[[], dict]) -> Call:
     start_peak()
     start = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - start
-    return seconds, resident("VmHWM") / 1e9, result
+    return Call(seconds, resident("VmHWM") / 1e9, result)
 
 
-def median(runs: list[tuple[float, float, dict]]) -> float:
-    return statistics.median(seconds for seconds, _, _ in runs)
+def median(calls: list[Call]) -> float:
+    return statistics.median(call.seconds for call in calls)
 
 
-def check_equal(name: str, plain: dict, ours: dict) -> None:
-    """The loops work in float64, ours in float32: scores that differ by less than that can change
+def check_equal(name: str, by_loops: dict, by_ours: dict) -> None:
+    """Raises InputError if the figures differ.
+
+    The loops work in float64, ours in float32: scores that differ by less than that can change
     places, so a rate may differ by 1 in 5,000.
     """
-    for key in plain.keys() | ours.keys():
-        if not np.allclose(plain[key], ours[key], rtol=2e-4, atol=1e-6):
-            raise InputError(f"{name}: {key} is {plain[key]} by the loops, {ours[key]} by ours")
+    for key in by_loops.keys() | by_ours.keys():
+        plain_figure, our_figure = by_loops[key], by_ours[key]
+        if not np.allclose(plain_figure, our_figure, rtol=2e-4, atol=1e-6):
+            raise InputError(f"{name}: {key} is {plain_figure} by the loops, {our_figure} by ours")
 
 
 def header(limits: bool) -> str:
-    columns = (
-        ("ours", "limit", "peak", "limit")
-        if limits
-        else ("plain", "ours", "ratio", "peak plain", "peak ours")
-    )
+    columns = ("plain", "ours", "ratio", "peak plain", "peak ours")
+    if limits:
+        columns = ("ours", "limit", "peak", "limit")
     return f"{'':28}" + "".join(f"{column:>12}" for column in columns)
 
 
 def line(row: dict) -> str:
-    cells = [
-        f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
-        for key, value in row.items()
-        if key != "what"
-    ]
-    return f"{row['what']:28}" + "".join(f"{cell:>12}" for cell in cells)
+    what, *values = row.values()
+    return f"{what:28}" + "".join(f"{cell(value):>12}" for value in values)
+
+
+def cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def three_passes(scale: int) -> float:
@@ -209,7 +243,8 @@ def three_passes(scale: int) -> float:
         torch.from_numpy(target).copy_(torch.from_numpy(block))
         copies.append(time.perf_counter() - start)
     bytes_a_second = 2 * block.nbytes / statistics.median(copies)
-    return 3 * (IJBC["genuine"] + IJBC["impostor"]) // scale * 2 * DIMENSIONS * 4 / bytes_a_second
+    pairs = 3 * (IJBC["genuine"] + IJBC["impostor"]) // scale
+    return pairs * 2 * DIMENSIONS * 4 / bytes_a_second
 
 
 def join(results: Iterator[dict]) -> dict:
@@ -221,7 +256,6 @@ def join(results: Iterator[dict]) -> dict:
 
 
 # --- data
-# --------------------------------------------------
 
 
 def faces_of(person: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
@@ -233,9 +267,8 @@ def faces_of(person: np.ndarray, noise: float, rng: np.random.Generator) -> np.n
     faces = np.empty((len(person), DIMENSIONS), np.float32)
     for start in range(0, len(person), 10_000):
         part = person[start : start + 10_000]
-        faces[start : start + 10_000] = directions[part] + noise * rng.standard_normal(
-            (len(part), DIMENSIONS), dtype=np.float32
-        )
+        drawn = rng.standard_normal((len(part), DIMENSIONS), dtype=np.float32)
+        faces[start : start + 10_000] = directions[part] + noise * drawn
     return faces * rng.uniform(0.5, 1.5, (len(faces), 1)).astype(np.float32)
 
 
@@ -247,14 +280,11 @@ def make_ijb(scale: int) -> tuple[tuple, tuple, list[tuple]]:
     size = {name: number // scale for name, number in IJBC.items()}
     people, templates = size["people"], size["templates"]
     person = np.append(np.arange(people), rng.integers(0, people, templates - people))
-    of_image = np.append(
-        np.arange(templates), rng.integers(0, templates, size["images"] - templates)
-    )
+    more = rng.integers(0, templates, size["images"] - templates)
+    of_image = np.append(np.arange(templates), more)
     rng.shuffle(of_image)
-    faceness_scores, medias = (
-        rng.uniform(0.5, 1, len(of_image)).astype(np.float32),
-        rng.integers(0, size["medias"], len(of_image)),
-    )
+    faceness_scores = rng.uniform(0.5, 1, len(of_image)).astype(np.float32)
+    medias = rng.integers(0, size["medias"], len(of_image))
     images = faces_of(person[of_image], 8, rng), faceness_scores, of_image, medias
 
     p1, p2 = rng.integers(0, templates, (2, size["genuine"] + size["impostor"]))
@@ -268,38 +298,32 @@ def make_ijb(scale: int) -> tuple[tuple, tuple, list[tuple]]:
 
     probes = np.arange(people, templates)
     galleries = np.split(np.arange(people), [size["first gallery"]])
-    return (
-        images,
-        pairs,
-        [(gallery, person[gallery], probes, person[probes]) for gallery in galleries],
-    )
+    searches = [(gallery, person[gallery], probes, person[probes]) for gallery in galleries]
+    return images, pairs, searches
 
 
 def make_tinyface(scale: int) -> tuple[np.ndarray, list[str], dict]:
     rng = np.random.default_rng(1)
     size = {name: number // scale for name, number in TINYFACE.items()}
+    people = size["people"]
+    probes = rng.integers(0, people, size["probes"])
+    more = rng.integers(0, people, size["gallery"] - people)
     person = {
-        "Probe": rng.integers(0, size["people"], size["probes"]),
+        "Probe": probes,
         "Gallery_Distractor": np.full(size["distractors"], -1),
-        "Gallery_Match": np.append(
-            np.arange(size["people"]),
-            rng.integers(0, size["people"], size["gallery"] - size["people"]),
-        ),
+        "Gallery_Match": np.append(np.arange(people), more),
     }
     paths = {
-        role: [f"{role}/{one}_{role}{index}.jpg" for index, one in enumerate(people)]
-        for role, people in person.items()
+        role: [f"{role}/{one}_{role}{index}.jpg" for index, one in enumerate(persons)]
+        for role, persons in person.items()
     }
     meta = {
         "probe_paths": paths["Probe"],
         "gallery_paths": paths["Gallery_Match"],
         "distractor_paths": paths["Gallery_Distractor"],
     }
-    return (
-        faces_of(np.concatenate(list(person.values())), 3, rng),
-        [path for role in paths.values() for path in role],
-        meta,
-    )
+    features = faces_of(np.concatenate(list(person.values())), 3, rng)
+    return features, [path for role in paths.values() for path in role], meta
 
 
 def make_pairs() -> tuple[np.ndarray, np.ndarray]:
@@ -309,108 +333,6 @@ def make_pairs() -> tuple[np.ndarray, np.ndarray]:
     person[1::2][issame] = person[0::2][issame]
     embeddings = faces_of(person, 3, rng)
     return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), issame
-
-
-# --- the plain way
-# --------------------------------------------------
-
-
-def plain_templates(
-    embeddings: np.ndarray, templates: np.ndarray, medias: np.ndarray, wanted: np.ndarray
-) -> np.ndarray:
-    features = np.zeros((len(wanted), embeddings.shape[1]))
-    for row, template in enumerate(wanted):
-        members = np.where(templates == template)[0]
-        for media in np.unique(medias[members]):
-            features[row] += embeddings[members[medias[members] == media]].mean(axis=0)
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def plain_ijb(embeddings, faceness_scores, templates, medias, label, p1, p2) -> dict:
-    figures = {}
-    for variant in ijb.VARIANTS:
-        weighted = (
-            embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-            if "Norm:False" in variant
-            else embeddings
-        )
-        weighted = weighted * faceness_scores[:, None] if "Det:True" in variant else weighted
-        ids = np.unique(templates)
-        features = plain_templates(weighted, templates, medias, ids)
-        row = np.zeros(ids.max() + 1, int)
-        row[ids] = np.arange(len(ids))
-        scores = np.zeros(len(p1))
-        for start in range(0, len(p1), 100_000):
-            part = slice(start, start + 100_000)
-            scores[part] = np.sum(features[row[p1[part]]] * features[row[p2[part]]], axis=1)
-        fpr, tpr, thresholds = (column[::-1] for column in roc_curve(label, scores))
-        for wanted in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-            nearest = np.argmin(abs(fpr - wanted))
-            figures[f"{variant}_tpr_at_fpr_{wanted}"] = 100 * tpr[nearest]
-            figures[f"{variant}_thresh_at_fpr_{wanted}"] = thresholds[nearest]
-    return figures
-
-
-def plain_1n(
-    embeddings,
-    faceness_scores,
-    templates,
-    medias,
-    gallery,
-    gallery_subjects,
-    probes,
-    probe_subjects,
-) -> dict:
-    weighted = embeddings * faceness_scores[:, None]
-    scores = (
-        plain_templates(weighted, templates, medias, probes)
-        @ plain_templates(weighted, templates, medias, gallery).T
-    )
-    ranks, mates, others, maxima = [], [], [], []
-    for row, subject in zip(scores, probe_subjects, strict=True):
-        falling = np.argsort(-row)
-        is_mate = gallery_subjects[falling] == subject
-        if is_mate.any():
-            ranks.append(np.where(is_mate)[0][0] + 1)
-            mates.append(row[falling[is_mate]][0])
-            others.append(row[falling[~is_mate]][0])
-        else:
-            maxima.append(row[falling[0]])
-    ranks, mates, others, maxima = map(
-        np.array, (ranks, mates, others, sorted(maxima, reverse=True))
-    )
-    thresholds = [maxima[max(int(len(maxima) * far) - 1, 0)] for far in ijb.FARS]
-    return {
-        "top1": np.mean(ranks <= 1),
-        "top5": np.mean(ranks <= 5),
-        "top10": np.mean(ranks <= 10),
-        "thresholds": thresholds,
-        "tpir": [np.mean((mates > threshold) & (mates > others)) for threshold in thresholds],
-        "mated": len(ranks),
-        "non_mated": len(maxima),
-    }
-
-
-def plain_tinyface(features: np.ndarray, paths: list[str], meta: dict) -> dict:
-    features = features / np.linalg.norm(features, axis=1, keepdims=True)
-    by_key = {Path(path).stem: feature for path, feature in zip(paths, features, strict=True)}
-    person = {
-        path: int(Path(path).name.split("_")[0])
-        for path in meta["probe_paths"] + meta["gallery_paths"]
-    }
-    searched = meta["gallery_paths"] + meta["distractor_paths"]
-    of_gallery = np.array([person.get(path, -100) for path in searched])
-    scores = (
-        np.stack([by_key[Path(path).stem] for path in meta["probe_paths"]])
-        @ np.stack([by_key[Path(path).stem] for path in searched]).T
-    )
-    ranks = np.array(
-        [
-            np.where(of_gallery[np.argsort(-row)] == person[path])[0][0] + 1
-            for path, row in zip(meta["probe_paths"], scores, strict=True)
-        ]
-    )
-    return {f"rank-{rank}": 100 * np.mean(ranks <= rank) for rank in (1, 5, 20)}
 
 
 if __name__ == "__main__":

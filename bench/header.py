@@ -1,6 +1,4 @@
-"""One step of a header at C = 85,742 classes: loss, gradient of the features, and the centres
-moved.
-"""
+"""One step of a header at C = 85,742 classes: loss, features' gradient, and the centres moved."""
 
 import torch
 
@@ -22,7 +20,8 @@ class Step:
         self.teacher = self.features + 0.5 * torch.randn(B, D, generator=generator).to(device)
         self.labels = torch.randperm(C, generator=generator)[:B].to(device)
         self.kernel = 0.01 * torch.randn(D, C, generator=generator)
-        self.build(1000)  # libraries start before anything is measured
+        # libraries start before anything is measured
+        self.build(1000)
         self.step(self.labels % 1000)
         self.build(C)
         return_memory()
@@ -30,7 +29,8 @@ class Step:
     def step(self, labels=None) -> dict:
         labels = self.labels if labels is None else labels
         features = self.features.clone().requires_grad_()
-        loss = self.loss(features, labels, *([self.teacher] if self.adaptive else []))
+        teacher = [self.teacher] if self.adaptive else []
+        loss = self.loss(features, labels, *teacher)
         loss.backward()
         self.move()
         return dict(loss=loss.item(), gradient=features.grad.norm().item())
@@ -54,9 +54,8 @@ class Plain(Step):
 
 class Ours(Step):
     def build(self, num_classes: int) -> None:
-        self.header = build_header(
-            "AdaDistill" if self.adaptive else "standalone", "ArcFace", D, num_classes
-        ).to(self.device)
+        method = "AdaDistill" if self.adaptive else "standalone"
+        self.header = build_header(method, "ArcFace", D, num_classes).to(self.device)
         self.header.load_kernel(self.kernel[:, :num_classes])
         self.header.centers.defer = True
 

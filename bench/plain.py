@@ -1,5 +1,5 @@
-"""The plain way: what a direct reading of the papers gives, as training scripts of this field are
-mostly written. For comparison only.
+"""Data and losses the plain way, as training scripts of this field are mostly written: what a
+direct reading of the papers gives. For comparison only.
 """
 
 import cv2
@@ -34,10 +34,9 @@ class PlainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int):
         header, encoded = unpack(self.records.read_idx(index))
-        image = cv2.cvtColor(
-            cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
-        )
-        return self.transform(image), torch.tensor(header.label, dtype=torch.long)
+        bgr = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR)
+        rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        return self.transform(rgb), torch.tensor(header.label, dtype=torch.long)
 
 
 class PlainArcFace(nn.Module):
@@ -52,9 +51,8 @@ class PlainArcFace(nn.Module):
         self.m = m
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        cosine = (F.normalize(features) @ F.normalize(self.kernel, dim=0)).clamp(
-            -1 + 1e-7, 1 - 1e-7
-        )
+        cosine = F.normalize(features) @ F.normalize(self.kernel, dim=0)
+        cosine = cosine.clamp(-1 + 1e-7, 1 - 1e-7)
         margin = torch.zeros_like(cosine).scatter_(1, labels[:, None], self.m)
         theta = cosine.clone().acos() + margin
         return F.cross_entropy(theta.cos() * self.s, labels)
@@ -66,47 +64,8 @@ class PlainAdaDistill(PlainArcFace):
     def forward(self, features, labels, features_t):
         with torch.no_grad():
             f, t = F.normalize(features), F.normalize(features_t)
-            confidence = (F.normalize(self.kernel, dim=0)[:, labels] * t.t()).sum(0).clamp(1e-6, 1)
-            alpha = ((f * t).sum(1).clamp(-1, 1) * confidence).clamp(1e-6, 1)
+            lam = (F.normalize(self.kernel, dim=0)[:, labels] * t.t()).sum(0).clamp(1e-6, 1)
+            cos_st = (f * t).sum(1).clamp(-1, 1)
+            alpha = (cos_st * lam).clamp(1e-6, 1)
             self.kernel[:, labels] = alpha * self.kernel[:, labels] + (1 - alpha) * t.t()
         return super().forward(features, labels)
-
-
-def plain_verification(embeddings: np.ndarray, issame: np.ndarray) -> dict:
-    """Ten folds; every one of 400 thresholds on every training fold, and of 4,000 for the true
-    accept rate at FAR 1e-3.
-    """
-    distances = np.sum(np.square(embeddings[0::2] - embeddings[1::2]), axis=1)
-    pairs = np.arange(len(issame))
-    accuracies, vals = [], []
-    for fold in np.array_split(pairs, 10):
-        training = np.setdiff1d(pairs, fold)
-        correct = [
-            accuracy_at(threshold, distances[training], issame[training])
-            for threshold in np.arange(0, 4, 0.01)
-        ]
-        accuracies.append(
-            accuracy_at(np.arange(0, 4, 0.01)[np.argmax(correct)], distances[fold], issame[fold])
-        )
-        rates = np.array(
-            [
-                far_at(threshold, distances[training], issame[training])
-                for threshold in np.arange(0, 4, 0.001)
-            ]
-        )
-        threshold = np.arange(0, 4, 0.001)[np.nonzero(rates <= 1e-3)[0][-1]]
-        vals.append(np.sum((distances[fold] < threshold) & issame[fold]) / np.sum(issame[fold]))
-    return {"accuracy": np.array(accuracies), "val": np.mean(vals)}
-
-
-def accuracy_at(threshold: float, distances: np.ndarray, issame: np.ndarray) -> float:
-    accepted = distances < threshold
-    true_accepts = np.sum(np.logical_and(accepted, issame))
-    true_rejects = np.sum(np.logical_and(np.logical_not(accepted), np.logical_not(issame)))
-    return float(true_accepts + true_rejects) / len(issame)
-
-
-def far_at(threshold: float, distances: np.ndarray, issame: np.ndarray) -> float:
-    return np.sum(np.logical_and(distances < threshold, np.logical_not(issame))) / np.sum(
-        np.logical_not(issame)
-    )

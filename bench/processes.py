@@ -1,5 +1,4 @@
-"""Two ways of doing one thing, each in a process of its own, called in turns by a third that
-compares them.
+"""Two ways of doing one thing, each in a process of its own, called in turns by a third.
 
     python bench/processes.py MODULE CLASS OPTIONS        # what the comparing process starts
 
@@ -53,7 +52,7 @@ class Process:
     def call(self, method: str) -> dict:
         """{"seconds", "bytes", ...the method's figures}.
 
-        Errors: RuntimeError if the process has ended; it has said why.
+        Raises RuntimeError if the process has ended; it has said why.
         """
         self.process.stdin.write(method + "\n")
         self.process.stdin.flush()
@@ -64,10 +63,7 @@ class Process:
 
 
 def run_tool(script: str, *arguments) -> None:
-    """One of the project's commands, whose output nobody wants unless it fails.
-
-    Errors: RuntimeError with that output.
-    """
+    """Run one of the project's commands. Raises RuntimeError with its output if it fails."""
     done = subprocess.run(
         [sys.executable, ROOT / script, *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -105,13 +101,8 @@ def measured(method) -> dict:
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return (
-        dict(
-            seconds=seconds,
-            bytes=(torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")) - before,
-        )
-        | figures
-    )
+    peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+    return dict(seconds=seconds, bytes=peak - before) | figures
 
 
 def return_memory() -> None:
@@ -128,11 +119,8 @@ def start_peak() -> None:
 
 def resident(which: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
-    line = next(
-        entry
-        for entry in Path("/proc/self/status").read_text().splitlines()
-        if entry.startswith(which)
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(which))
     return int(line.split()[1]) * 1024
 
 

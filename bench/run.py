@@ -1,5 +1,6 @@
-"""How much faster this is than the plain way (bench/plain.py), as ratios measured in one run: both
-ways in turns, medians, the same figures from both.
+"""How much faster this is than the plain way (bench/plain.py), as ratios measured in one run.
+
+Both ways in turns, medians, the same figures from both.
 
     ./bench/run.sh                   on CPU cores, a few minutes
     ./bench/run.sh --cuda            on a GPU: training with 512 images a step
@@ -15,7 +16,6 @@ import json
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,16 +32,17 @@ CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_s
 
 
 class Row(NamedTuple):
-    """plain and ours in ``unit``; floor: smallest ratio of them, None: none is set; limit in
-    ``unit``, and how many times it ours may be.
-    """
+    """None: not set."""
 
     what: str
     unit: str
+    # plain, ours and limit are in ``unit``
     plain: float
     ours: float
+    # the smallest ratio of plain and ours that is meant
     floor: float | None = None
     limit: float | None = None
+    # how many times the limit ours may be
     allowed: float | None = None
 
 
@@ -52,13 +53,8 @@ def main() -> None:
         raise InputError("--cuda: PyTorch sees no GPU here")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for rows_of, words in (
-            (data_rows, "data path"),
-            (header_rows, "header"),
-            (training_rows, "training"),
-            (evaluation_rows, "evaluation"),
-        ):
-            if arguments.only in words:
+        for part, rows_of in PARTS.items():
+            if arguments.only in ("", part):
                 rows += rows_of(Path(folder), device, arguments)
     print("\n" + table(rows))
     if arguments.json:
@@ -73,9 +69,7 @@ def parse_arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
-    parser.add_argument(
-        "--only", default="", choices=("data", "header", "training", "evaluation"), help="one part"
-    )
+    parser.add_argument("--only", default="", choices=tuple(PARTS), help="one part")
     parser.add_argument(
         "--full", action="store_true", help="evaluation at full size: seven minutes more"
     )
@@ -84,7 +78,6 @@ def parse_arguments() -> argparse.Namespace:
 
 
 # --- the rows
-# --------------------------------------------------
 
 
 def data_rows(folder: Path, device: str, arguments) -> list[Row]:
@@ -106,18 +99,18 @@ def data_rows(folder: Path, device: str, arguments) -> list[Row]:
                 # ours is bf16 where training takes that; in float32 they are the same, as a test
                 # asserts
                 check_equal("data path", calls, figure, 5e-3)
-            plain, ours, *limit = (1e6 * median(found) / images for found in calls.values())
-            rows.append(
-                Row(
-                    f"data path, one core, {what}{', decoded before' if decoded else ''}",
-                    "us/image",
-                    plain,
-                    ours,
-                    8,
-                    *limit,
-                    *([1 / 0.7] if limit else []),
-                )
+            suffix = ", decoded before" if decoded else ""
+            row = Row(
+                f"data path, one core, {what}{suffix}",
+                "us/image",
+                plain=1e6 * median(calls["Plain.step"]) / images,
+                ours=1e6 * median(calls["Ours.step"]) / images,
+                floor=8,
             )
+            if not decoded:
+                limit = 1e6 * median(calls["Ours.limit"]) / images
+                row = row._replace(limit=limit, allowed=1 / 0.7)
+            rows.append(row)
     return say(rows)
 
 
@@ -130,28 +123,29 @@ def header_rows(folder: Path, device: str, arguments) -> list[Row]:
         )
         for figure in ("loss", "gradient"):
             check_equal(f"{method} header", calls, figure, 1e-4)
-        limit = (1e3 * median(calls["Ours.limit"]), 1.4) if adaptive else ()
+        row = Row(
+            f"{method} header step, B={header.B}, C={header.C:,}",
+            "ms",
+            plain=1e3 * median(calls["Plain.step"]),
+            ours=1e3 * median(calls["Ours.step"]),
+            floor=floor,
+        )
+        if not adaptive:
+            rows.append(row)
+            continue
+        rows.append(row._replace(limit=1e3 * median(calls["Ours.limit"]), allowed=1.4))
         rows.append(
             Row(
-                f"{method} header step, B={header.B}, C={header.C:,}",
-                "ms",
-                *(1e3 * median(calls[way]) for way in ("Plain.step", "Ours.step")),
-                floor,
-                *limit,
+                "the same: peak memory beyond the centres",
+                "MB",
+                plain=calls["Plain.step"][0]["bytes"] / 1e6,
+                ours=calls["Ours.step"][0]["bytes"] / 1e6,
+                floor=3,
+                # (B, C) float32, twice
+                limit=2 * 4 * header.B * header.C / 1e6,
+                allowed=1,
             )
         )
-        if adaptive:
-            peak = [calls[way][0]["bytes"] / 1e6 for way in ("Plain.step", "Ours.step")]
-            rows.append(
-                Row(
-                    "the same: peak memory beyond the centres",
-                    "MB",
-                    *peak,
-                    3,
-                    2 * 4 * header.B * header.C / 1e6,
-                    1,
-                )
-            )
     return say(rows)
 
 
@@ -167,10 +161,14 @@ def training_rows(folder: Path, device: str, arguments) -> list[Row]:
         workers=12 if cuda else 1,
         steps=steps,
     )
-    rows, floors = [], (4, 8) if cuda else (2.5 if CPU_HAS_BF16 else 1.3, 3.5)
+    if cuda:
+        live_floor, cached_floor = 4, 8
+    else:
+        live_floor, cached_floor = 2.5 if CPU_HAS_BF16 else 1.3, 3.5
+    rows = []
     for live, floor, what in (
-        (True, floors[0], "live iResNet-50 teacher"),
-        (False, floors[1], "cached teacher features"),
+        (True, live_floor, "live iResNet-50 teacher"),
+        (False, cached_floor, "cached teacher features"),
     ):
         calls = in_turns(
             "bench.training",
@@ -182,41 +180,44 @@ def training_rows(folder: Path, device: str, arguments) -> list[Row]:
             first="compare",
             repeats=1 if live else repeats,
         )
-        for figure, tolerance in (("loss", 0.005), ("gradient", 0.03)):  # fp32 against bf16
+        # fp32 against bf16
+        for figure, tolerance in (("loss", 0.005), ("gradient", 0.03)):
             check_equal(what, calls, figure, tolerance, "compare")
-        plain, ours = (1e3 * median(calls[way][1:]) / steps for way in ("Plain.step", "Ours.step"))
-        limit = () if live else (1e3 * median(calls["Ours.limit"][1:]) / steps, 1.1)
-        rows.append(
-            Row(f"AdaDistill training step, B={batch}, {what}", "ms", plain, ours, floor, *limit)
+        plain = median(calls["Plain.step"][1:]) / steps
+        ours = median(calls["Ours.step"][1:]) / steps
+        row = Row(
+            f"AdaDistill training step, B={batch}, {what}", "ms", 1e3 * plain, 1e3 * ours, floor
         )
-        for way, seconds, is_live in (("Plain", plain / 1e3, True), ("Ours", ours / 1e3, live)):
-            call = calls[f"{way}.step"][-1]
-            rate, best = (
-                training.gigaflops(batch, is_live) / seconds / 1e3,
-                calls["Ours.matrix_rate"][-1]["teraflops"],
-            )
-            print(
-                f"  {way.lower()}, {what if way == 'Ours' else 'live teacher'}: "
-                f"{batch / seconds:,.0f} images/s, {rate:.2f} TFLOP/s in the networks = "
-                f"{100 * rate / best:.1f} % of the bf16 "
-                f"matrix rate ({best:.1f}), {100 * call['waiting']:.1f} % of the time waiting "
-                f"for data, {memory(calls[f'{way}.step'])}",
-                flush=True,
-            )
+        if not live:
+            limit = 1e3 * median(calls["Ours.limit"][1:]) / steps
+            row = row._replace(limit=limit, allowed=1.1)
+        rows.append(row)
+        best = calls["Ours.matrix_rate"][-1]["teraflops"]
+        say_rates("plain, live teacher", batch, True, plain, best, calls["Plain.step"])
+        say_rates(f"ours, {what}", batch, live, ours, best, calls["Ours.step"])
     return say(rows)
+
+
+def say_rates(
+    what: str, batch: int, live: bool, seconds: float, best: float, calls: list[dict]
+) -> None:
+    """What ``seconds`` a step mean; best: TFLOP/s of a bf16 matrix product."""
+    rate = training.gigaflops(batch, live) / seconds / 1e3
+    waiting = calls[-1]["waiting"]
+    print(
+        f"  {what}: {batch / seconds:,.0f} images/s, {rate:.2f} TFLOP/s in the networks = "
+        f"{100 * rate / best:.1f} % of the bf16 matrix rate ({best:.1f}), "
+        f"{100 * waiting:.1f} % of the time waiting for data, {memory(calls)}",
+        flush=True,
+    )
 
 
 def memory(calls: list[dict]) -> str:
     on_device = max(call["peak"] for call in calls)
-    return (
-        f"peak {on_device / 1e9:.2f} GB of GPU memory"
-        if on_device
-        else (
-            "peak "
-            f"{max(call['bytes'] for call in calls) / 1e9:.2f} GB beyond what is there before the "
-            "first step"
-        )
-    )
+    if on_device:
+        return f"peak {on_device / 1e9:.2f} GB of GPU memory"
+    beyond = max(call["bytes"] for call in calls)
+    return f"peak {beyond / 1e9:.2f} GB beyond what is there before the first step"
 
 
 def evaluation_rows(folder: Path, device: str, arguments) -> list[Row]:
@@ -224,18 +225,26 @@ def evaluation_rows(folder: Path, device: str, arguments) -> list[Row]:
     scale = 1 if arguments.full else 8
     floors = {"pair set, ten folds": 50, "IJB-C 1:1, three variants": 12}
     rows = []
-    for work in evaluation.workloads(scale):
-        found = evaluation.measure_both(work)
-        what = work.name + (
-            f" (1/{scale})" if scale > 1 and not work.name.startswith("pair") else ""
-        )
-        limit = (evaluation.three_passes(scale), 2) if work.name.startswith("IJB-C 1:1") else ()
-        rows += say([Row(what, "s", found["plain"], found["ours"], floors.get(work.name), *limit)])
+    for figures in evaluation.measure_all(scale, evaluation.measure_both):
+        what = figures["what"]
+        row = Row(what, "s", figures["plain"], figures["ours"], floors.get(what))
+        if scale > 1 and not what.startswith("pair"):
+            row = row._replace(what=f"{what} (1/{scale})")
+        if what.startswith("IJB-C 1:1"):
+            row = row._replace(limit=evaluation.three_passes(scale), allowed=2)
+        rows += say([row])
     return rows
 
 
+PARTS = {
+    "data": data_rows,
+    "header": header_rows,
+    "training": training_rows,
+    "evaluation": evaluation_rows,
+}
+
+
 # --- measuring
-# --------------------------------------------------
 
 
 def in_turns(
@@ -248,20 +257,23 @@ def in_turns(
     first: str = "",
     repeats: int = 1,
 ) -> dict[str, list[dict]]:
-    """{"Plain.step": calls, "Ours.step": calls, "Ours.limit": calls}, alternating, ``rounds`` of
-    each after one that warms up and is kept as the first.
+    """{"Plain.step": calls, "Ours.step": calls, "Ours.limit": calls}, alternating.
 
-    ours: options of ours alone. first: a method of both to call before; extra: one of ours to call
-    at the end. repeats: how often ours and its limit are called in a round.
+    ``rounds`` of each after one that warms up and is kept as the first.
+
+    ours: options of ours alone
+    first: a method of both to call before
+    extra: one of ours to call at the end
+    repeats: how often ours and its limit are called in a round
     """
-    with ExitStack() as stack:
-        ways = {
-            name: stack.enter_context(
-                Process(module, name, options | (ours or {} if name == "Ours" else {}))
-            )
-            for name in ("Plain", "Ours")
-        }
-        methods = [("Plain", "step"), ("Ours", "step"), *([("Ours", "limit")] if limit else [])]
+    with (
+        Process(module, "Plain", options) as plain_process,
+        Process(module, "Ours", options | (ours or {})) as our_process,
+    ):
+        ways = {"Plain": plain_process, "Ours": our_process}
+        methods = [("Plain", "step"), ("Ours", "step")]
+        if limit:
+            methods.append(("Ours", "limit"))
         calls = {f"{way}.{method}": [] for way, method in methods}
         if first:
             calls |= {f"{way}.{first}": [ways[way].call(first)] for way in ways}
@@ -280,7 +292,7 @@ def median(calls: list[dict]) -> float:
 def check_equal(
     what: str, calls: dict, figure: str, tolerance: float, method: str = "step"
 ) -> None:
-    """Errors: InputError if the two ways do not give the same figure, call by call."""
+    """Raises InputError if the two ways do not give the same figure, call by call."""
     for plain, ours in zip(calls[f"Plain.{method}"], calls[f"Ours.{method}"], strict=True):
         if not abs(plain[figure] - ours[figure]) <= tolerance * abs(plain[figure]):
             raise InputError(
@@ -289,7 +301,6 @@ def check_equal(
 
 
 # --- the table
-# --------------------------------------------------
 
 COLUMNS = ("plain", "ours", "ratio", "floor", "limit", "ours/limit", "allowed")
 
@@ -301,27 +312,19 @@ def say(rows: list[Row]) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    return "\n".join(
-        [f"{'':62}" + "".join(f"{column:>11}" for column in COLUMNS), *map(line, rows)]
-    )
+    head = f"{'':62}" + "".join(f"{column:>11}" for column in COLUMNS)
+    return "\n".join([head, *map(line, rows)])
 
 
 def line(row: Row) -> str:
-    against = (
-        [None] * 3
-        if row.limit is None
-        else [f"{row.limit:,.4g}", f"{row.ours / row.limit:.2f}", f"{row.allowed:.2f}"]
-    )
-    cells = [
-        f"{row.plain:,.4g}",
-        f"{row.ours:,.4g}",
-        f"{row.plain / row.ours:.1f}",
-        row.floor,
-        *against,
-    ]
-    return f"{row.what + ', ' + row.unit:62}" + "".join(
-        f"{'-' if cell is None else cell:>11}" for cell in cells
-    )
+    ratio = row.plain / row.ours
+    cells = [f"{row.plain:,.4g}", f"{row.ours:,.4g}", f"{ratio:.1f}"]
+    cells.append("-" if row.floor is None else row.floor)
+    if row.limit is None:
+        cells += ["-"] * 3
+    else:
+        cells += [f"{row.limit:,.4g}", f"{row.ours / row.limit:.2f}", f"{row.allowed:.2f}"]
+    return f"{row.what + ', ' + row.unit:62}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# How much faster than the plain way, as ratios measured in one run; a few minutes, a table at the end.
+# How much faster than the plain way, as ratios measured in one run; a few minutes, a table at the
+# end.
 #   ./bench/run.sh                     on CPU cores
 #   ./bench/run.sh --cuda              on a GPU
 #   ./bench/run.sh --only header       one part: data, header, training, evaluation

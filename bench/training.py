@@ -1,5 +1,6 @@
-"""Whole AdaDistill training steps from a RecordIO file: iResNet-50 teacher, live or from cached
-features, MobileFaceNet student, 85,742 classes.
+"""Whole AdaDistill training steps from a RecordIO file.
+
+iResNet-50 teacher, live or from cached features, MobileFaceNet student, 85,742 classes.
 """
 
 import sys
@@ -54,11 +55,9 @@ def gigaflops(batch: int, live: bool) -> float:
     """Operations of one step's networks in 1e9, two for each multiply-add: student forward and
     backward, and teacher.
     """
-    student, teacher, images = (
-        build_backbone("mobilefacenet", D),
-        build_backbone("iresnet50", D).eval(),
-        torch.zeros(2, 3, 112, 112),
-    )
+    student = build_backbone("mobilefacenet", D)
+    teacher = build_backbone("iresnet50", D).eval()
+    images = torch.zeros(2, 3, 112, 112)
     with FlopCounterMode(display=False) as counter:
         student(images).sum().backward()
         if live:
@@ -94,11 +93,12 @@ class Way:
         return dict(loss=loss.item(), gradient=length.item())
 
     def step(self) -> dict:
-        self.waited, losses = 0.0, []
+        self.waited = 0.0
         started = time.perf_counter()
         for _ in range(self.steps):
-            losses.append(self.train_step())
-        float(losses[-1])  # a GPU is done then
+            loss = self.train_step()
+        # a GPU is done then
+        float(loss)
         return dict(
             waiting=self.waited / (time.perf_counter() - started),
             peak=torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0,
@@ -126,10 +126,8 @@ class Plain(Way):
         self.batches = iter(loader)
 
     def loss_of(self, images, labels):
-        images, labels = (
-            images.to(self.device, non_blocking=True),
-            labels.to(self.device, non_blocking=True),
-        )
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
         with torch.no_grad():
             features_t = self.teacher(images)
         return self.header(self.student(images), labels, features_t)
@@ -156,6 +154,9 @@ class Ours(Way):
     """The project's own engine, as run_AdaDistill.sh starts it."""
 
     def open(self):
+        teacher = f"teacher_embeddings={self.folder}/cache"
+        if self.live:
+            teacher = f"pretrained_teacher_path={self.folder}/teacher.pth"
         sys.argv = [
             "train_AdaDistill.py",
             "dataset=emoreIresNet",
@@ -167,9 +168,7 @@ class Ours(Way):
             f"num_workers={self.workers}",
             "compile=True",
             f"device={self.device.type}",
-            f"pretrained_teacher_path={self.folder}/teacher.pth"
-            if self.live
-            else f"teacher_embeddings={self.folder}/cache",
+            teacher,
         ]
         cfg, _ = parse_arguments(__doc__, "AdaDistill")
         self.context = start_up.start(cfg, False)
@@ -192,10 +191,9 @@ class Ours(Way):
         self.alone = None
 
     def loss_of_first(self):
+        images = self.feed.loader.dataset.dataset.__getitems__(range(self.batch))
         self.feed.cfg.flip = False
-        first = self.feed.to_inputs(
-            self.feed.loader.dataset.dataset.__getitems__(range(self.batch)), 0, 0
-        )
+        first = self.feed.to_inputs(images, 0, 0)
         self.feed.cfg.flip = True
         return self.engine.loss_of(self.engine.student, first, 0.0)[0]
 
@@ -209,10 +207,9 @@ class Ours(Way):
     def limit(self) -> dict:
         """The student's forward and backward pass alone, on one batch in place."""
         if self.alone is None:
-            images = torch.randn(self.batch, 3, 112, 112, device=self.device).to(
-                build.input_dtype(self.engine.cfg, self.engine.run),
-                memory_format=torch.channels_last,
-            )
+            images = torch.randn(self.batch, 3, 112, 112, device=self.device)
+            dtype = build.input_dtype(self.engine.cfg, self.engine.run)
+            images = images.to(dtype, memory_format=torch.channels_last)
             self.alone = images, torch.randn(self.batch, D, device=self.device)
         images, direction = self.alone
         for _ in range(self.steps):
@@ -232,9 +229,9 @@ class Ours(Way):
             torch.mm(a, a, out=b)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return dict(teraflops=2 * n**3 * rounds / (time.perf_counter() - started) / 1e12)
+        seconds = time.perf_counter() - started
+        return dict(teraflops=2 * n**3 * rounds / seconds / 1e12)
 
     def close(self):
-
         self.feed.close()
         distributed.shutdown()

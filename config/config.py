@@ -1,5 +1,4 @@
-"""The one global configuration: edit the values below and run a script, or override them on its
-command line.
+"""The configuration: edit the values below and run a script, or override them on its command line.
 
     ./run_AdaDistill.sh                                                     # what stands here
     ./run_AdaDistill.sh loss=CosFace m=0.35 output=output/cos               # some values changed
@@ -14,9 +13,7 @@ from easydict import EasyDict
 
 
 class Config(EasyDict):
-    """An EasyDict in which a key that was not set is looked up in the table of the chosen data
-    set.
-    """
+    """An EasyDict that looks up a key that was not set in the entry of the chosen data set."""
 
     def __missing__(self, key):
         return DATASETS[self["dataset"]][key]
@@ -144,7 +141,7 @@ config.augment = False
 config.max_bad_records = 100
 
 # --- logging and checkpoints
-# steps
+# steps between log lines
 config.log_every = 50
 # steps between states to resume from, besides the end of every epoch
 config.state_every = 2000

@@ -21,7 +21,7 @@ from utils.errors import InputError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = ROOT / "config" / "config.py"
-# A configuration file is a program of the user's: whatever goes wrong in it is told with its line.
+# A configuration file is a program of the user's: an error in it is reported with its line.
 CONFIG_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -49,8 +49,26 @@ def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
 
     Raises InputError as ``load_config`` does, and for what makes no sense for the method.
     """
+    parser = argument_parser(description, "loss=CosFace m=0.35", allow_abbrev=True)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest complete state in the output folder",
+    )
+    arguments = parser.parse_intermixed_args()
+    cfg = load_config(arguments.config, arguments.overrides)
+    rules.check_training(cfg, method)
+    return cfg, arguments.resume
+
+
+def argument_parser(
+    description: str, example: str, allow_abbrev: bool = False
+) -> argparse.ArgumentParser:
+    """A parser of ``--config FILE`` and ``key=value`` overrides; example: of these."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=allow_abbrev,
     )
     parser.add_argument(
         "--config",
@@ -59,20 +77,12 @@ def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
         help="configuration file (default: config/config.py)",
     )
     parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the newest complete state in the output folder",
-    )
-    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="configuration values, e.g. loss=CosFace m=0.35",
+        help=f"configuration values, e.g. {example}",
     )
-    arguments = parser.parse_intermixed_args()
-    cfg = load_config(arguments.config, arguments.overrides)
-    rules.check_training(cfg, method)
-    return cfg, arguments.resume
+    return parser
 
 
 def load_config(path: str | Path, overrides=()) -> edict:
@@ -219,8 +229,10 @@ def parse_text(text: str, kind):
 
 def literal(text: str):
     """A Python literal, true, false and none in any case; else the text itself."""
-    words = {"true": "True", "false": "False", "none": "None"}
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
     try:
-        return ast.literal_eval(words.get(text.lower(), text))
+        return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError):
         return text

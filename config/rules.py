@@ -8,9 +8,10 @@ from pathlib import Path
 
 from backbones import NAMES
 from utils.errors import InputError, nearest
+from utils.losses import check_options
 from utils.losses.margins import MARGINS
 from utils.recordio.files import split_paths
-from utils.teacher.load import ONNX, TEACHERS
+from utils.teacher.names import ONNX, TEACHERS
 
 # One path, made absolute against the repository root or, from the command line, the current folder.
 PATHS = {
@@ -189,17 +190,8 @@ def check_training(values: dict, method: str) -> None:
                     f"{key}={values[key]} cannot be used with device=mps: "
                     f"set {key}={allowed[-1]}, or another device"
                 )
-    if method == "standalone":
-        check_without_teacher(values)
-
-
-def check_without_teacher(values: dict) -> None:
-    if values["use_geom_margin"]:
-        raise InputError(
-            "use_geom_margin needs a teacher: use AdaDistill or AMLDistill, "
-            "or set use_geom_margin=False"
-        )
-    if values["teacher_embeddings"]:
+    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"], method)
+    if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
             "teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, "
             "or set teacher_embeddings="
@@ -217,13 +209,7 @@ def check_student_and_loss(values: dict) -> None:
         )
     if values["SE"] and not network.startswith("iresnet"):
         raise InputError(f"SE=True needs an iresnet, not network={network}")
-    if values["use_geom_margin"] and values["loss"] == "MLLoss":
-        raise InputError(
-            "use_geom_margin widens a margin and MLLoss has none: "
-            "choose ArcFace, CosFace or AdaFace"
-        )
-    if not 0 < values["sample_rate"] <= 1:
-        raise InputError(f"sample_rate={values['sample_rate']} must be above 0 and at most 1")
+    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"])
     if any(milestone < 1 for milestone in values["milestones"]):
         raise InputError(f"milestones={values['milestones']}: epochs are counted from 1")
     if values["warmup_epoch"] >= values["num_epoch"]:

@@ -28,17 +28,17 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from data.contact_sheet import draw_sheet
+from data.contact_sheet import draw_sheet, training_set_rows
 from utils.dataset.base import FaceImages, decode_into
 from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
+from utils.dataset.labels import from_1, one_class
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import cores
-from utils.errors import InputError, run
+from utils.errors import InputError, RecordError, run
 from utils.files import dumps, replacing
 from utils.jpeg import ends_early
 from utils.process_pool import in_parallel
 from utils.recordio.files import IMAGE_SIZE, has_records, split_paths
-from utils.recordio.format import RecordError
 
 PIECE = 1024  # records that a process reads at a time
 # bytes: among six million images two different ones share it with a chance of 1e-25
@@ -66,7 +66,7 @@ class Contents(NamedTuple):
 class Records(MXFaceDataset):
     """A record set whose labels are not looked at when it is opened: here they are a finding."""
 
-    def _check_last_label(self, *_) -> None:
+    def _check_last_labels(self) -> None:
         pass
 
 
@@ -83,15 +83,14 @@ def main() -> None:
     args = parse_arguments()
     dataset, name = open_set(args.set)
     contents = read_all(dataset, args.workers)
-    findings, duplicates = examine(dataset, contents)
+    findings, shared = examine(dataset, contents)
     print(describe(name, findings), flush=True)
     if args.json:
         with replacing(str(args.json)) as file:
             file.write((dumps(findings, indent=2) + "\n").encode())
     if args.sheet:
-        draw_sheet(
-            args.sheet, dataset, np.where(contents.readable, contents.labels, np.nan), duplicates
-        )
+        labels = np.where(contents.readable, contents.labels, np.nan)
+        draw_sheet(args.sheet, training_set_rows(dataset, labels, shared))
         print(f"{args.sheet}: what they look like")
     wrong = [
         f"{findings[name]['count']} {findings[name]['what']}"
@@ -217,7 +216,7 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
         ),
         gaps=find_gaps(dataset, gaps),
         single=finding(
-            "class only" + "".join(f": {dataset.one_class(label)}" for label in single),
+            "class only" + "".join(f": {one_class(dataset, label)}" for label in single),
             single.tolist(),
             len(single),
         ),
@@ -252,7 +251,7 @@ def run_from_1(labels: np.ndarray, dataset: FaceImages) -> str:
     """What to add about labels where class 0 is missing and one is too large."""
     count = dataset.num_classes
     if len(labels) and labels.min() >= 1 and labels.max() == count:
-        return f" (labels run from {labels.min():g} to {count}; {dataset.from_1(count)})"
+        return f" (labels run from {labels.min():g} to {count}; {from_1(dataset, count)})"
     return ""
 
 

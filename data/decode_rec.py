@@ -139,7 +139,7 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
     Returns how many images are JPEGs that end early. Raises InputError naming a damaged image, or a
     record that reads back otherwise.
     """
-    shards = dataset.shards()
+    shards = dataset.record_files()
     # of all records, as they lie in the files
     orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]
     # the others are InsightFace's index records

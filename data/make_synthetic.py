@@ -9,11 +9,12 @@ and lowres.bin of people who are not in the training set (10 folds that share no
 contact_sheet.png to look at, and synthetic.json, which says how it was made; of further people, for
 the evaluations that take more than pairs,
 
-    ijb/IJBsynth/                                 like IJB-B and IJB-C: loose crops with five
-    points, templates, 1:1 and 1:N lists ijb_arrow/IJBsynth_gt_aligned/                the same,
-    aligned, in CVLFace's layout tinyface/Testing_Set/                         like TinyFace:
-    probes, their mates in the gallery, distractors, all of them small
-    tinyface_arrow/tinyface_aligned_pad_0.1/      the same in CVLFace's layout
+    ijb/IJBsynth/                             like IJB-B and IJB-C: loose crops with five
+                                              points, templates, 1:1 and 1:N lists
+    ijb_arrow/IJBsynth_gt_aligned/            the same, aligned, in CVLFace's layout
+    tinyface/Testing_Set/                     like TinyFace: probes, their mates in the
+                                              gallery, distractors, all of them small
+    tinyface_arrow/tinyface_aligned_pad_0.1/  the same in CVLFace's layout
 
 (--ijb-subjects 0 and --tinyface-identities 0 leave them out). With the defaults 839 and 420 images,
 5 s on two cores. The same arguments give the same bytes, whatever --workers is. --nuisance scales
@@ -34,8 +35,8 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # instead of this script's folder: siblings must not shadow packages
 
 import cv2
-import numpy as np
 
+from data.contact_sheet import COLUMNS, Row, draw_sheet
 from data.synth.benchmarks import (
     IJB_FOLDERS,
     TINYFACE_FOLDERS,
@@ -44,8 +45,7 @@ from data.synth.benchmarks import (
     write_ijb,
     write_tinyface,
 )
-from data.synth.drawing import SIZE
-from data.synth.render_pool import Photograph, open_studio, show_progress, take
+from data.synth.render_pool import Photograph, open_studio
 from utils.errors import InputError, run
 from utils.files import replacing
 from utils.recordio.writer import write_insightface
@@ -53,7 +53,7 @@ from utils.recordio.writer import write_insightface
 # random stream of the training identities; each pair set has its own, so that nobody is in two sets
 TRAIN = 0
 # pair set: random stream, kinds of photograph of the left and the right image (names of
-# synthetic_faces.VIEWS)
+# data.synth.faces.VIEWS)
 PAIR_SETS = {
     "frontal": (1, "frontal", "frontal"),
     "pose": (2, "frontal", "turned"),
@@ -71,7 +71,7 @@ def write_training_set(output: Path, studio, identities: int, images: int) -> in
         for identity in range(identities)
         for number in range(1, images + 1)
     ]
-    faces = iter(show_progress(studio(photographs), len(photographs), "train.rec"))
+    faces = iter(studio(photographs, "train.rec"))
     return write_insightface(
         output, ([next(faces) for _ in range(images)] for _ in range(identities))
     )
@@ -105,84 +105,30 @@ def write_pair_set(output: Path, studio, name: str, pairs: int) -> int:
     returns the number of images.
     """
     photographs, issame = list_pairs(name, pairs)
-    faces = list(show_progress(studio(photographs), len(photographs), f"{name}.bin"))
+    faces = list(studio(photographs, f"{name}.bin"))
     with replacing(output / f"{name}.bin") as file:
         pickle.dump((faces, issame), file, protocol=4)
     return len(faces)
 
 
-def write_contact_sheet(output: Path, args: argparse.Namespace) -> None:
-    """Write ``contact_sheet.png``: a row per training identity, first without nuisance, then two
+def sheet_rows(args: argparse.Namespace) -> list[Row]:
+    """What contact_sheet.png shows: a row per training identity, first without nuisance, then two
     rows of pairs of each set, then the benchmarks.
     """
-    columns = 10
-    rows, titles = [], []
-    for identity in range(min(args.identities, 8)):
-        photographs = [
-            Photograph(TRAIN, identity, number)
-            for number in range(1, min(args.images, columns - 1) + 1)
-        ]
-        rows.append(
-            [take(photographs[0], args.seed, 0.0)]
-            + [take(photograph, args.seed, args.nuisance) for photograph in photographs]
-        )
-        titles.append([f"id {identity}, plain"])
-    for name in PAIR_SETS:
-        photographs, issame = list_pairs(name, args.pairs)
-        for answer in (True, False):
-            chosen = [k for k, same in enumerate(issame) if same == answer][: columns // 2]
-            rows.append(
-                [
-                    take(photographs[2 * k + side], args.seed, args.nuisance)
-                    for k in chosen
-                    for side in (0, 1)
-                ]
-            )
-            titles.append([f"{name}: {'same' if answer else 'different'}", ""] * len(chosen))
+    rows = []
     with open_studio(1, args.seed, args.nuisance) as studio:
-        for title, faces in sample_rows(
-            studio, args.seed, args.ijb_subjects, args.tinyface_identities, columns
-        ):
-            rows.append(faces)
-            titles.append([title])
-    sheet = np.vstack(
-        [paste_row(faces, names, columns) for faces, names in zip(rows, titles, strict=True)]
-    )
-    with replacing(output / "contact_sheet.png") as file:
-        file.write(cv2.imencode(".png", sheet)[1].tobytes())
-
-
-def paste_row(faces: list[bytes], titles: list[str], columns: int) -> np.ndarray:
-    """Lay encoded images side by side (BGR) under a strip with their titles, padded with white to
-    ``columns``.
-    """
-    tiles = [
-        fit_tile(cv2.imdecode(np.frombuffer(face, np.uint8), cv2.IMREAD_COLOR)) for face in faces
-    ]
-    row = np.full((SIZE + 14, columns * SIZE, 3), 255, np.uint8)
-    row[14:, : len(tiles) * SIZE] = np.hstack(tiles)
-    for k, title in enumerate(titles):
-        cv2.putText(
-            row,
-            title,
-            (k * SIZE + 3, 11),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            0.38,
-            (0, 0, 0),
-            1,
-            cv2.LINE_AA,
-        )
-    return row
-
-
-def fit_tile(image: np.ndarray) -> np.ndarray:
-    """Shrink a bigger image into (SIZE, SIZE, 3), with white beside it."""
-    scale = SIZE / max(image.shape[:2])
-    if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    rows, columns = SIZE - image.shape[0], SIZE - image.shape[1]
-    borders = rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
-    return cv2.copyMakeBorder(image, *borders, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        for identity in range(min(args.identities, 8)):
+            numbers = range(1, min(args.images, COLUMNS - 1) + 1)
+            photographs = [Photograph(TRAIN, identity, number) for number in numbers]
+            plain = photographs[0].take(args.seed, 0.0)
+            rows.append(Row([plain, *studio(photographs)], [f"id {identity}, plain"]))
+        for name in PAIR_SETS:
+            photographs, issame = list_pairs(name, args.pairs)
+            for answer, word in ((True, "same"), (False, "different")):
+                chosen = [k for k, same in enumerate(issame) if same == answer][: COLUMNS // 2]
+                pairs = [photographs[2 * k + side] for k in chosen for side in (0, 1)]
+                rows.append(Row(list(studio(pairs)), [f"{name}: {word}", ""] * len(chosen)))
+        return rows + sample_rows(studio, args.seed, args.ijb_subjects, args.tinyface_identities)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -296,7 +242,7 @@ def main() -> None:
                 args.output, studio, args.seed, args.nuisance, args.tinyface_identities
             )
     seconds = time.perf_counter() - start
-    write_contact_sheet(args.output, args)
+    draw_sheet(args.output / "contact_sheet.png", sheet_rows(args))
     print(f"{args.output}/contact_sheet.png: what they look like")
     print(
         f"{count} images in {seconds:.1f} s, {count / seconds:.0f} images/s with {args.workers} "

@@ -1,0 +1,1 @@
+"""Commands for a trained student: export, quantise, measure, compare faces."""

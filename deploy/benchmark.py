@@ -1,5 +1,4 @@
-"""How large and how fast are these models on this machine? The table that papers print for
-students.
+"""How large and how fast are these models on this machine? The table that papers print.
 
     python deploy/benchmark.py 600backbone.pth 600backbone.int8.onnx --batch 32 --threads 1
     python deploy/benchmark.py 600backbone.pth 600backbone.onnx --device cuda --batch 256
@@ -20,12 +19,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from deploy.measure import Timing, measure, megabytes, multiply_adds
+from deploy.measure import measure, megabytes, multiply_adds
 from deploy.model import Model, add_color_space, load_model
-from eval.report.files import prepare_file, write_json
 from eval.report.tables import Table, format_table
 from utils import distributed
 from utils.errors import InputError, run
+from utils.files import prepare_file, write_json
 from utils.teacher.onnx import CUDA
 
 
@@ -45,33 +44,29 @@ def main() -> None:
             )
     rows = {str(model.path): measure_model(model, args.batch, device) for model in models}
     threads = torch.get_num_threads()
-    print(
-        f"{device_name(device)}, {threads} "
-        f"thread{'s'[: threads > 1]}\n{format_table(tabulate(rows, args.batch))}"
-    )
+    name = device_name(device)
+    print(f"{name}, {threads} thread{'s'[: threads > 1]}")
+    print(format_table(tabulate(rows, args.batch)))
     if args.results_json:
-        write_json(
-            args.results_json,
-            dict(device=device_name(device), threads=threads, batch=args.batch, models=rows),
-        )
+        results = dict(device=name, threads=threads, batch=args.batch, models=rows)
+        write_json(args.results_json, results)
 
 
 def measure_model(model: Model, batch: int, device: torch.device) -> dict:
     """All figures of a model, in the units of their names."""
-    timing: Timing = measure(model.network.to(device), batch, device)
-    if (
-        device.type == "cuda"
-        and model.is_onnx
-        and CUDA not in model.network.session.get_providers()
-    ):
-        raise InputError(
-            f"{model.path}: onnxruntime has no working CUDA provider here: pip "
-            "install onnxruntime-gpu in place of onnxruntime, or --device cpu"
-        )
+    timing = measure(model.network.to(device), batch, device)
+    numbers = "float32"
+    if model.is_onnx:
+        numbers = model.network.about.get("numbers", "?")
+        if device.type == "cuda" and CUDA not in model.network.session.get_providers():
+            raise InputError(
+                f"{model.path}: onnxruntime has no working CUDA provider here: pip install "
+                "onnxruntime-gpu in place of onnxruntime, or --device cpu"
+            )
     return dict(
         network=model.name,
         color_space=model.color_space,
-        numbers=model.network.about.get("numbers", "?") if model.is_onnx else "float32",
+        numbers=numbers,
         embedding_size=model.embedding_size,
         parameters=model.parameters,
         multiply_adds=multiply_adds(model),
@@ -92,24 +87,20 @@ def tabulate(rows: dict[str, dict], batch: int) -> Table:
         "latency (ms)",
         f"images/s at {batch}",
     ]
-    return Table(
-        "",
-        "model",
-        columns,
-        {
-            name: [
-                row["network"],
-                row["color_space"],
-                row["numbers"],
-                f"{row['parameters'] / 1e6:.2f}",
-                f"{row['multiply_adds'] / 1e6:.1f}",
-                f"{row['megabytes']:.2f}",
-                f"{row['latency_milliseconds']:.2f}",
-                f"{row['images_per_second']:.1f}",
-            ]
-            for name, row in rows.items()
-        },
-    )
+    cells = {
+        name: [
+            row["network"],
+            row["color_space"],
+            row["numbers"],
+            f"{row['parameters'] / 1e6:.2f}",
+            f"{row['multiply_adds'] / 1e6:.1f}",
+            f"{row['megabytes']:.2f}",
+            f"{row['latency_milliseconds']:.2f}",
+            f"{row['images_per_second']:.1f}",
+        ]
+        for name, row in rows.items()
+    }
+    return Table("", "model", columns, cells)
 
 
 def device_name(device: torch.device) -> str:

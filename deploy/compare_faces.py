@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from deploy.gallery import Reader, read_gallery
+from deploy.gallery import FaceReader, read_gallery
 from deploy.model import add_color_space, embed_faces, load_model
 from eval.report.tables import Table, format_table
 from eval.report.thresholds import read_threshold
@@ -38,7 +38,7 @@ def main() -> None:
     args = parse_arguments()
     model = load_model(args.model, "--model", args.color_space)
     threshold, meaning = find_threshold(args, model)
-    read = Reader(
+    read = FaceReader(
         None if args.aligned else Detector(args.detector, args.detector_size),
         args.face,
         args.min_score,
@@ -49,23 +49,22 @@ def main() -> None:
         print(f"{path}: {read.notes[path]}")
     if args.gallery:
         people = read_gallery(args.gallery, read, model)
-        print(
-            f"{args.gallery}: {len(people.names)} people, {people.images} images"
-            + "".join(f"\n  left out: {reason}" for reason in people.left_out)
-        )
+        print(f"{args.gallery}: {len(people.names)} people, {people.images} images")
+        for reason in people.left_out:
+            print(f"  left out: {reason}")
         for path, feature in zip(args.photographs, features, strict=True):
             print(f"\n{format_table(search(path, feature, people, args.top, threshold))}")
     else:
         cosine = float(features[0] @ features[1])
-        print(
-            f"cosine {cosine:.4f}" + ("" if threshold is None else f": {decide(cosine, threshold)}")
-        )
+        decision = "" if threshold is None else f": {decide(cosine, threshold)}"
+        print(f"cosine {cosine:.4f}{decision}")
     print(f"{meaning}\n{model.describe()}")
 
 
 def find_threshold(args: argparse.Namespace, model) -> tuple[float | None, str]:
-    """(the cosine from which two faces count as the same person, None if it is not asked for; what
-    it stands for).
+    """The cosine from which two faces count as the same person, and what it stands for.
+
+    The cosine is None if it is not asked for.
     """
     if args.threshold is not None:
         return args.threshold, f"threshold {args.threshold:.4f}, as given"
@@ -76,11 +75,12 @@ def find_threshold(args: argparse.Namespace, model) -> tuple[float | None, str]:
     digests = {model.sha256: model.color_space}
     if model.is_onnx:
         digests[model.checkpoint_sha256] = model.network.about.get("checkpoint_color_space", "")
-    found = read_threshold(args.report, FAR if args.far is None else args.far, args.set, digests)
-    return found.cosine, (
-        f"threshold {found.cosine:.4f}: on {found.set} it accepts at most "
-        f"{100 * found.far:g}% of different people (FAR {found.far:g}) "
-        f"and {100 * found.tar:.2f}% of pairs of the same person"
+    far = FAR if args.far is None else args.far
+    threshold = read_threshold(args.report, far, args.set, digests)
+    return threshold.cosine, (
+        f"threshold {threshold.cosine:.4f}: on {threshold.set} it accepts at most "
+        f"{100 * threshold.far:g}% of different people (FAR {threshold.far:g}) "
+        f"and {100 * threshold.tar:.2f}% of pairs of the same person"
     )
 
 
@@ -92,12 +92,12 @@ def search(path: Path, feature: np.ndarray, people, top: int, threshold: float |
     """The people of the gallery that are most like a photograph, the likest first."""
     cosines = people.features @ feature
     order = np.argsort(-cosines, kind="stable")[:top]
-    columns = ["person", "cosine"] + ["decision"] * (threshold is not None)
-    rows = {
-        f"{rank}": [people.names[at], f"{cosines[at]:.4f}"]
-        + ([decide(cosines[at], threshold)] if threshold is not None else [])
-        for rank, at in enumerate(order, 1)
-    }
+    columns = ["person", "cosine"]
+    rows = {str(rank): [people.names[at], f"{cosines[at]:.4f}"] for rank, at in enumerate(order, 1)}
+    if threshold is not None:
+        columns.append("decision")
+        for row, at in zip(rows.values(), order, strict=True):
+            row.append(decide(cosines[at], threshold))
     return Table("", f"{path}: rank", columns, rows)
 
 

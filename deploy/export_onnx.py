@@ -28,13 +28,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from deploy import checks
-from deploy.graph import OLDEST_OPSET, OPSET, describe, to_fp16, to_onnx
+from deploy.graph import OLDEST_OPSET, OPSET, to_fp16, to_onnx, write_metadata
 from deploy.model import Model, add_color_space, load_model
 from deploy.quantise import LEAST_OPSET, to_int8
-from eval.report.files import prepare_file, write_json
 from utils.errors import InputError, run
-from utils.files import scratch
-from utils.teacher.onnx import NORMALISED, PIXELS, require_onnx
+from utils.files import prepare_file, scratch, write_json
+from utils.teacher.onnx_graph import NORMALISED, PIXELS, require_onnx
 from utils.weights.read import split_mark
 
 
@@ -65,20 +64,19 @@ def main() -> None:
 
 
 def plan(args: argparse.Namespace) -> dict[str, Path]:
-    """{"float32", "float16", "int8": the file}, as far as they are wanted.
+    """{"float32", "float16", "int8": the file}, as far as they are asked for.
 
-    Errors: InputError if nothing can be written there.
+    Raises InputError if nothing can be written there.
     """
     file, average = split_mark(args.checkpoint)
     output = args.output or file.with_suffix(".ema.onnx" if average else ".onnx")
     if output.suffix != ".onnx":
         raise InputError(f"--output: {output} must end in .onnx")
-    endings = (
-        {"float32": ".onnx"}
-        | ({"float16": ".fp16.onnx"} if args.fp16 else {})
-        | ({"int8": ".int8.onnx"} if args.int8 else {})
-    )
-    paths = {numbers: output.with_name(output.stem + ending) for numbers, ending in endings.items()}
+    paths = {"float32": output.with_name(f"{output.stem}.onnx")}
+    if args.fp16:
+        paths["float16"] = output.with_name(f"{output.stem}.fp16.onnx")
+    if args.int8:
+        paths["int8"] = output.with_name(f"{output.stem}.int8.onnx")
     for path in paths.values():
         prepare_file(path, "--output")
     if args.results_json:
@@ -89,22 +87,22 @@ def plan(args: argparse.Namespace) -> dict[str, Path]:
 def write_models(
     original: Model, args: argparse.Namespace, evidence: checks.Evidence, paths: dict[str, Path]
 ) -> None:
-    """Export the network, and make of the float model the others that are wanted."""
+    """Export the network, and make of the float model the others that are asked for."""
     exported = to_onnx(original.network, args.uint8, args.opset)
     for numbers, path in paths.items():
-        model = {
-            "float32": lambda: exported,
-            "float16": lambda: to_fp16(exported),
-            "int8": lambda: to_int8(exported, evidence.calibration, args.uint8),
-        }[numbers]()
-        describe(
+        model = exported
+        if numbers == "float16":
+            model = to_fp16(exported)
+        elif numbers == "int8":
+            model = to_int8(exported, evidence.calibration, args.uint8)
+        write_metadata(
             model,
             network=original.name,
             embedding_size=original.embedding_size,
             parameters=original.parameters,
             color_space="RGB",
             numbers=numbers,
-            normalisation=(PIXELS if args.uint8 else NORMALISED).words,
+            normalisation=(PIXELS if args.uint8 else NORMALISED).description,
             step=original.step,
             checkpoint=args.checkpoint.name,
             checkpoint_sha256=original.sha256,

@@ -1,8 +1,7 @@
-"""A network as an ONNX graph: traced by PyTorch, every BatchNorm folded into a layer beside it,
-described in its metadata. Needs requirements/onnx.txt.
+"""A network as an ONNX graph: traced by PyTorch, BatchNorm folded, described in its metadata.
 
-PyTorch's tracer is asked for (``dynamo=False``): its other exporter needs a package more and twenty
-times as long, and face networks have no control flow.
+Needs requirements/onnx.txt. PyTorch's tracer is asked for (``dynamo=False``): its other exporter
+needs a package more and twenty times as long, and face networks have no control flow.
 """
 
 import tempfile
@@ -15,13 +14,15 @@ import torch
 from torch import nn
 
 from utils.files import printable
-from utils.teacher.onnx import require_onnx
+from utils.teacher.onnx_graph import require_onnx
 
 # the newest that PyTorch's tracer writes; onnxruntime has read it since 1.17
 OPSET = 20
-OLDEST_OPSET = 11  # what phones' and boards' runtimes of 2019 and after read
+# what phones' and boards' runtimes of 2019 and after read
+OLDEST_OPSET = 11
 INPUT, OUTPUT = "input", "embedding"
-FLOAT, FLOAT16 = 1, 10  # onnx.TensorProto's numbers
+# onnx.TensorProto's numbers
+FLOAT, FLOAT16 = 1, 10
 
 
 class FromBytes(nn.Module):
@@ -36,18 +37,17 @@ class FromBytes(nn.Module):
 
 
 def to_onnx(network: nn.Module, uint8: bool = False, opset: int = OPSET):
-    """The network in eval mode as an onnx.ModelProto with an open batch; no BatchNorm is left in
-    it.
+    """The network in eval mode as an onnx.ModelProto with an open batch and without BatchNorm.
 
-    network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32. uint8: the graph takes (B, 112, 112,
-    3) uint8 instead and normalises inside. Errors: InputError if requirements/onnx.txt is not
-    installed.
+    network: (B, 3, 112, 112) RGB in [-1, 1] -> (B, D) float32.
+    uint8: the graph takes (B, 112, 112, 3) uint8 instead and normalises inside.
+    Raises InputError if requirements/onnx.txt is not installed.
     """
     onnx = require_onnx("deploy")
-    network = (FromBytes(network) if uint8 else network).eval().cpu()
-    sample = (
-        torch.zeros(2, 112, 112, 3, dtype=torch.uint8) if uint8 else torch.zeros(2, 3, 112, 112)
-    )
+    sample = torch.zeros(2, 3, 112, 112)
+    if uint8:
+        network, sample = FromBytes(network), torch.zeros(2, 112, 112, 3, dtype=torch.uint8)
+    network = network.eval().cpu()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         # why it is taken all the same: see above
         warnings.filterwarnings("ignore", ".*legacy TorchScript", DeprecationWarning)
@@ -72,19 +72,17 @@ def operators(model) -> Counter:
     return Counter(node.op_type for node in model.graph.node)
 
 
-def describe(model, **about) -> None:
+def write_metadata(model, **about) -> None:
     """Write what a user of the file must know into its metadata, as text."""
     onnx = require_onnx("deploy")
     onnx.helper.set_model_props(model, {key: printable(str(value)) for key, value in about.items()})
 
 
 # --- folding
-# --------------------------------------------------
 
 
 def fold_batchnorm(model) -> None:
-    """Fold every BatchNorm, y = a x + b with a and b for each channel, into the convolution or
-    linear layer before or behind it.
+    """Fold every BatchNorm, y = a x + b for each channel, into the layer before or behind it.
 
     The tracer has done it for those right behind a convolution. What is left stands behind the last
     linear layer, before it (with a Flatten in between), or, in iResNet and IR, before a 3x3
@@ -92,49 +90,44 @@ def fold_batchnorm(model) -> None:
     convolution, for zeros beyond the border are not shifted by b, so that edges and corners get
     less of it than the middle.
     """
-    edit = Edit(model)
+    edit = GraphEdit(model)
     edit.drop_copies()
     edit.unify_linear()
     for node in [node for node in edit.nodes if node.op_type == "BatchNormalization"]:
-        before, behind = edit.producer(node.input[0]), edit.consumer(node.output[0])
-        a, b = edit.affine(node)
-        if (
-            before is not None
-            and before.op_type in ("Conv", "Gemm")
-            and edit.consumer(before.output[0]) is node
-        ):
-            edit.scale_outputs(before, a, b)
-        elif (
-            behind is not None
-            and behind.op_type == "Flatten"
-            and (linear := edit.consumer(behind.output[0])).op_type == "Gemm"
-        ):
-            edit.scale_inputs(linear, a, b)
-        elif behind is not None and behind.op_type == "Conv" and is_3x3(behind):
-            edit.scale_and_shift_inputs(behind, a, b)
-        else:
-            raise NotImplementedError(
-                f"a BatchNorm ({node.name}) between "
-                f"{before and before.op_type} and {behind and behind.op_type}"
-            )
+        fold(edit, node)
         edit.bypass(node)
     edit.finish()
 
 
+def fold(edit: "GraphEdit", node) -> None:
+    before, behind = edit.producer(node.input[0]), edit.consumer(node.output[0])
+    a, b = edit.affine(node)
+    kind_before, kind_behind = (other and other.op_type for other in (before, behind))
+    if kind_before in ("Conv", "Gemm") and edit.consumer(before.output[0]) is node:
+        edit.scale_outputs(before, a, b)
+        return
+    if kind_behind == "Flatten":
+        linear = edit.consumer(behind.output[0])
+        if linear.op_type == "Gemm":
+            edit.scale_inputs(linear, a, b)
+            return
+    if kind_behind == "Conv" and is_3x3(behind):
+        edit.scale_and_shift_inputs(behind, a, b)
+        return
+    raise NotImplementedError(f"a BatchNorm ({node.name}) between {kind_before} and {kind_behind}")
+
+
 def is_3x3(conv) -> bool:
-    """Whether a convolution is 3x3 with a zero border of 1, stride 1 and one group: the only kind
-    that our networks have behind a BatchNorm.
+    """Whether a convolution is 3x3 with a zero border of 1, stride 1 and one group.
+
+    Our networks have no other kind behind a BatchNorm.
     """
-    found = {attribute.name: list(attribute.ints) or attribute.i for attribute in conv.attribute}
-    return (found["kernel_shape"], found["pads"], found["strides"], found.get("group", 1)) == (
-        [3, 3],
-        [1] * 4,
-        [1, 1],
-        1,
-    )
+    options = {attribute.name: list(attribute.ints) or attribute.i for attribute in conv.attribute}
+    expected = dict(kernel_shape=[3, 3], pads=[1] * 4, strides=[1, 1], group=1)
+    return all(options.get(name, 1) == value for name, value in expected.items())
 
 
-class Edit:
+class GraphEdit:
     """A model's nodes and weights while they are changed; ``finish`` puts them back."""
 
     def __init__(self, model):
@@ -154,32 +147,33 @@ class Edit:
 
     def consumer(self, value: str):
         """The only node that reads the value; None if there are several or none."""
-        found = [node for node in self.nodes if value in node.input]
-        return found[0] if len(found) == 1 else None
+        readers = [node for node in self.nodes if value in node.input]
+        return readers[0] if len(readers) == 1 else None
 
     def drop_copies(self) -> None:
-        """Remove nodes that only rename (Identity, which the tracer puts where weights are equal,
-        and casts of features to the float32 they are) or hold a weight.
+        """Remove nodes that only rename or hold a weight.
+
+        Identity, which the tracer puts where weights are equal, and casts of features to the
+        float32 that they are only rename.
         """
         for node in list(self.nodes):
             if node.op_type == "Constant":
                 self.weights[node.output[0]] = self.onnx.numpy_helper.to_array(node.attribute[0].t)
                 self.nodes.remove(node)
                 continue
-            copied = (
-                node.op_type == "Identity"
-                or node.op_type == "Cast"
-                and self.producer(node.input[0]) is not None
-            )
-            if copied and node.input[0] in self.weights:
+            is_cast = node.op_type == "Cast" and self.producer(node.input[0]) is not None
+            if node.op_type != "Identity" and not is_cast:
+                continue
+            if node.input[0] in self.weights:
                 self.weights[node.output[0]] = self.weights[node.input[0]]
                 self.nodes.remove(node)
-            elif copied:
+            else:
                 self.bypass(node)
 
     def unify_linear(self) -> None:
-        """A MatMul with weights, which the tracer makes of a linear layer without bias, becomes a
-        Gemm as the others are: weights (outputs, inputs).
+        """Make a MatMul with weights a Gemm as the others are: weights (outputs, inputs).
+
+        The tracer makes one of a linear layer without bias.
         """
         for node in self.nodes:
             if node.op_type == "MatMul" and node.input[1] in self.weights:
@@ -192,8 +186,9 @@ class Edit:
                 )
 
     def bypass(self, node) -> None:
-        """Remove a node of one input; who reads its output reads its input, and the graph's output
-        keeps its name.
+        """Remove a node of one input: who reads its output reads its input.
+
+        The graph's output keeps its name.
         """
         self.nodes.remove(node)
         source, gone = node.input[0], node.output[0]
@@ -209,9 +204,8 @@ class Edit:
         weight, bias, mean, variance = (
             self.weights[name].astype(np.float64) for name in node.input[1:5]
         )
-        epsilon = next(
-            (attribute.f for attribute in node.attribute if attribute.name == "epsilon"), 1e-5
-        )
+        options = {attribute.name: attribute.f for attribute in node.attribute}
+        epsilon = options.get("epsilon", 1e-5)
         a = weight / np.sqrt(variance + epsilon)
         return a, bias - mean * a
 
@@ -227,29 +221,31 @@ class Edit:
         self.replace(linear, weight * np.repeat(a, pixels), bias + weight @ np.repeat(b, pixels))
 
     def scale_and_shift_inputs(self, conv, a: np.ndarray, b: np.ndarray) -> None:
-        """conv(x) becomes conv(a x + b), with zeros around a x + b: conv' (x) + the map that the
-        constant image b gives.
+        """conv(x) becomes conv(a x + b), with zeros around a x + b.
 
-        The map has three kinds of rows and of columns, so it is kept as 3x3 and spread by two
-        Gathers, which onnxruntime does once, when it loads the model.
+        It is conv'(x) + the map that the constant image b gives. The map has three kinds of rows
+        and of columns, so it is kept as 3x3 and spread by two Gathers, which onnxruntime does once,
+        when it loads the model.
         """
         weight, bias = self.parameters(conv)
         self.replace(conv, weight * a[None, :, None, None], bias)
         image = torch.from_numpy(np.broadcast_to(b[None, :, None, None], (1, len(b), 3, 3)).copy())
         corners = nn.functional.conv2d(image, torch.from_numpy(weight), padding=1).numpy()
-        value, plain = conv.output[0], f"{conv.output[0]}_plain"
-        names = [f"{value}_{what}" for what in ("map", "rows", "columns", "tall", "wide")]
-        height, width = self.sizes[value]
-        self.weights |= dict(
-            zip(names, (corners.astype(np.float32), spread(height), spread(width)), strict=False)
+        value = conv.output[0]
+        plain, small, rows, columns, tall, wide = (
+            f"{value}_{part}" for part in ("plain", "map", "rows", "columns", "tall", "wide")
         )
+        height, width = self.sizes[value]
+        self.weights[small] = corners.astype(np.float32)
+        self.weights[rows] = spread(height)
+        self.weights[columns] = spread(width)
         conv.output[0] = plain
         node = self.onnx.helper.make_node
         place = self.nodes.index(conv) + 1
         self.nodes[place:place] = [
-            node("Gather", [names[0], names[1]], [names[3]], axis=2),
-            node("Gather", [names[3], names[2]], [names[4]], axis=3),
-            node("Add", [plain, names[4]], [value]),
+            node("Gather", [small, rows], [tall], axis=2),
+            node("Gather", [tall, columns], [wide], axis=3),
+            node("Add", [plain, wide], [value]),
         ]
 
     def parameters(self, layer) -> tuple[np.ndarray, np.ndarray]:
@@ -259,41 +255,28 @@ class Edit:
         ):
             raise NotImplementedError(f"{layer.name}: a Gemm whose weights are (inputs, outputs)")
         weight = self.weights[layer.input[1]].astype(np.float64)
-        bias = (
-            self.weights[layer.input[2]].astype(np.float64)
-            if len(layer.input) > 2
-            else np.zeros(len(weight))
-        )
-        return weight, bias
+        if len(layer.input) == 2:
+            return weight, np.zeros(len(weight))
+        return weight, self.weights[layer.input[2]].astype(np.float64)
 
     def replace(self, layer, weight: np.ndarray, bias: np.ndarray) -> None:
-        """Give a layer weights of its own, for the tracer lets layers share those that are
-        equal.
-        """
+        """Give a layer weights of its own: the tracer lets layers share those that are equal."""
         names = [f"{layer.output[0]}_weight", f"{layer.output[0]}_bias"]
-        self.weights |= dict(
-            zip(names, (weight.astype(np.float32), bias.astype(np.float32)), strict=True)
-        )
+        for name, value in zip(names, (weight, bias), strict=True):
+            self.weights[name] = value.astype(np.float32)
         layer.input[1:] = names
 
     def finish(self) -> None:
         """Put the nodes and the weights that are still used back into the model."""
         used = {name for node in self.nodes for name in node.input}
         graph = self.model.graph
-        for field, content in (
-            ("node", self.nodes),
-            ("value_info", []),
-            (
-                "initializer",
-                [
-                    self.onnx.numpy_helper.from_array(value, name)
-                    for name, value in self.weights.items()
-                    if name in used
-                ],
-            ),
-        ):
-            del getattr(graph, field)[:]
-            getattr(graph, field).extend(content)
+        del graph.node[:], graph.value_info[:], graph.initializer[:]
+        graph.node.extend(self.nodes)
+        graph.initializer.extend(
+            self.onnx.numpy_helper.from_array(value, name)
+            for name, value in self.weights.items()
+            if name in used
+        )
 
 
 def sizes_of(model) -> dict[str, list[int]]:
@@ -321,12 +304,10 @@ def spread(size: int) -> np.ndarray:
 
 
 # --- half precision
-# --------------------------------------------------
 
 
 def to_fp16(model):
-    """A copy that computes with float16 weights and features; its input and output stay as they
-    are.
+    """A copy that computes with float16 weights and features; input and output stay as they are.
 
     A weight too large for float16 becomes infinite there, and so does what is computed from it: the
     check against PyTorch shows it.
@@ -338,16 +319,14 @@ def to_fp16(model):
     for tensor in graph.initializer:
         if tensor.data_type == FLOAT:
             with np.errstate(over="ignore"):
-                tensor.CopyFrom(
-                    onnx.numpy_helper.from_array(
-                        onnx.numpy_helper.to_array(tensor).astype(np.float16), tensor.name
-                    )
-                )
+                values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     for node in graph.node:
         node.input[:] = [f"{INPUT}_half" if value == INPUT else value for value in node.input]
         node.output[:] = [f"{OUTPUT}_half" if value == OUTPUT else value for value in node.output]
     casts = [node for node in graph.node if node.op_type == "Cast"]
-    if casts:  # uint8 pixels: the cast that is there gives float16 instead
+    if casts:
+        # uint8 pixels: the cast that is there gives float16 instead
         casts[0].attribute[0].i, casts[0].input[0] = FLOAT16, INPUT
     else:
         graph.node.insert(0, onnx.helper.make_node("Cast", [INPUT], [f"{INPUT}_half"], to=FLOAT16))

@@ -1,20 +1,18 @@
-"""Aligned faces to check, calibrate and measure a model with: of a training set, a folder, a pair
-set, or drawn.
-"""
+"""Aligned faces to check and calibrate a model with: a training, pair or folder set, or drawn."""
 
 import os
 from pathlib import Path
 
 import numpy as np
 
-from data.synth.render_pool import Photograph, take
+from data.synth.render_pool import Photograph
 from eval.verification import load_bin
-from utils.dataset.base import sampled
 from utils.dataset.folder import IMAGE_SUFFIXES, FaceDatasetFolder
 from utils.dataset.records import MXFaceDataset
 from utils.errors import InputError
 from utils.images import decode_rgb
 from utils.recordio.files import IMAGE_SIZE, has_records
+from utils.recordio.image_records import sampled
 
 
 def read_images(path: str | Path | list[str], count: int, flag: str) -> np.ndarray:
@@ -23,10 +21,10 @@ def read_images(path: str | Path | list[str], count: int, flag: str) -> np.ndarr
     path: a folder with train.rec or its shards, a .rec file or a list of such, a folder of
     identities, a folder of aligned images, or a pair set <name>.bin. flag: the command line's word
     for it.
-    Errors: InputError if there is no such thing, no image in it, or one that is damaged or not
+    Raises InputError if there is no such thing, no image in it, or one that is damaged or not
     112x112.
     """
-    if isinstance(path, list) or Path(path).suffix == ".rec" and Path(path).is_file():
+    if isinstance(path, list) or (Path(path).suffix == ".rec" and Path(path).is_file()):
         # whom they show does not matter here
         return read_set(MXFaceDataset(path, labels="shared"), count)
     path = Path(path)
@@ -57,7 +55,7 @@ def read_set(dataset, count: int) -> np.ndarray:
 def read_image(path: str | Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB, turned as the camera says.
 
-    Errors: InputError naming the file if it is missing or no image.
+    Raises InputError naming the file if it is missing or no image.
     """
     try:
         return decode_rgb(Path(path).read_bytes())
@@ -70,7 +68,7 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_aligned(path: str | Path) -> np.ndarray:
     """An aligned crop.
 
-    Errors: InputError naming the file as ``read_image``, or if it is not 112x112.
+    Raises InputError naming the file as ``read_image``, or if it is not 112x112.
     """
     image = read_image(path)
     if image.shape[:2] != IMAGE_SIZE:
@@ -83,9 +81,5 @@ def read_aligned(path: str | Path) -> np.ndarray:
 
 def draw_images(count: int) -> np.ndarray:
     """Drawn faces, for want of photographs, another person on each."""
-    return np.stack(
-        [
-            decode_rgb(take(Photograph(0, person, 1), seed=0, nuisance=1.0))
-            for person in range(count)
-        ]
-    )
+    people = [Photograph(0, person, 1) for person in range(count)]
+    return np.stack([decode_rgb(person.take(seed=0, nuisance=1.0)) for person in people])

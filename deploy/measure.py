@@ -1,6 +1,4 @@
-"""What a deployed model is judged by: agreement with the network it was made from, multiply-adds,
-size, latency, throughput.
-"""
+"""What a deployed model is judged by: agreement, multiply-adds, size, latency, throughput."""
 
 import time
 from pathlib import Path
@@ -9,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deploy.model import Model
 from utils.errors import InputError
 from utils.files import utf8_path
-from utils.teacher.onnx import OnnxNetwork, inputs_of, require_onnx, weight_files
+from utils.teacher.onnx_graph import IMAGE, inputs_of, require_onnx, weight_files
 
-IMAGE = (3, 112, 112)
 # operators that multiply by weights, and which of their inputs those are; the eight-bit ones are of
 # other quantisers
 WEIGHTS = dict(
@@ -33,12 +31,14 @@ WEIGHTS = dict(
     MatMulIntegerToFloat=1,
     DynamicQuantizeMatMul=1,
 )
-RUNS = 10  # of each timing, at least
+# of each timing, at least
+RUNS = 10
 
 
 class Agreement(NamedTuple):
-    """How alike the features of two models are: largest difference of two numbers, largest number,
-    cosines of images (least and mean).
+    """How alike the features of two models are.
+
+    difference: the largest of two numbers. largest: number. least_cosine, mean_cosine: of images.
     """
 
     difference: float
@@ -55,79 +55,48 @@ class Timing(NamedTuple):
     batch: int
 
 
-def agreement(found: np.ndarray, wanted: np.ndarray) -> Agreement:
+def agreement(features: np.ndarray, reference: np.ndarray) -> Agreement:
     """Compare features (N, D), raw as the networks give them.
 
-    Errors: InputError if they are of another shape.
+    Raises InputError if they are of another shape.
     """
-    if found.shape != wanted.shape:
-        raise InputError(f"features of shape {found.shape} where {wanted.shape} are expected")
-    cosines = np.einsum("nd,nd->n", found, wanted, dtype=np.float64) / (
-        np.linalg.norm(found.astype(np.float64), axis=1)
-        * np.linalg.norm(wanted.astype(np.float64), axis=1)
-    )
+    if features.shape != reference.shape:
+        raise InputError(f"features of shape {features.shape} where {reference.shape} are expected")
+    products = np.einsum("nd,nd->n", features, reference, dtype=np.float64)
+    lengths = np.linalg.norm(features.astype(np.float64), axis=1)
+    reference_lengths = np.linalg.norm(reference.astype(np.float64), axis=1)
+    cosines = products / (lengths * reference_lengths)
     return Agreement(
-        float(np.abs(found - wanted).max()),
-        float(np.abs(wanted).max()),
+        float(np.abs(features - reference).max()),
+        float(np.abs(reference).max()),
         float(cosines.min()),
         float(cosines.mean()),
     )
 
 
 def multiply_adds(model: Model) -> int:
-    """Multiplications of convolutions and linear layers for one image, which papers call
-    multiply-adds (half of the FLOPs). Biases and activations are not counted.
+    """Multiplications of convolutions and linear layers for one image.
+
+    Papers call them multiply-adds (half of the FLOPs). Biases and activations are not counted.
     """
-    return (
-        count_in_graph(model.path)
-        if isinstance(model.network, OnnxNetwork)
-        else count_in_network(model.network)
-    )
+    return count_in_graph(model.path) if model.is_onnx else count_in_network(model.network)
 
 
 def count_in_network(network: nn.Module) -> int:
-    """By hooks: outputs of a layer x weights that make one of them."""
-    total = 0
-
-    def count(layer, _inputs, output):
-        nonlocal total
-        total += output.numel() * layer.weight[0].numel()
-
-    hooks = [
-        layer.register_forward_hook(count)
-        for layer in network.modules()
-        if isinstance(layer, (nn.Conv2d, nn.Linear))
-    ]
-    try:
-        with torch.inference_mode():
-            network(torch.zeros(1, *IMAGE, device=next(network.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
+    device = next(network.parameters()).device
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        network(torch.zeros(1, *IMAGE, device=device))
+    return counter.get_total_flops() // 2
 
 
 def count_in_graph(path: Path) -> int:
     """The same from the shapes in an ONNX graph, quantised or not.
 
-    Errors: InputError if it does not tell them.
+    Raises InputError if it does not tell them.
     """
-    onnx = require_onnx("model")
-    model = onnx.load(utf8_path(path))
-    inputs_of(model.graph)[0].type.tensor_type.shape.dim[0].dim_value = 1
-    del model.graph.value_info[:]
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.value_info, *inferred.input)
-    }
-    shapes |= {tensor.name: list(tensor.dims) for tensor in inferred.initializer}
-    shapes |= {
-        value.name: [dim.dim_value or 1 for dim in value.type.tensor_type.shape.dim]
-        for value in inferred.output
-    }
+    graph, shapes = shapes_in(path)
     total = 0
-    for node in inferred.node:
+    for node in graph.node:
         if node.op_type not in WEIGHTS:
             continue
         output, weight = shapes.get(node.output[0]), shapes.get(node.input[WEIGHTS[node.op_type]])
@@ -142,6 +111,23 @@ def count_in_graph(path: Path) -> int:
     return total
 
 
+def shapes_in(path: Path) -> tuple:
+    """A graph and {value: shape} for one image, 0 where a size is not told."""
+    onnx = require_onnx("model")
+    model = onnx.load(utf8_path(path))
+    inputs_of(model.graph)[0].type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+
+    def sizes(value) -> list[int]:
+        return [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+
+    shapes = {value.name: sizes(value) for value in (*graph.value_info, *graph.input)}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    shapes |= {value.name: [size or 1 for size in sizes(value)] for value in graph.output}
+    return graph, shapes
+
+
 def megabytes(path: Path) -> float:
     """Size on disk in MB (10^6 bytes), of an ONNX model with the files that hold its weights."""
     files = weight_files(path, "model") if path.suffix == ".onnx" else [path]
@@ -149,8 +135,10 @@ def megabytes(path: Path) -> float:
 
 
 def measure(network: nn.Module, batch: int, device: torch.device, seconds: float = 1.0) -> Timing:
-    """Latency and throughput on random images that lie on the device, medians over at least
-    ``seconds``; the number of threads is PyTorch's, which ONNX models take over.
+    """Latency and throughput on random images that lie on the device.
+
+    They are medians over at least ``seconds``. The number of threads is PyTorch's, which ONNX
+    models take over.
     """
     single = float(np.median(run_times(network, 1, device, seconds)))
     together = float(np.median(run_times(network, batch, device, seconds))) if batch > 1 else single
@@ -159,12 +147,8 @@ def measure(network: nn.Module, batch: int, device: torch.device, seconds: float
 
 def run_times(network: nn.Module, batch: int, device: torch.device, seconds: float) -> list[float]:
     """Seconds of each run, after two that are not counted."""
-    images = (
-        torch.rand(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
-        .mul_(2)
-        .sub_(1)
-        .to(device)
-    )
+    images = torch.rand(batch, *IMAGE, generator=torch.Generator().manual_seed(0))
+    images = images.mul_(2).sub_(1).to(device)
     times = []
     with torch.inference_mode():
         for _ in range(2):

@@ -13,8 +13,8 @@ from eval.roc import check_norms
 from eval.verification import add_flips
 from utils.errors import InputError
 from utils.teacher.onnx import OnnxNetwork
-from utils.weights.colours import ORDERS
-from utils.weights.load import empty_backbone, load_into, read_weights, recognise
+from utils.weights.color_order import ORDERS
+from utils.weights.load import load_network, read_weights, recognise
 from utils.weights.read import digest_of, sha256
 
 
@@ -95,8 +95,9 @@ def load_onnx(path: Path, what: str, color_space: str) -> Model:
 def load_checkpoint(path: Path, what: str, color_space: str) -> Model:
     weights = read_weights(path, what)
     known = recognise(weights)
-    network = empty_backbone(known.name, known.embedding_size, known.use_se)
-    loaded = load_into(network, weights, color_space)
+    network, loaded = load_network(
+        known.name, known.embedding_size, known.use_se, weights, color_space=color_space
+    )
     step = re.match(r"(\d+)backbone\b", path.name)
     digest = digest_of(path)
     return Model(
@@ -109,15 +110,15 @@ def load_checkpoint(path: Path, what: str, color_space: str) -> Model:
         digest,
         digest,
         loaded.color_space,
-        f"weights of {loaded.place}" if loaded.place else "",
+        loaded.source,
     )
 
 
 def embed_faces(model: Model, images: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """(N, 112, 112, 3) uint8 RGB -> (N, D) float32 of unit length, image and mirror image added as
-    in evaluation: a product of two is their cosine.
+    """(N, 112, 112, 3) uint8 RGB -> (N, D) float32 of unit length: a product is a cosine.
 
-    Errors: InputError naming the model if a feature is not finite, or zero: it has no direction to
+    Image and mirror image are added as in evaluation.
+    Raises InputError naming the model if a feature is not finite, or zero: it has no direction to
     compare.
     """
     features = add_flips(embed(model.network, images, batch_size, name=model.path.name))

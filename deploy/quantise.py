@@ -6,23 +6,23 @@ Needs requirements/onnx.txt.
 import logging
 import tempfile
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 
 from deploy.graph import INPUT
 from utils.inputs import to_input
-from utils.teacher.onnx import require_onnx
+from utils.teacher.onnx_graph import require_onnx
 
-CALIBRATION_BATCH = 16  # images
+# images
+CALIBRATION_BATCH = 16
 # the first operator set whose QuantizeLinear has a scale for each channel
 LEAST_OPSET = 13
 
 
 def to_int8(model, images: np.ndarray, uint8: bool = False):
-    """A quantised copy of a float model: int8 weights with a scale for each output channel, int8
-    activations, as QuantizeLinear and DequantizeLinear nodes.
+    """A quantised copy of a float model, with QuantizeLinear and DequantizeLinear nodes.
 
+    Weights are int8 with a scale for each output channel, activations int8.
     model: as ``deploy.graph.to_onnx`` gives it. images: (N, 112, 112, 3) uint8 RGB, like those it
     will see. uint8: the model takes them as they are.
     """
@@ -32,14 +32,14 @@ def to_int8(model, images: np.ndarray, uint8: bool = False):
 
     with tempfile.TemporaryDirectory() as folder, quiet():
         plain, prepared, quantised = (
-            str(Path(folder) / name) for name in ("plain.onnx", "prepared.onnx", "quantised.onnx")
+            f"{folder}/{name}.onnx" for name in ("plain", "prepared", "quantised")
         )
         onnx.save(model, plain)
         quant_pre_process(plain, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
             prepared,
             quantised,
-            reader(images, uint8),
+            calibration_reader(images, uint8),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
@@ -49,10 +49,8 @@ def to_int8(model, images: np.ndarray, uint8: bool = False):
         return onnx.load(quantised)
 
 
-def reader(images: np.ndarray, uint8: bool):
-    """The images in onnxruntime's form: an object whose ``get_next`` gives a batch, and None at the
-    end.
-    """
+def calibration_reader(images: np.ndarray, uint8: bool):
+    """The images in onnxruntime's form: ``get_next`` gives a batch, and None at the end."""
     import torch
     from onnxruntime.quantization import CalibrationDataReader
 

@@ -9,16 +9,17 @@ from typing import NamedTuple
 import torch
 from easydict import EasyDict
 
-from config.load import ROOT, load_config, read_json
-from eval.benchmarks import KINDS, make, run_benchmark
-from eval.report.files import prepare_folder
+from config.load import ROOT, load_config
+from eval.test_sets import KINDS, make, run_test_set
 from utils import distributed
 from utils.errors import InputError
+from utils.files import prepare_folder, read_json
 from utils.precision import PRECISIONS, choose_precision
 from utils.teacher.load import Teacher
-from utils.teacher.onnx import OnnxNetwork, weight_files
-from utils.weights.colours import ORDERS
-from utils.weights.load import empty_backbone, load_backbone, run_beside
+from utils.teacher.onnx import OnnxNetwork
+from utils.teacher.onnx_graph import weight_files
+from utils.weights.color_order import ORDERS
+from utils.weights.load import load_network, read_weights, run_beside
 from utils.weights.read import digest_of, sha256
 
 # each flag is another name of a configuration key
@@ -46,18 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="configuration (default: "
-        "config/config.py, and the validation sets of the run's config.json); "
-        "the network always is that of the config.json beside the checkpoint, if "
+        help="configuration (default: config/config.py, and the validation sets of the run's "
+        "config.json); the network always is that of the config.json beside the checkpoint, if "
         "there is one",
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--color-space",
         choices=ORDERS,
-        help="order of the colours that the checkpoint was trained on (auto: as its file says; BGR "
-        "for "
-        "AdaFace's .ckpt files). A run's config.json does not count, it speaks of the run's teacher",
+        help="order of the colours that the checkpoint was trained on (auto: as its file says; "
+        "BGR for AdaFace's .ckpt files). A run's config.json does not count, it speaks of the "
+        "run's teacher",
     )
     parser.add_argument(
         "--precision",
@@ -69,9 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--features",
         type=Path,
         metavar="DIR",
-        help="keep features there and use "
-        "what is there, by checkpoint and set: "
-        "an interrupted evaluation goes on, a second one does not run the network",
+        help="keep features there and use what is there, by checkpoint and set: an interrupted "
+        "evaluation goes on, a second one does not run the network",
     )
     parser.add_argument(
         "--val-data", dest="val_rec", metavar="DIR", help="folder of the pair sets <name>.bin"
@@ -114,12 +113,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 class Job(NamedTuple):
     """One checkpoint, the configuration that names its network (an ONNX model is its own network),
-    and what to measure it on.
+    and the test sets to measure it on.
     """
 
     checkpoint: Path
     network: EasyDict
-    benchmarks: list
+    test_sets: list
 
     @property
     def is_onnx(self) -> bool:
@@ -147,9 +146,10 @@ class Evaluator:
         self.cfg = load_config(arguments.config or ROOT / "config" / "config.py", self.overrides)
         self.device = distributed.init(self.cfg.device)
         self.precision = choose_precision(arguments.precision, self.device)
-        self.features = arguments.features
-        if self.features:
-            prepare_folder(self.features, "--features")
+        self.feature_folder = arguments.features
+        if self.feature_folder:
+            prepare_folder(self.feature_folder, "--features")
+        # {path: what was read there}
         self.loaded = {}
         self.skipped = {}
         # {checkpoint: (its colour order, where in the file its weights or features are, in words)}
@@ -158,12 +158,12 @@ class Evaluator:
     def network_of(self, checkpoint: Path) -> EasyDict:
         """The configuration of the checkpoint's run, if it is beside it.
 
-        Errors: InputError if it is wrong.
+        Raises InputError if it is wrong.
         """
         beside = run_beside(checkpoint)
         return load_config(beside, self.overrides) if beside else self.cfg
 
-    def color_space_of(self, job: "Job") -> str:
+    def color_space_of(self, job: Job) -> str:
         """The colour order that was set for a checkpoint, "auto": its file says.
 
         A run's config.json speaks of the run's teacher, not of the student that it trained.
@@ -175,66 +175,66 @@ class Evaluator:
     def plan(self, checkpoint: Path) -> Job:
         """Find what the evaluation of a checkpoint needs, before any network runs.
 
-        Errors: InputError if the run's config.json is wrong, or a set damaged, missing though the
+        Raises InputError if the run's config.json is wrong, or a set damaged, missing though the
         command line names it, or none there.
         """
         network = self.network_of(checkpoint)
-        return Job(
-            checkpoint, network, self.find_benchmarks(self.cfg if self.config_named else network)
-        )
+        test_sets = self.find_test_sets(self.cfg if self.config_named else network)
+        return Job(checkpoint, network, test_sets)
 
-    def find_benchmarks(self, cfg) -> list:
+    def find_test_sets(self, cfg) -> list:
         """What is there of the sets that ``cfg`` or the command line names, each read once however
         many checkpoints need it.
         """
-        kinds = [self.find_of_kind(kind, cfg) for kind in KINDS]
-        found = [benchmark for of_kind, _, _ in kinds for benchmark in of_kind]
-        missing = {path: name for _, of_kind, _ in kinds for path, name in of_kind.items()}
-        errors = [error for _, _, error in kinds if error]
+        test_sets, missing, errors = [], {}, []
+        for kind in KINDS:
+            of_kind, missing_of_kind, error = self.find_of_kind(kind, cfg)
+            test_sets += of_kind
+            missing |= missing_of_kind
+            errors += [error] if error else []
         self.skipped |= missing
-        if not found:
+        if not test_sets:
+            reasons = "; ".join(f"{name}: no {path}" for path, name in missing.items())
             raise InputError(
-                "nothing to evaluate on: "
-                + (
-                    "; ".join(f"{name}: no {path}" for path, name in missing.items())
-                    or "no validation sets are configured"
-                )
-                + "; name a folder with --val-data (--ijb-root, --tinyface-root) and "
+                f"nothing to evaluate on: {reasons or 'no validation sets are configured'}; "
+                "name a folder with --val-data (--ijb-root, --tinyface-root) and "
                 "sets with --val-targets (--ijb-targets, --tinyface-targets)"
             )
         if errors:
             raise errors[0]
-        return found
+        return test_sets
 
     def find_of_kind(self, kind, cfg) -> tuple[list, dict, InputError | None]:
-        """(the benchmarks of a kind, {path: name} of those that are not there, why a folder that
+        """(the test sets of a kind, {path: name} of those that are not there, why a folder that
         the command line names has none).
         """
         root_key, targets_key, *_ = kind.keys
-        root, found, missing, why = Path(cfg[root_key]), [], {}, None
+        root = Path(cfg[root_key])
+        test_sets, missing, reason = [], {}, None
         if root_key in self.named and not root.is_dir():
-            raise InputError(
-                f"--{root_key.replace('_', '-').replace('val-rec', 'val-data')}: no folder {root}"
-            )
+            flag = root_key.replace("_", "-").replace("val-rec", "val-data")
+            raise InputError(f"--{flag}: no folder {root}")
         for name in dict.fromkeys(cfg[targets_key] if cfg[root_key] else []):
             try:
                 path = kind.find(root, name)
             except InputError as error:
                 if targets_key in self.named:
                     raise
-                missing[root / kind.pattern.format(name)], why = name, error
+                missing[root / kind.pattern.format(name)] = name
+                reason = error
                 continue
             if path not in self.loaded:
                 self.loaded[path] = kind.load(root, name)
-            found.append(make(kind, name, self.loaded[path], cfg))
-        return found, missing, why if root_key in self.named and not found else None
+            test_sets.append(make(kind, name, self.loaded[path], cfg))
+        folder_has_none = root_key in self.named and not test_sets
+        return test_sets, missing, reason if folder_has_none else None
 
     def evaluate_checkpoint(self, job: Job, exhibits: list | None = None) -> dict:
         """{"verification": {set: figures}, "ijb": {set: figures}, "tinyface": {set: figures}} as
         the public functions of eval/ return them.
 
         exhibits: a list to which rank 0 adds what a report page shows.
-        Errors: InputError if the file is missing, unreadable, of another network, an image
+        Raises InputError if the file is missing, unreadable, of another network, an image
         unreadable, or a feature not finite.
         """
         backbone = self.load(job)
@@ -242,14 +242,14 @@ class Evaluator:
             device=self.device,
             precision=self.precision,
             channels_last=self.cfg.channels_last,
-            features=self.features,
-            checkpoint=job.sha256() if self.features else "",
+            feature_folder=self.feature_folder,
+            checkpoint=job.sha256() if self.feature_folder else "",
             color_space=self.order(job),
             exhibits=exhibits,
         )
         results = {"verification": {}, "ijb": {}, "tinyface": {}}
-        for benchmark in job.benchmarks:
-            results[benchmark.kind][benchmark.name] = run_benchmark(benchmark, backbone, **options)
+        for test_set in job.test_sets:
+            results[test_set.kind][test_set.name] = run_test_set(test_set, backbone, **options)
         return results
 
     def load(self, job: Job) -> torch.nn.Module:
@@ -260,10 +260,11 @@ class Evaluator:
             self.sources[job.checkpoint] = (network.color_space, network.choice)
             return Teacher(network).to(self.device)
         cfg = job.network
-        network = empty_backbone(cfg.network, cfg.embedding_size, cfg.SE)
-        loaded = load_backbone(network, job.checkpoint, "checkpoint", color_space=asked)
-        place = f"weights of {loaded.place}" if loaded.place else ""
-        self.sources[job.checkpoint] = (loaded.color_space, place)
+        weights = read_weights(job.checkpoint, "checkpoint")
+        network, loaded = load_network(
+            cfg.network, cfg.embedding_size, cfg.SE, weights, color_space=asked
+        )
+        self.sources[job.checkpoint] = (loaded.color_space, loaded.source)
         layout = torch.channels_last if self.cfg.channels_last else torch.contiguous_format
         return Teacher(network).to(self.device, memory_format=layout)
 
@@ -287,39 +288,31 @@ class Evaluator:
     def run_configuration(self, checkpoint: Path) -> dict:
         """The configuration that the checkpoint's run wrote beside it, as it is."""
         beside = run_beside(checkpoint)
-        return (
-            read_json(beside)
-            if beside
-            else {
-                "config.json": "none in "
-                f"{checkpoint.absolute().parent}: how this network was trained is not known"
-            }
-        )
+        if beside:
+            return read_json(beside, "a dict of configuration values")
+        folder = checkpoint.absolute().parent
+        return {"config.json": f"none in {folder}: how this network was trained is not known"}
 
     def settings(self, job: Job) -> dict:
         """What decides the figures besides the checkpoint: a report made with the same need not be
         made again.
         """
-        network = (
-            dict(network="onnx")
-            if job.is_onnx
-            else dict(
+        settings = dict(network="onnx")
+        if not job.is_onnx:
+            settings = dict(
                 network=job.network.network,
                 embedding_size=job.network.embedding_size,
                 SE=job.network.SE,
                 precision=self.precision,
             )
-        )
-        return dict(
-            **network,
-            color_space=self.color_space_of(job),
-            sets={
-                f"{benchmark.kind}.{benchmark.name}": dict(
-                    identity=benchmark.identity, flip=benchmark.options["flip"]
-                )
-                for benchmark in job.benchmarks
-            },
-        )
+        settings["color_space"] = self.color_space_of(job)
+        settings["sets"] = {
+            f"{test_set.kind}.{test_set.name}": dict(
+                identity=test_set.identity, flip=test_set.options["flip"]
+            )
+            for test_set in job.test_sets
+        }
+        return settings
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
@@ -327,9 +320,10 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
     --val-targets and the like take for names when they follow them.
     """
     flags = {key: getattr(arguments, key) for key in FLAGS if getattr(arguments, key) is not None}
-    behind = []
-    for key, words in flags.items():
-        if isinstance(words, list):
-            behind += [word for word in words if "=" in word]
-            flags[key] = ",".join(word for word in words if "=" not in word)
-    return [f"{key}={value}" for key, value in flags.items()] + behind + arguments.overrides
+    overrides_behind = []
+    for key, value in flags.items():
+        if isinstance(value, list):
+            overrides_behind += [name for name in value if "=" in name]
+            flags[key] = ",".join(name for name in value if "=" not in name)
+    overrides = [f"{key}={value}" for key, value in flags.items()]
+    return overrides + overrides_behind + arguments.overrides

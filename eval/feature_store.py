@@ -7,7 +7,6 @@ its fingerprint, in the number format and in VERSION: another file, another set 
 never gets these features.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import replacing, write_json
 
 # images a file: half a megabyte with both flips of 512 dimensions, a second of work on a CPU
 PART = 128
@@ -45,7 +44,7 @@ class StoredFeatures(NamedTuple):
             np.save(file, features.numpy())
 
     def read(self) -> torch.Tensor:
-        """All features (images, D or 2 D). Errors: InputError if a file is damaged, naming it."""
+        """All features (images, D or 2 D). Raises InputError if a file is damaged, naming it."""
         features = None
         for part in self.parts():
             values = self.read_part(part)
@@ -96,15 +95,14 @@ def open_store(
     path = Path(folder) / of / f"{name}-{fingerprint[:12]}-{details}-v{VERSION}"
     path.mkdir(parents=True, exist_ok=True)
     if not (path / "features.json").exists():
-        with replacing(path / "features.json") as file:
-            about = dict(
-                checkpoint_sha256=checkpoint,
-                set=name,
-                fingerprint=fingerprint,
-                images=images,
-                precision=precision,
-                flip=flip,
-                color_space=color_space,
-            )
-            file.write((json.dumps(about, indent=2) + "\n").encode())
+        about = dict(
+            checkpoint_sha256=checkpoint,
+            set=name,
+            fingerprint=fingerprint,
+            images=images,
+            precision=precision,
+            flip=flip,
+            color_space=color_space,
+        )
+        write_json(path / "features.json", about)
     return StoredFeatures(path, images)

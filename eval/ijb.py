@@ -8,39 +8,26 @@ Benchmark-B", 2017, Maze et al., "IARPA Janus Benchmark-C", 2018, and InsightFac
 them, which weights features.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from eval.roc import (
-    FPRS,
-    TIE,
-    Roc,
-    check_labels,
-    check_norms,
-    cmc,
-    roc_curve,
-    search,
-    to_whole,
-    tpr_at,
+from eval.ijb_templates import (
+    WEIGHTS,
+    check_ids,
+    check_images,
+    cut_into_blocks,
+    group_images,
+    group_pairs,
+    pool,
+    score_pairs,
 )
+from eval.roc import FPRS, TIE, Roc, check_pair_labels, cmc, roc_curve, search, tpr_at
 from utils.errors import InputError
 
-# What the feature of an image is multiplied by: Norm:True leaves its norm, which then acts as a
-# weight; Det:True weights by the detector's score.
-WEIGHTS = {
-    "Norm:True_Det:True": lambda norms, faceness: faceness,
-    "Norm:True_Det:False": lambda norms, faceness: np.ones_like(faceness),
-    "Norm:False_Det:True": lambda norms, faceness: faceness / norms,
-}
 VARIANTS = tuple(WEIGHTS)
 FARS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # false positive identification rates of 1:N
-# of the score matrix: 95 MB against IJB-C's 23,124 templates
-ROWS_AT_A_TIME = 1024
-TABLE_SIZE = 2**24  # template ids that span no more are looked up in a table
 
 
 class Identification(NamedTuple):
@@ -54,7 +41,6 @@ class Identification(NamedTuple):
 
 
 # --- 1:1
-# --------------------------------------------------
 
 
 def evaluate(
@@ -77,7 +63,7 @@ def evaluate(
     a feature that is zero or not finite, a pair of a template without images, a template whose
     images cancel out, labels other than 0 and 1, no genuine or no impostor pair.
     """
-    check_labels(label, len(p1))
+    check_pair_labels(label, len(p1))
     results = {}
     for variant, scores in compare(embeddings, faceness_scores, templates, medias, p1, p2):
         results |= figures(variant, roc_curve(scores, label))
@@ -96,19 +82,19 @@ def compare(
 
     Arguments and errors as in ``evaluate``.
     """
-    images = _check_images(embeddings, faceness_scores, templates, medias)
-    p1, p2 = _check_ids("p1", p1), _check_ids("p2", p2)
+    images = check_images(embeddings, faceness_scores, templates, medias)
+    p1, p2 = check_ids("p1", p1), check_ids("p2", p2)
     if len(p1) != len(p2) or not len(p1):
         raise InputError(
             f"{len(p1)} first and {len(p2)} second templates of pairs: as many of "
             "both, and at least one, are needed"
         )
-    groups, first, second = _group_pairs(images, p1, p2)
-    blocks = _cut_into_blocks(first, second, len(groups.ids))
+    groups, first, second = group_pairs(images, p1, p2)
+    blocks = cut_into_blocks(first, second, len(groups.ids))
 
     def score() -> Iterator[tuple[str, np.ndarray]]:
         for variant in VARIANTS:
-            yield variant, _score_pairs(_pool(images, variant, groups), blocks, len(p1))
+            yield variant, score_pairs(pool(images, variant, groups), blocks, len(p1))
 
     # a generator of its own, so that wrong input is refused by the call and not by the first step
     return score()
@@ -124,7 +110,6 @@ def figures(variant: str, roc: Roc) -> dict[str, float]:
 
 
 # --- 1:N
-# --------------------------------------------------
 
 
 def evaluate_1n(
@@ -144,7 +129,7 @@ def evaluate_1n(
     for each image); a subject may have several templates in the gallery, of which the best counts.
     The other arguments are those of ``evaluate``. Returns fractions top1, top5, top10 of the mated
     probes (those whose subject is in the gallery); tpir and thresholds, a value for each of
-    ``fars``; counts mated, non_mated. Errors: InputError, as in ``evaluate`` and ``identify``.
+    ``fars``; counts mated, non_mated. Raises InputError, as in ``evaluate`` and ``identify``.
     """
     return identification_figures(
         identify(
@@ -176,14 +161,14 @@ def identify(
     Raises InputError also for a listed template without images or with two subjects, an empty list,
     no mated or no non-mated probe.
     """
-    images = _check_images(embeddings, faceness_scores, templates, medias)
+    images = check_images(embeddings, faceness_scores, templates, medias)
     probe_ids, probe_subjects = list_templates("the probe list", probe_templates, probe_subjects)
     gallery_ids, gallery_subjects = list_templates(
         "the gallery list", gallery_templates, gallery_subjects
     )
-    probes = _pool(images, "Norm:True_Det:True", _group_images(images, probe_ids, "the probe list"))
-    gallery = _pool(
-        images, "Norm:True_Det:True", _group_images(images, gallery_ids, "the gallery list")
+    probes = pool(images, "Norm:True_Det:True", group_images(images, probe_ids, "the probe list"))
+    gallery = pool(
+        images, "Norm:True_Det:True", group_images(images, gallery_ids, "the gallery list")
     )
     found = search(probes, gallery, probe_subjects, gallery_subjects)
     mated = found.mates >= 0
@@ -229,7 +214,7 @@ def _threshold_at(non_mated_maxima: np.ndarray, far: float) -> float:
 
 
 def check_mated(mated: np.ndarray, where: str = "") -> None:
-    """Errors: InputError unless of the probe templates, ``mated`` (P,) bool, some have their
+    """Raises InputError unless of the probe templates, ``mated`` (P,) bool, some have their
     subject in the gallery and some have not.
     """
     if not mated.any() or mated.all():
@@ -245,11 +230,11 @@ def list_templates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The distinct templates of a list, rising, and the subject of each.
 
-    Errors: InputError for a template with two; ``name``: the list's, for messages.
+    Raises InputError for a template with two; ``name``: the list's, for messages.
     """
     ids, subjects = (
-        _check_ids(f"{name}'s templates", ids),
-        _check_ids(f"{name}'s subjects", subjects),
+        check_ids(f"{name}'s templates", ids),
+        check_ids(f"{name}'s subjects", subjects),
     )
     if len(ids) != len(subjects) or not len(ids):
         raise InputError(
@@ -265,210 +250,3 @@ def list_templates(
             f"{subjects[first][row[at]]} and {subjects[at]}"
         )
     return distinct, subjects[first]
-
-
-# --- images to templates
-# --------------------------------------------------
-
-
-class Images(NamedTuple):
-    """The N images of a set, checked."""
-
-    embeddings: np.ndarray  # (N, D) float32
-    norms: np.ndarray  # (N,) float32, none is 0
-    faceness: np.ndarray  # (N,) float32
-    templates: np.ndarray  # (N,) int64
-    medias: np.ndarray  # (N,) int64
-
-
-class Groups(NamedTuple):
-    """Which images make up which template."""
-
-    ids: np.ndarray  # (T,) template ids
-    images: np.ndarray  # (M,) image indices, template after template
-    starts: np.ndarray  # (T,) where each template's images begin
-    media_sizes: np.ndarray  # (M,) how many images of the template are of this image's media
-
-
-def _group_images(images: Images, ids: np.ndarray, asked_by: str) -> Groups:
-    """Find the images of the templates ``ids``, which are distinct.
-
-    Raises InputError for one without images; ``asked_by`` says who needs it.
-    """
-    order = np.argsort(ids)
-    template = order[np.searchsorted(ids, images.templates, sorter=order).clip(max=len(ids) - 1)]
-    members = np.flatnonzero(ids[template] == images.templates)
-    members = members[np.lexsort((images.medias[members], template[members]))]
-    template, media = template[members], images.medias[members]
-    counts = np.bincount(template, minlength=len(ids))
-    if not counts.all():
-        raise InputError(f"{asked_by} names template {ids[np.argmin(counts)]}, which has no images")
-    # a new one where template or media changes
-    group = np.cumsum(np.append(False, (np.diff(template) != 0) | (np.diff(media) != 0)))
-    return Groups(ids, members, np.cumsum(counts) - counts, np.bincount(group)[group])
-
-
-def _pool(images: Images, variant: str, groups: Groups) -> np.ndarray:
-    """Features of the templates, (T, D) float32 of unit length.
-
-    The sum over media of the mean within a media is the sum over images of feature x weight / media
-    size: one pass over the images, in any order.
-    """
-    weights = WEIGHTS[variant](images.norms, images.faceness)[groups.images] / groups.media_sizes
-    pooled = torch.nn.functional.embedding_bag(
-        torch.from_numpy(groups.images),
-        _as_tensor(images.embeddings),
-        torch.from_numpy(groups.starts),
-        mode="sum",
-        per_sample_weights=torch.from_numpy(weights.astype(np.float32)),
-    ).numpy()
-    lengths = np.linalg.norm(pooled, axis=1, keepdims=True)
-    usable = np.isfinite(lengths) & (lengths > 0)
-    if not usable.all():
-        first = int(np.argmin(usable))
-        raise InputError(
-            f"{variant}: the weighted features of template {groups.ids[first]} add up "
-            f"to a vector of length {lengths[first, 0]}, "
-            "which has no direction"
-        )
-    return pooled / lengths
-
-
-def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # a memory map; it is only read
-        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-        return torch.from_numpy(array)
-
-
-# --- templates to scores
-# --------------------------------------------------
-
-
-def _group_pairs(
-    images: Images, p1: np.ndarray, p2: np.ndarray
-) -> tuple[Groups, np.ndarray, np.ndarray]:
-    """The templates that occur in pairs, and where among them the two of each pair stand, (P,)
-    int32 each.
-
-    Those of ``p1`` come first: in IJB the few gallery templates, so that few rows of the score
-    matrix are needed.
-    """
-    known = np.unique(images.templates)
-    first, second = _find(p1, known), _find(p2, known)
-    for ids, positions in ((p1, first), (p2, second)):
-        if positions.min() < 0:
-            pair = int(np.argmin(positions))
-            raise InputError(f"pair {pair} names template {ids[pair]}, which has no images")
-    place = np.full(len(known), 2)
-    place[second] = 1
-    place[first] = 0
-    order = np.argsort(place, kind="stable")
-    new = np.empty(len(known), np.int32)
-    new[order] = np.arange(len(known))
-    return (
-        _group_images(images, known[order[: np.count_nonzero(place < 2)]], "a pair"),
-        new[first],
-        new[second],
-    )
-
-
-def _find(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Position of each id in ``known``, which is sorted; -1 if it is not there."""
-    low, high = int(known[0]), int(known[-1])
-    span = high - low + 1
-    if span > TABLE_SIZE:
-        position = np.searchsorted(known, ids).clip(max=len(known) - 1)
-        return np.where(known[position] == ids, position, -1)
-    table = np.full(span + 1, -1, np.int32)
-    table[known - low] = np.arange(len(known))
-    return table[np.where((ids >= low) & (ids <= high), ids - low, span)]
-
-
-def _cut_into_blocks(
-    first: np.ndarray, second: np.ndarray, count: int
-) -> list[tuple[slice, np.ndarray, np.ndarray]]:
-    """Sort the pairs by blocks of rows of the (T, T) score matrix: for each block its rows, its
-    pairs and their cells in it.
-
-    The matrix is symmetric, so a pair is looked up above the diagonal, and a block starts at the
-    diagonal.
-    """
-    row, column = np.minimum(first, second), np.maximum(first, second)
-    block_of = row // ROWS_AT_A_TIME
-    order = np.argsort(block_of.astype(np.uint16), kind="stable")  # 16 bits: a radix sort
-    ends = np.cumsum(np.bincount(block_of, minlength=-(-count // ROWS_AT_A_TIME)))
-    blocks = []
-    for block, (begin, end) in enumerate(zip(np.append(0, ends), ends, strict=False)):
-        if begin < end:
-            start = block * ROWS_AT_A_TIME
-            pairs = order[begin:end]
-            blocks.append(
-                (
-                    slice(start, start + ROWS_AT_A_TIME),
-                    pairs,
-                    (row[pairs] - start) * (count - start) + column[pairs] - start,
-                )
-            )
-    return blocks
-
-
-def _score_pairs(
-    features: np.ndarray, blocks: list[tuple[slice, np.ndarray, np.ndarray]], pairs: int
-) -> np.ndarray:
-    """Dot product of the two templates of each pair, (P,) float32.
-
-    Matrix products of all with all cost less than fetching two rows for each pair, of which IJB-C
-    has 700 a template.
-    """
-    scores = np.empty(pairs, np.float32)
-    for rows, chosen, cells in blocks:
-        scores[chosen] = (features[rows] @ features[rows.start :].T).reshape(-1)[cells]
-    return scores
-
-
-# --- input
-# --------------------------------------------------
-
-
-def _check_images(
-    embeddings: np.ndarray, faceness_scores: np.ndarray, templates: np.ndarray, medias: np.ndarray
-) -> Images:
-    embeddings, faceness = (
-        np.ascontiguousarray(embeddings, np.float32),
-        np.asarray(faceness_scores, np.float32),
-    )
-    if embeddings.ndim != 2 or not len(embeddings):
-        raise InputError(f"embeddings of shape {embeddings.shape}: a row for each image is needed")
-    for name, array in (
-        ("faceness_scores", faceness),
-        ("templates", np.asarray(templates)),
-        ("medias", np.asarray(medias)),
-    ):
-        if array.shape != (len(embeddings),):
-            raise InputError(
-                f"{name} of shape {array.shape} do not fit {len(embeddings)} "
-                "embeddings: one an image is needed"
-            )
-    if not np.isfinite(faceness).all():
-        raise InputError(
-            f"the detector score of image {int(np.argmin(np.isfinite(faceness)))} is "
-            "not finite (NaN or infinite)"
-        )
-    return Images(
-        embeddings,
-        check_norms(embeddings),
-        faceness,
-        _check_ids("templates", templates),
-        _check_ids("medias", medias),
-    )
-
-
-def _check_ids(name: str, ids: np.ndarray) -> np.ndarray:
-    ids = np.asarray(ids)
-    whole = to_whole(ids)
-    if ids.ndim != 1 or whole is None:
-        raise InputError(
-            f"{name} of shape {ids.shape} and type {ids.dtype}: a row of whole numbers is needed"
-        )
-    return whole

@@ -58,7 +58,7 @@ def read_accuracies(path: Path) -> dict[str, dict[str, tuple[float, float]]]:
     """{run: {set: (accuracy, standard deviation)}} in percent, of each run's last step (a
     checkpoint without a step counts where there is no other); the best run first.
 
-    Errors: InputError if there is no such file, or no accuracy on a pair set in it.
+    Raises InputError if there is no such file, or no accuracy on a pair set in it.
     """
     if not path.is_file():
         raise InputError(f"no {path.absolute()}; make it with eval/run_batch_eval.py")

@@ -61,7 +61,6 @@ class Search(NamedTuple):
 
 
 # --- pairs
-# --------------------------------------------------
 
 
 def roc_curve(scores: np.ndarray, label: np.ndarray) -> Roc:
@@ -126,10 +125,10 @@ def separate(scores: np.ndarray, label: np.ndarray, k: int = 12, bins: int = 100
     )
 
 
-def check_labels(label: np.ndarray, pairs: int) -> np.ndarray:
+def check_pair_labels(label: np.ndarray, pairs: int) -> np.ndarray:
     """(P,) bool.
 
-    Errors: InputError if there are not as many labels as pairs, if one is not 0 or 1, or if one of
+    Raises InputError if there are not as many labels as pairs, if one is not 0 or 1, or if one of
     the two kinds is absent.
     """
     label = np.asarray(label)
@@ -156,7 +155,7 @@ def _check_pairs(scores: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.
     scores = scores.astype(np.result_type(scores, np.float32), copy=False)
     if scores.ndim != 1:
         raise InputError(f"scores of shape {scores.shape}: one a pair is needed")
-    same = check_labels(label, len(scores))
+    same = check_pair_labels(label, len(scores))
     finite = np.isfinite(scores)
     if not finite.all():
         raise InputError(
@@ -197,7 +196,6 @@ def _smallest(values: np.ndarray, k: int) -> np.ndarray:
 
 
 # --- probes
-# --------------------------------------------------
 
 
 def search(

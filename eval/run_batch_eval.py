@@ -16,6 +16,7 @@ newer than the file and made with the same settings (settings/<name>.json) is no
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,22 +25,22 @@ from eval import evaluate
 from eval.report import files, tables
 from utils import distributed
 from utils.errors import InputError, run
-from utils.files import printable
+from utils.files import prepare_folder, printable, read_json, write_json
 
 
 def main() -> None:
     arguments = parse_arguments()
     checkpoints = find_checkpoints(arguments.checkpoint_dir, arguments.checkpoint_suffix)
     folder = arguments.report_dir or arguments.checkpoint_dir / "reports"
-    files.prepare_folder(folder, "--report-dir")
+    prepare_folder(folder, "--report-dir")
     evaluator = evaluate.Evaluator(arguments)
     reports = Reports(folder, arguments, evaluator)
     jobs = plan(evaluator, checkpoints, reports)
     if arguments.share_checkpoints:
         group = distributed.patient_group()
-        mine = jobs[distributed.rank() :: distributed.world_size()]
+        jobs_of_rank = jobs[distributed.rank() :: distributed.world_size()]
         with distributed.alone():
-            evaluate_all(evaluator, mine, reports)
+            evaluate_all(evaluator, jobs_of_rank, reports)
         reports.merge(distributed.all_gather_object((reports.rows, reports.failures), group))
     else:
         evaluate_all(evaluator, jobs, reports)
@@ -51,27 +52,22 @@ def find_checkpoints(folder: Path, suffix: str) -> list[Path]:
     """The files in the folder and its direct sub-folders (one a run) whose names end so, by run and
     step; those without a step come last.
     """
-    found = [
+    checkpoints = [
         path
-        for pattern in ("*", "*/*")
-        for path in folder.glob(pattern)
+        for path in (*folder.glob("*"), *folder.glob("*/*"))
         if path.name.endswith(suffix) and path.is_file()
     ]
-    if not found:
+    if not checkpoints:
         raise InputError(
             f"--checkpoint-dir: no file *{suffix} in {folder.absolute()} or its "
             "direct sub-folders; other endings: --checkpoint-suffix"
         )
-    return sorted(
-        found,
-        key=lambda path: (
-            path.parent != folder,
-            path.parent.name,
-            step_of(path) is None,
-            step_of(path) or 0,
-            path.name,
-        ),
-    )
+
+    def by_run_and_step(path: Path) -> tuple:
+        step = step_of(path)
+        return path.parent != folder, path.parent.name, step is None, step or 0, path.name
+
+    return sorted(checkpoints, key=by_run_and_step)
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -85,7 +81,7 @@ def plan(
     """The evaluations to do: a checkpoint with a report is skipped, one whose configuration or sets
     are unusable is a failure of its own.
 
-    Errors: InputError if the same reason keeps all of them from being evaluated.
+    Raises InputError if the same reason keeps all of them from being evaluated.
     """
     jobs, errors = [], {}
     for checkpoint in checkpoints:
@@ -94,7 +90,7 @@ def plan(
         except InputError as error:
             errors[checkpoint] = error
             continue
-        if not distributed.main_computes(lambda: reports.add_earlier(job)):
+        if not distributed.main_computes(partial(reports.add_earlier, job)):
             jobs.append(job)
     if len(errors) == len(checkpoints) and len(set(map(str, errors.values()))) == 1:
         raise errors[checkpoints[0]]
@@ -136,34 +132,27 @@ class Reports:
         if self.arguments.sort_by:
             tables.find_metric(self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures))
         if distributed.is_main():
-            print(
-                f"{name} ({self.evaluator.describe(job)})\n{tables.format_results(results)}\n",
-                flush=True,
-            )
+            description = self.evaluator.describe(job)
+            print(f"{name} ({description})\n{tables.format_results(results)}\n", flush=True)
             self.settings_of(name).parent.mkdir(exist_ok=True)
             files.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
             if self.arguments.save_json:
-                files.write_json(self.folder / f"{name}.json", results)
-            files.write_json(self.settings_of(name), self.evaluator.settings(job))
+                write_json(self.figures_of(name), results)
+            write_json(self.settings_of(name), self.evaluator.settings(job))
 
     def add_earlier(self, job: evaluate.Job) -> bool:
         """Take the figures of an earlier report if it is newer than the checkpoint and was made
         with the same settings.
         """
         name = name_of(job.checkpoint, self.arguments.checkpoint_dir)
-        written = [self.metrics_of(name), self.settings_of(name)] + [
-            self.folder / f"{name}.json"
-        ] * self.arguments.save_json
-        if self.arguments.force or not all(
-            path.is_file() and path.stat().st_mtime_ns >= job.checkpoint.stat().st_mtime_ns
-            for path in written
-        ):
+        report = [self.metrics_of(name), self.settings_of(name)]
+        if self.arguments.save_json:
+            report.append(self.figures_of(name))
+        if self.arguments.force or not all(is_newer(path, job.checkpoint) for path in report):
             return False
         try:
-            settings, figures = (
-                files.read_json(self.settings_of(name)),
-                files.read_metrics(self.metrics_of(name)),
-            )
+            settings = read_json(self.settings_of(name), advice=files.REMAKE)
+            figures = files.read_metrics(self.metrics_of(name))
         except InputError as error:
             print(f"{name}: evaluated again, for its report is damaged: {error}")
             return False
@@ -173,15 +162,16 @@ class Reports:
         print(f"{name}: the report is newer than the checkpoint; --force makes it again")
         return True
 
-    def merge(self, found: list[tuple[dict, dict]]) -> None:
-        for rows, failures in found:
+    def merge(self, of_ranks: list[tuple[dict, dict]]) -> None:
+        """Take the rows and failures of all ranks."""
+        for rows, failures in of_ranks:
             self.rows |= rows
             self.failures |= failures
 
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
         run_name = printable(checkpoint.absolute().parent.name)
-        self.rows[checkpoint] = files.Row(printable(name), run_name, step_of(checkpoint), figures)
+        self.rows[checkpoint] = tables.Row(printable(name), run_name, step_of(checkpoint), figures)
         return name
 
     def add_failure(self, checkpoint: Path, error: str) -> None:
@@ -190,35 +180,38 @@ class Reports:
     def metrics_of(self, name: str) -> Path:
         return self.folder / f"{name}_metrics.csv"
 
+    def figures_of(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
     def settings_of(self, name: str) -> Path:
         return self.folder / "settings" / f"{name}.json"
 
     def close(self, checkpoints: list[Path]) -> None:
         """Write the comparison of all.
 
-        Errors: InputError that names the checkpoints that could not be evaluated.
+        Raises InputError that names the checkpoints that could not be evaluated.
         """
-        distributed.main_computes(
-            lambda: self.compare(
-                [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows],
-                len(checkpoints),
-            )
-        )
+        rows = [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows]
+        distributed.main_computes(lambda: self.compare(rows, len(checkpoints)))
         if self.failures:  # after the comparison is written: this ends the other ranks
             raise InputError(
                 f"{len(self.failures)} of {len(checkpoints)} checkpoints could not be "
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[files.Row], checkpoints: int) -> None:
+    def compare(self, rows: list[tables.Row], checkpoints: int) -> None:
         if rows:
             files.write_summary(self.folder, rows, self.arguments.sort_by)
+            skipped = files.format_skipped(self.evaluator.skipped)
             print(
-                f"{files.format_skipped(self.evaluator.skipped)}{len(rows)} of {checkpoints} "
-                "checkpoints evaluated: "
+                f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
                 f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf",
                 flush=True,
             )
+
+
+def is_newer(path: Path, checkpoint: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime_ns >= checkpoint.stat().st_mtime_ns
 
 
 def name_of(checkpoint: Path, folder: Path) -> str:
@@ -260,8 +253,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sort-by",
         metavar="METRIC",
-        help="order of the summaries, best first: a "
-        "metric's name or the end of one, e.g. lfw.Accuracy-Flip, rank-1",
+        help="order of the summaries, best first: a metric's name or the end of one, e.g. "
+        "lfw.Accuracy-Flip, rank-1",
     )
     parser.add_argument(
         "--force",

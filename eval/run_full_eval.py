@@ -27,15 +27,16 @@ from eval.report.html_report import write_page
 from eval.report.thresholds import write_thresholds
 from utils import distributed
 from utils.errors import InputError, run
+from utils.files import prepare_file, prepare_folder, write_json
 from utils.weights.read import split_mark
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.results_json:
-        files.prepare_file(arguments.results_json, "--results-json")
+        prepare_file(arguments.results_json, "--results-json")
     if arguments.report_dir:
-        files.prepare_folder(arguments.report_dir, "--report-dir")
+        prepare_folder(arguments.report_dir, "--report-dir")
     if not split_mark(arguments.checkpoint)[0].is_file():
         raise InputError(f"--checkpoint: no file at {arguments.checkpoint.absolute()}")
     evaluator = evaluate.Evaluator(arguments)
@@ -43,43 +44,45 @@ def main() -> None:
     exhibits = [] if arguments.report_dir else None
     results = evaluator.evaluate_checkpoint(job, exhibits)
     if distributed.is_main():
-        skipped = files.format_skipped(evaluator.skipped)
-        print(
-            f"{arguments.checkpoint} "
-            f"({evaluator.describe(job)})\n{tables.format_results(results)}\n{skipped}",
-            end="",
-        )
-        if arguments.results_json:
-            files.write_json(arguments.results_json, results)
-        if arguments.report_dir:
-            settings = {
-                "checkpoint": str(arguments.checkpoint.absolute()),
-                "SHA-256": job.sha256(),
-                **evaluator.settings(job),
-                "color_space": evaluator.order(job),
-            }
-            settings = {
-                "Evaluation": settings,
-                "Run": evaluator.run_configuration(arguments.checkpoint),
-            }
-            path = arguments.checkpoint.absolute()
-            title = f"{path.name}\n{path.parent}\n{evaluator.describe(job)}"
-            write_page(
-                arguments.report_dir / "report.html",
-                title,
-                results,
-                exhibits,
-                settings,
-                skipped.splitlines(),
-            )
-            write_thresholds(
-                arguments.report_dir / "thresholds.json",
-                arguments.checkpoint,
-                job.sha256(),
-                evaluator.order(job),
-                exhibits,
-            )
+        report(arguments, evaluator, job, results, exhibits)
     distributed.shutdown()
+
+
+def report(
+    arguments: argparse.Namespace,
+    evaluator: evaluate.Evaluator,
+    job: evaluate.Job,
+    results: dict,
+    exhibits: list | None,
+) -> None:
+    """Print the figures and write what the command line asks for."""
+    skipped = files.format_skipped(evaluator.skipped)
+    description = evaluator.describe(job)
+    print(f"{arguments.checkpoint} ({description})\n{tables.format_results(results)}")
+    print(skipped, end="")
+    if arguments.results_json:
+        write_json(arguments.results_json, results)
+    if not arguments.report_dir:
+        return
+    path = arguments.checkpoint.absolute()
+    order = evaluator.order(job)
+    digest = job.sha256()
+    evaluation = {
+        "checkpoint": str(path),
+        "SHA-256": digest,
+        **evaluator.settings(job),
+        "color_space": order,
+    }
+    write_page(
+        arguments.report_dir / "report.html",
+        f"{path.name}\n{path.parent}\n{description}",
+        results,
+        exhibits,
+        {"Evaluation": evaluation, "Run": evaluator.run_configuration(arguments.checkpoint)},
+        skipped.splitlines(),
+    )
+    thresholds = arguments.report_dir / "thresholds.json"
+    write_thresholds(thresholds, arguments.checkpoint, digest, order, exhibits)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,8 +103,8 @@ def parse_arguments() -> argparse.Namespace:
         "--report-dir",
         type=Path,
         metavar="DIR",
-        help="write report.html there "
-        "(tables, curves, histograms and the hardest pairs on one page) and thresholds.json",
+        help="write report.html there (tables, curves, histograms and the hardest pairs on one "
+        "page) and thresholds.json",
     )
     evaluate.add_arguments(parser)
     return parser.parse_intermixed_args()

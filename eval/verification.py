@@ -52,7 +52,7 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
 
 
 def find_bin(root: str | Path, name: str) -> Path:
-    """``<root>/<name>.bin``. Errors: InputError if it is not there, listing what is."""
+    """``<root>/<name>.bin``. Raises InputError if it is not there, listing what is."""
     path = Path(root) / f"{name}.bin"
     if not path.is_file():
         present = ", ".join(sorted(other.name for other in Path(root).glob("*.bin"))) or "none"

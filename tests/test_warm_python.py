@@ -9,6 +9,8 @@ import pytest
 from tests.commands import LIMIT, environment
 from tests.warm_python import python
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(autouse=True)
 def warm():

@@ -1,0 +1,1 @@
+"""The three training scripts, what they share, and the tools for teachers."""

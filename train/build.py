@@ -2,13 +2,14 @@
 
 import json
 import logging
-import os
+from inspect import signature
 from pathlib import Path
 
 import torch
 from easydict import EasyDict
 
 from backbones import build_backbone
+from config.load import read_json
 from train.start_up import Run
 from utils import distributed, losses
 from utils.dataset.classes import check_classes
@@ -22,8 +23,9 @@ from utils.precision import PRECISIONS, autocast
 from utils.recordio.files import find_folders
 from utils.teacher.cache import TeacherCache, open_cache, read_manifest
 from utils.teacher.hub import find_weights
-from utils.teacher.load import ONNX, load_teacher, repository_of
-from utils.teacher.onnx import weight_files
+from utils.teacher.load import load_teacher
+from utils.teacher.names import ONNX, repository_of
+from utils.teacher.onnx_graph import weight_files
 from utils.weights.class_centers import read_kernel
 from utils.weights.load import load_backbone, run_beside
 from utils.weights.read import digest_of, sha256, split_mark
@@ -73,8 +75,8 @@ def stage_records(rec: str | list[str], to: str) -> list[str]:
     for folder in find_folders(rec):
         if missing := [name for name in folder.recs if name not in folder.existing()]:
             raise InputError(
-                f"no record file {os.path.join(folder.path, missing[0])}; check the "
-                "path or make one with data/make_rec.py"
+                f"no record file {Path(folder.path, missing[0])}; check the path "
+                "or make one with data/make_rec.py"
             )
         copy = stage(folder.path, folder.existing(), to)
         staged += [str(copy / name) for name in folder.recs]
@@ -86,11 +88,8 @@ def build_student(cfg) -> torch.nn.Module:
     student = build_backbone(cfg.network, cfg.embedding_size, use_se=cfg.SE)
     if cfg.pretrained_backbone_path:
         load_pretrained_backbone(student, cfg)
-    logging.info(
-        "Student %s: %s parameters",
-        cfg.network,
-        f"{sum(p.numel() for p in student.parameters()):,}",
-    )
+    parameters = sum(p.numel() for p in student.parameters())
+    logging.info("Student %s: %s parameters", cfg.network, f"{parameters:,}")
     return student
 
 
@@ -115,26 +114,13 @@ def load_pretrained_backbone(student: torch.nn.Module, cfg) -> None:
 
 def build_header(cfg, method: str) -> Header:
     """The header of ``method`` as the configuration describes it."""
-    names = (
-        "s",
-        "m",
-        "h",
-        "t_alpha",
-        "adaptive_alpha",
-        "use_geom_margin",
-        "geom_margin_w",
-        "geom_margin_k",
-        "geom_margin_warmup_epoch",
-        "sample_rate",
-    )
+    # parameters and configuration keys bear the same names
+    options = {name: cfg[name] for name in signature(losses.build_header).parameters if name in cfg}
     return losses.build_header(
         method,
-        cfg.loss,
-        cfg.embedding_size,
-        cfg.num_classes,
         centers_dtype=PRECISIONS[cfg.centers_precision] or torch.float32,
         centers_on_host=cfg.centers_device == "cpu",
-        **{name: cfg[name] for name in names},
+        **options,
     )
 
 
@@ -145,8 +131,10 @@ def load_pretrained_centers(header, cfg) -> None:
 
 
 def load_teacher_centers(header, cfg) -> None:
-    """Take the teacher's class centres, which AMLDistill never moves, from
-    pretrained_teacher_header_path (or pretrained_header_path, not both).
+    """Take the teacher's class centres, which AMLDistill never moves.
+
+    From pretrained_teacher_header_path or pretrained_header_path; raises InputError if both are
+    set.
     """
     if cfg.pretrained_header_path and cfg.pretrained_teacher_header_path:
         raise InputError(
@@ -166,19 +154,20 @@ def load_teacher_centers(header, cfg) -> None:
 def load_centers(header, cfg, path: str, what: str, hint: str = "") -> None:
     """Set the header's class centres from a published header file.
 
-    Errors: InputError if it is missing or of another shape.
+    what, hint: of an error's message, what the file is and how to get it. Raises InputError if it
+    is missing or of another shape.
     """
     header.load_kernel(read_kernel(path, what, cfg.embedding_size, cfg.num_classes, hint))
     logging.info("Class centres from %s", path)
 
 
 def open_teacher(cfg, run: Run, dataset):
-    """The teacher as a function ``batch -> (B, D) float32`` features without gradient, on this
-    process's device.
+    """The teacher as a function ``batch -> (B, D) float32`` features, without gradient.
 
-    With ``cfg.teacher_embeddings`` they are read with the images of ``dataset``, and no teacher is
-    built; else the teacher runs, compiled like the student. Errors: InputError if weights or cache
-    are missing, do not fit, or have other than cfg.embedding_size dimensions.
+    They are on this process's device. With ``cfg.teacher_embeddings`` they are read with the images
+    of ``dataset``, and no teacher is built; else the teacher runs, compiled like the student.
+    Raises InputError if weights or cache are missing, do not fit, or have other than
+    cfg.embedding_size dimensions.
     """
     if cfg.teacher_embeddings:
         dataset.teacher_features = open_teacher_cache(cfg, dataset)
@@ -193,10 +182,8 @@ def open_teacher(cfg, run: Run, dataset):
                 f"{cfg.embedding_size} dimensions"
             )
         return lambda batch: batch.features
-    teacher = load_teacher(cfg, cfg.embedding_size).to(
-        run.device,
-        memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format,
-    )
+    teacher = load_teacher(cfg, cfg.embedding_size)
+    teacher.to(run.device, memory_format=memory_format(cfg))
     keep_to_one_teacher(run, teacher.sha256)
     network = torch.compile(teacher) if cfg.compile else teacher
 
@@ -205,6 +192,11 @@ def open_teacher(cfg, run: Run, dataset):
             return network(batch.images)
 
     return features
+
+
+def memory_format(cfg) -> torch.memory_format:
+    """The layout in memory of networks and images."""
+    return torch.channels_last if cfg.channels_last else torch.contiguous_format
 
 
 def input_dtype(cfg, run: Run) -> torch.dtype:
@@ -221,25 +213,24 @@ def input_dtype(cfg, run: Run) -> torch.dtype:
 def keep_to_one_teacher(run: Run, digest: str) -> None:
     """Remember the SHA-256 of the teacher in the run's folder.
 
-    Errors: InputError if the ranks have different teachers, or a resumed run had another.
+    Raises InputError if the ranks have different teachers, or a resumed run had another.
     """
-    found = distributed.all_gather_object(digest)
-    if len(set(found)) > 1:
+    digests = distributed.all_gather_object(digest)
+    if len(set(digests)) > 1:
         raise InputError(
-            "the ranks have different teachers, SHA-256 "
-            f"{', '.join(dict.fromkeys(found))}: give all machines the same file"
+            f"the ranks have different teachers, SHA-256 {', '.join(dict.fromkeys(digests))}: "
+            "give all machines the same file"
         )
     file = run.folder.path / "teacher.json"
 
     def compare():
-        before = (
-            json.loads(file.read_text())["sha256"] if run.resume_step and file.is_file() else digest
-        )
-        if before != digest:
-            raise InputError(
-                f"resume: {run.folder.path} was trained from a teacher with SHA-256 "
-                f"{before}, this one has {digest}: set the same, or another output="
-            )
+        if run.resume_step and file.is_file():
+            before = read_json(file)["sha256"]
+            if before != digest:
+                raise InputError(
+                    f"resume: {run.folder.path} was trained from a teacher with SHA-256 "
+                    f"{before}, this one has {digest}: set the same, or another output="
+                )
         with replacing(file) as out:
             out.write((json.dumps(dict(sha256=digest)) + "\n").encode())
 
@@ -249,8 +240,8 @@ def keep_to_one_teacher(run: Run, digest: str) -> None:
 def open_teacher_cache(cfg, dataset) -> TeacherCache:
     """The features in ``cfg.teacher_embeddings``.
 
-    Errors: as ``open_cache``; where pretrained_teacher_path or an ONNX file is set, they must be of
-    its weights.
+    Raises InputError as ``open_cache`` does, and where pretrained_teacher_path or an ONNX file is
+    set and they are of other weights.
     """
     weights = Path(cfg.pretrained_teacher_path) if cfg.pretrained_teacher_path else None
     if weights and weights.is_dir():
@@ -266,7 +257,8 @@ def open_teacher_cache(cfg, dataset) -> TeacherCache:
         digest = digest_of(weights) if weights else None
     path = Path(cfg.teacher_embeddings)
     if cfg.stage_to:
-        read_manifest(path)  # if it is not complete, say so
+        # refuses one that is not complete
+        read_manifest(path)
         path = distributed.once_per_node(
             lambda: stage(path, ["features.npy", "manifest.json"], cfg.stage_to)
         )

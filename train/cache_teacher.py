@@ -1,5 +1,4 @@
-"""Run the teacher once over the training set and keep its features, so that training need not run
-it again.
+"""Run the teacher once over the training set, and keep its features for training.
 
     python train/cache_teacher.py --output data/teacher \\
         teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt
@@ -29,14 +28,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import numpy as np
 from tqdm import tqdm
 
-from config.load import ROOT, load_config
+from config.load import argument_parser, load_config
 from train import build
+from train.damaged_records import refuse_too_many
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
-from utils.teacher.cache import Origin, TeacherCache, make_manifest, read_manifest
+from utils.teacher.cache import CacheSource, TeacherCache, make_manifest, read_manifest
 from utils.teacher.cache_writer import CacheWriter
-from utils.teacher.load import ONNX, repository_of
+from utils.teacher.names import ONNX, repository_of
 from utils.weights.read import sha256
 
 # what zipfile and NumPy's headers raise
@@ -54,14 +54,11 @@ DAMAGED_ARCHIVE = (
 def main():
     arguments = parse_arguments()
     cfg = load_config(arguments.config, arguments.overrides)
-    output = (
-        arguments.output.absolute()
-        if arguments.output
-        else Path(cfg.teacher_embeddings)
-        if cfg.teacher_embeddings
-        else None
-    )
-    if output is None:
+    if arguments.output:
+        output = arguments.output.absolute()
+    elif cfg.teacher_embeddings:
+        output = Path(cfg.teacher_embeddings)
+    else:
         raise InputError(
             "no folder for the features: name one with --output, or with "
             "teacher_embeddings= as in training"
@@ -85,17 +82,7 @@ def main():
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        default=str(ROOT / "config" / "config.py"),
-        metavar="FILE",
-        help="configuration file (default: config/config.py)",
-    )
+    parser = argument_parser(__doc__, "dataset=CASIA_WebFace val_batch_size=256")
     parser.add_argument(
         "--output",
         type=Path,
@@ -109,12 +96,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="import the features of an .npz instead of running a teacher",
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="configuration values, e.g. dataset=CASIA_WebFace val_batch_size=256",
-    )
     return parser.parse_intermixed_args()
 
 
@@ -127,7 +108,7 @@ def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
     teacher = teacher_pass.teacher
     # onnxruntime knows no autocast
     precision = "fp32" if teacher.name.startswith(ONNX) else teacher_pass.precision
-    origin = Origin(
+    origin = CacheSource(
         teacher.name,
         precision,
         Path(teacher.path).name,
@@ -146,21 +127,17 @@ def compute_features(cfg, dataset, output: Path, device) -> CacheWriter | None:
     todo = sum(map(len, missing))
     logging.info("%d images to compute, %d are in %s", todo, len(dataset) - todo, output)
 
+    def check_damaged():
+        names = [dataset.name_of(index) for index in writer.replaced()]
+        refuse_too_many(names, cfg.max_bad_records)
+
     def keep(part, features, damaged):
         writer.write(part, features.numpy(), damaged)
-        refuse_too_many(writer.replaced(), dataset, cfg.max_bad_records)
+        check_damaged()
 
-    refuse_too_many(writer.replaced(), dataset, cfg.max_bad_records)
+    check_damaged()
     teacher_pass.run(missing[distributed.rank() :: distributed.world_size()], keep)
     return writer
-
-
-def refuse_too_many(damaged: list[int], dataset, limit: int) -> None:
-    if len(damaged) > limit:
-        raise InputError(
-            f"{len(damaged)} damaged records are more than max_bad_records={limit}: "
-            f"{', '.join(str(dataset.name_of(index)) for index in damaged)}"
-        )
 
 
 def open_writer(output: Path, manifest: dict) -> CacheWriter | None:
@@ -179,14 +156,14 @@ def open_writer(output: Path, manifest: dict) -> CacheWriter | None:
 def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
     """The first rank copies the features of ``source``, a part at a time, and compares its labels.
 
-    Errors: InputError if they are not this set's.
+    Raises InputError if they are not this set's.
     """
     if not distributed.is_main():
         return None
     columns, size, kind = open_columns(source, len(dataset))
     writer = CacheWriter(
         output,
-        make_manifest(dataset, size, Origin(source.name, kind, imported=sha256(source))),
+        make_manifest(dataset, size, CacheSource(source.name, kind, imported=sha256(source))),
         main=True,
     )
     if writer.complete:
@@ -194,12 +171,11 @@ def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
     for part in tqdm(writer.missing(), desc=source.name, unit="part", disable=None):
         rows = {name: column.read(part) for name, column in columns.items()}
         for name in ("emb", "emb_flip"):
-            useless = np.flatnonzero(~np.isfinite(rows[name]).all(axis=1) | ~rows[name].any(axis=1))
-            if len(useless):
+            useful = np.isfinite(rows[name]).all(axis=1) & rows[name].any(axis=1)
+            if not useful.all():
+                record = dataset.name_of(part.start + int(useful.argmin()))
                 raise InputError(
-                    f"--from: {name} of record "
-                    f"{dataset.name_of(part.start + useless[0])} in {source} is not finite or all "
-                    "zeros"
+                    f"--from: {name} of record {record} in {source} is not finite or all zeros"
                 )
         if "label" in rows:
             compare_labels(rows["label"], dataset, part, source)
@@ -207,21 +183,23 @@ def import_features(source: Path, dataset, output: Path) -> CacheWriter | None:
     return writer
 
 
-def compare_labels(found: np.ndarray, dataset, part: range, source: Path) -> None:
+def compare_labels(labels: np.ndarray, dataset, part: range, source: Path) -> None:
     expected = dataset.labels(part)
-    # below 0: a damaged record, which tells no label
-    wrong = np.flatnonzero((found != expected) & (expected >= 0))
-    if len(wrong):
+    # below 0: a damaged record, whose label is not known
+    differ = (labels != expected) & (expected >= 0)
+    if differ.any():
+        first = int(differ.argmax())
         raise InputError(
-            f"--from: record {dataset.name_of(part.start + wrong[0])} has label "
-            f"{expected[wrong[0]]}, {source} says {found[wrong[0]]}: "
+            f"--from: record {dataset.name_of(part.start + first)} has label "
+            f"{expected[first]}, {source} says {labels[first]}: "
             "its features are of another set or in another order"
         )
 
 
 class Column:
-    """One array of an .npz, read from its beginning to its end a part at a time: features of
-    millions of images need no memory.
+    """One array of an .npz, read from its beginning to its end a part at a time.
+
+    So features of millions of images need no memory.
     """
 
     def __init__(self, archive: zipfile.ZipFile, name: str, path: Path):
@@ -230,13 +208,11 @@ class Column:
         self.at = 0
         try:
             self.stream = archive.open(f"{name}.npy")
-            version = np.lib.format.read_magic(self.stream)
-            header = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            self.shape, by_column, self.dtype = header(self.stream)
+            if np.lib.format.read_magic(self.stream) == (1, 0):
+                header = np.lib.format.read_array_header_1_0(self.stream)
+            else:
+                header = np.lib.format.read_array_header_2_0(self.stream)
+            self.shape, by_column, self.dtype = header
         except DAMAGED_ARCHIVE as error:
             raise InputError(f"--from: {name} of {path} cannot be read ({error})") from error
         if self.dtype.hasobject:
@@ -270,7 +246,7 @@ class Column:
 def open_columns(path: Path, images: int) -> tuple[dict[str, Column], int, str]:
     """emb, emb_flip and, if it is there, label of an .npz; the features' dimensions and type.
 
-    Errors: InputError if they cannot be this set's features.
+    Raises InputError if they cannot be this set's features.
     """
     if not path.is_file():
         raise InputError(f"--from: no file at {path.absolute()}")
@@ -290,25 +266,15 @@ def open_columns(path: Path, images: int) -> tuple[dict[str, Column], int, str]:
         name: Column(archive, name, path) for name in ("emb", "emb_flip", "label") if name in names
     }
     emb, flip, label = columns["emb"], columns["emb_flip"], columns.get("label")
-    if (
-        len(emb.shape) != 2
-        or emb.shape[0] != images
-        or emb.shape[1] == 0
-        or flip.shape != emb.shape
-        or label
-        and label.shape != (images,)
-    ):
+    fits = len(emb.shape) == 2 and emb.shape[0] == images and emb.shape[1] > 0
+    if not fits or flip.shape != emb.shape or (label and label.shape != (images,)):
         shapes = ", ".join(f"{name} {column.shape}" for name, column in columns.items())
         raise InputError(
             f"--from: {path} has {shapes}; this set has {images} images, so emb and "
             f"emb_flip must be ({images}, D) and label ({images},)"
         )
-    if (
-        emb.dtype not in (np.float16, np.float32)
-        or flip.dtype != emb.dtype
-        or label
-        and label.dtype.kind not in "iuf"
-    ):
+    fits = emb.dtype in (np.float16, np.float32) and flip.dtype == emb.dtype
+    if not fits or (label and label.dtype.kind not in "iuf"):
         kinds = ", ".join(f"{name} {column.dtype}" for name, column in columns.items())
         raise InputError(
             f"--from: {path} has {kinds}; emb and emb_flip must both be float16 or "

@@ -1,5 +1,4 @@
-"""Compute AMLDistill's class centres where a teacher is published without its header: class means
-of its features over the training set.
+"""Compute AMLDistill's class centres, where a teacher is published without its header.
 
     python train/class_centers.py output=data/teacher_centers.pth \\
         teacher=ir50 pretrained_teacher_path=adaface_ir50_ms1mv2.ckpt
@@ -14,7 +13,6 @@ the mean cosine between a feature and its class centre, which is the mean length
 killed run starts again; where the teacher takes hours, make the cache first, which goes on.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -26,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config.load import ROOT, load_config
+from config.load import argument_parser, load_config
 from train import build
 from train.teacher_pass import TeacherPass, log_to_console
 from utils import distributed
 from utils.errors import InputError, run
-from utils.files import replacing
-from utils.teacher.cache import PART
+from utils.run.folder import save
+from utils.teacher.cache_writer import PART
 
 
 def main():
@@ -43,23 +41,23 @@ def main():
     patient = distributed.patient_group()
     dataset = build.build_dataset(cfg)
     cfg = build.with_classes(cfg, dataset)
-    parts = [
-        range(first, min(first + PART, len(dataset))) for first in range(0, len(dataset), PART)
-    ][distributed.rank() :: distributed.world_size()]
+    starts = range(0, len(dataset), PART)[distributed.rank() :: distributed.world_size()]
+    parts = [range(start, min(start + PART, len(dataset))) for start in starts]
     centers = ClassMeans(cfg.num_classes)
-    for_each_part = from_cache if cfg.teacher_embeddings else from_teacher
-    for_each_part(
-        cfg,
-        dataset,
-        parts,
-        device,
-        lambda part, features, damaged: centers.add(features, labels_of(dataset, part, damaged)),
-    )
+
+    def add(part, features, damaged):
+        centers.add(features, labels_of(dataset, part, damaged))
+
+    if cfg.teacher_embeddings:
+        read_cache(cfg, dataset, parts, add)
+    else:
+        TeacherPass(cfg, dataset, device).run(parts, add)
     # a rank may be further behind than the collectives below would wait
     distributed.all_gather_object(None, patient)
     kernel = centers.kernel(dataset.root_dir)
     if distributed.is_main():
-        save(kernel, output)
+        advice = "make room or choose another place with output="
+        save({"kernel": kernel}, output, advice)
         counts = centers.counts.sort().values
         logging.info(
             "%d classes of %d to %d images (median %d), %d in all",
@@ -80,23 +78,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        default=str(ROOT / "config" / "config.py"),
-        metavar="FILE",
-        help="configuration file (default: config/config.py)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="configuration values, e.g. output=data/teacher_centers.pth",
-    )
+    parser = argument_parser(__doc__, "output=data/teacher_centers.pth")
     arguments = parser.parse_intermixed_args()
     if not any(override.startswith("output=") for override in arguments.overrides):
         raise InputError("no file for the centres: name one with output=FILE.pth")
@@ -104,7 +86,7 @@ def parse_arguments():
 
 
 def prepare_output(path: Path) -> Path:
-    """The file to write, its folder made. Errors: InputError if it cannot be."""
+    """The file to write, its folder made. Raises InputError if it cannot be."""
     path = path if path.suffix == ".pth" else path / "class_centers.pth"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,30 +100,21 @@ def prepare_output(path: Path) -> Path:
     return path
 
 
-def from_teacher(cfg, dataset, parts: list[range], device, keep) -> None:
-    TeacherPass(cfg, dataset, device).run(parts, keep)
-
-
-def from_cache(cfg, dataset, parts: list[range], device, keep) -> None:
+def read_cache(cfg, dataset, parts: list[range], keep) -> None:
+    """Call ``keep`` as TeacherPass.run does, with the features in cfg.teacher_embeddings."""
     cache = build.open_teacher_cache(cfg, dataset)
     replaced = set(cache.replaced)
-    for part in tqdm(
-        parts,
-        desc="cache",
-        unit="part",
-        leave=False,
-        disable=None if distributed.is_main() else True,
-    ):
-        keep(
-            part,
-            torch.from_numpy(cache.read_part(part)),
-            [index for index in part if index in replaced],
-        )
+    # None: no bar where no terminal watches
+    hidden = None if distributed.is_main() else True
+    for part in tqdm(parts, desc="cache", unit="part", leave=False, disable=hidden):
+        damaged = [index for index in part if index in replaced]
+        keep(part, torch.from_numpy(cache.read_part(part)), damaged)
 
 
 def labels_of(dataset, part: range, damaged: list[int]) -> torch.Tensor:
-    """(n,) labels of the part's images; -1 for damaged records, whose features are another
-    image's.
+    """(n,) labels of the part's images.
+
+    -1 for damaged records, whose features are another image's.
     """
     labels = torch.from_numpy(dataset.labels(part))
     labels[[index - part.start for index in damaged]] = -1
@@ -149,8 +122,9 @@ def labels_of(dataset, part: range, damaged: list[int]) -> torch.Tensor:
 
 
 class ClassMeans:
-    """Sums, in float64, of the normalised features of this rank's images by class; together with
-    the other ranks' they become the centres.
+    """Sums, in float64, of the normalised features of this rank's images by class.
+
+    Together with the other ranks' they become the centres.
     """
 
     def __init__(self, num_classes: int):
@@ -158,9 +132,7 @@ class ClassMeans:
         self.counts = torch.zeros(num_classes, dtype=torch.int64)
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """features (n, 2, D) of images and mirror images; labels (n,), those below 0 are left
-        out.
-        """
+        """features (n, 2, D): of images and mirror images; labels (n,): below 0 is left out."""
         if self.sums is None:
             self.sums = torch.zeros(len(self.counts), features.shape[2], dtype=torch.float64)
         known = labels >= 0
@@ -170,14 +142,12 @@ class ClassMeans:
     def kernel(self, root_dir: str) -> torch.Tensor:
         """(D, C) float32 means over all ranks; not normalised again: as long as the class is alike.
 
-        Errors: InputError for a class without images.
+        Raises InputError for a class without images.
         """
         size = max(distributed.all_gather_object(0 if self.sums is None else self.sums.shape[1]))
-        sums = distributed.all_reduce(
-            torch.zeros(len(self.counts), size, dtype=torch.float64)
-            if self.sums is None
-            else self.sums
-        )
+        if self.sums is None:
+            self.sums = torch.zeros(len(self.counts), size, dtype=torch.float64)
+        sums = distributed.all_reduce(self.sums)
         distributed.all_reduce(self.counts)
         empty = torch.nonzero(self.counts == 0).flatten().tolist()
         if empty:
@@ -188,16 +158,6 @@ class ClassMeans:
                 "it, or set num_classes to the classes that are there"
             )
         return (sums / (2 * self.counts[:, None])).t().contiguous().float()
-
-
-def save(kernel: torch.Tensor, path: Path) -> None:
-    try:
-        with replacing(path) as file:
-            torch.save({"kernel": kernel}, file)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise InputError(
-            f"cannot save {path} ({error}); make room or choose another place with output="
-        ) from error
 
 
 if __name__ == "__main__":

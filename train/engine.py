@@ -15,13 +15,13 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from train.build import input_dtype
+from train.build import input_dtype, memory_format
 from train.feed import Feed
+from train.gradients import FiniteGuard, make_scaler
 from train.progress import Progress
 from train.run_state import Position, RunState
 from train.start_up import StopRequest, write_config
 from utils import distributed
-from utils.errors import InputError
 from utils.precision import autocast
 from utils.run.hang_watch import Watch
 
@@ -47,8 +47,7 @@ class Engine:
         self.validation = validation
         self.position = Position()
         self.feed = Feed(cfg, dataset, run.device, input_dtype(cfg, run))
-        layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-        self.backbone = student.to(run.device, memory_format=layout)
+        self.backbone = student.to(run.device, memory_format=memory_format(cfg))
         self.student = wrap(self.backbone, run, cfg.compile)
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
         self.header = header.to(run.device)
@@ -77,34 +76,32 @@ class Engine:
 
     def train(self) -> None:
         """Train to the last epoch or until a signal asks to stop; verify and save on the way."""
+        cfg, run, step = self.cfg, self.run, self.position.step
         if distributed.is_main():
-            if later := self.run.folder.rewind(self.position.step):
+            if later := run.folder.rewind(step):
+                steps = ", ".join(map(str, later))
                 logging.warning(
-                    "going back to step %d: the states of steps %s are removed",
-                    self.position.step,
-                    ", ".join(map(str, later)),
+                    "going back to step %d: the states of steps %s are removed", step, steps
                 )
-            write_config(self.cfg, self.run.resume_step)
-        self.progress = Progress(
-            self.cfg, self.run.device, self.feed, self.total_steps, self.position.step
-        )
+            write_config(cfg, run.resume_step)
+        self.progress = Progress(cfg, run.device, self.feed, self.total_steps, step)
         stop = StopRequest()
-        if self.cfg.run_eval_at_start and self.position.step == 0:
+        if cfg.run_eval_at_start and step == 0:
             self.verify()
             self.run_benchmarks(self.position.epoch)
         try:
-            with Watch(self.cfg.timeout):
+            with Watch(cfg.timeout):
                 self.make_up_for_benchmarks()
                 self.train_epochs(stop)
         finally:
             self.feed.close()
         step = self.position.step
-        if self.position.epoch < self.cfg.num_epoch:
+        if self.position.epoch < cfg.num_epoch:
             logging.info(
                 "Stopped by a signal at step %d of %d; go on with --resume", step, self.total_steps
             )
         else:
-            logging.info("Finished at step %d: %s", step, self.run.folder.file(step, "backbone"))
+            logging.info("Finished at step %d: %s", step, run.folder.file(step, "backbone"))
         self.progress.close()
 
     def train_epochs(self, stop: StopRequest) -> None:
@@ -215,43 +212,6 @@ class Engine:
             self.state.save()
 
 
-class FiniteGuard:
-    """Stops a run whose loss or gradient is not finite; it never trains on.
-
-    With fp16's scaler an infinite gradient is normal: that step is skipped and the scale halved.
-    """
-
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.first_bad_step = torch.full((), -1, device=engine.run.device)
-
-    def note(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Remember the first bad step; on CPUs stop before the weights see it."""
-        finite = torch.isfinite(loss)
-        if not self.engine.scaler.is_enabled():
-            # a centre's gradient that is not finite makes the features' not finite either
-            finite = finite & torch.isfinite(norm)
-        is_first = ~finite & (self.first_bad_step < 0)
-        step = self.engine.position.step + 1
-        self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
-        if self.engine.run.device.type == "cpu":
-            self.check()
-
-    def check(self) -> None:
-        """Raises InputError if a loss or gradient was not finite; before anything is saved."""
-        step = int(self.first_bad_step)
-        scaler = self.engine.scaler
-        if step < 0 and not (scaler.is_enabled() and scaler.get_scale() < 1e-3):
-            return
-        step = step if step >= 0 else self.engine.position.step
-        lr = self.engine.optimizer.param_groups[0]["lr"]
-        raise InputError(
-            f"the loss or a gradient is not finite at step {step} (learning rate {lr:g}, "
-            f"{self.engine.run.precision}); try a lower lr, warmup_epoch=1 or more, or "
-            "precision=fp32. Earlier checkpoints are untouched"
-        )
-
-
 def wrap(backbone: torch.nn.Module, run, compiled: bool):
     """The student as ``student(images)``: under autocast, compiled, averaging gradients."""
     network = torch.compile(backbone) if compiled else backbone
@@ -267,14 +227,3 @@ def wrap(backbone: torch.nn.Module, run, compiled: bool):
 
     student.no_sync = getattr(network, "no_sync", nullcontext)
     return student
-
-
-def make_scaler(run):
-    """fp16's loss scaler, which does nothing for the other precisions."""
-    scaling = dict(device=run.device.type, enabled=run.precision == "fp16")
-    if scaling["enabled"] and distributed.world_size() > 1:
-        # all ranks skip a step together; takes seconds to import
-        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-
-        return ShardedGradScaler(**scaling)
-    return torch.amp.GradScaler(**scaling)

@@ -1,5 +1,4 @@
-"""Put a header that all ranks have written as shares (header_format=shards) into the single file
-that people exchange.
+"""Put a header of shares (header_format=shards) into the single file that people exchange.
 
     python train/export_header.py output/teacher/295672header    # writes 295672header.pth there
     python train/export_header.py output/teacher/295672header --output header.pth
@@ -41,18 +40,15 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     arguments.folder = arguments.folder.absolute()
     if not arguments.folder.is_dir():
-        hint = (
-            "; <step>header.pth is the single file already"
-            if arguments.folder.suffix == ".pth"
-            else ""
-        )
+        hint = ""
+        if arguments.folder.suffix == ".pth":
+            hint = "; <step>header.pth is the single file already"
         raise InputError(
             f"no folder {arguments.folder}: give the <step>header folder of a run "
             f"with header_format=shards{hint}"
         )
-    arguments.output = (
-        arguments.output or arguments.folder.with_name(arguments.folder.name + ".pth")
-    ).absolute()
+    beside = arguments.folder.with_name(arguments.folder.name + ".pth")
+    arguments.output = (arguments.output or beside).absolute()
     return arguments
 
 

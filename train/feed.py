@@ -1,12 +1,12 @@
 """What a rank computes with: the batches of an epoch on its device, mirrored and augmented."""
 
-import logging
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+from train.damaged_records import DamagedRecords
 from train.run_state import Position
 from utils import distributed
 from utils.dataset.loader import open_loader
@@ -119,7 +119,7 @@ def open_read_ahead(dataset, block: int) -> ReadAhead | None:
     """Read ``block`` records that lie together at a time; 0: every record by itself."""
     if not block:
         return None
-    return ReadAhead(RecordBlocks(dataset.shards(), block), *distributed.place_on_node())
+    return ReadAhead(RecordBlocks(dataset.record_files(), block), *distributed.place_on_node())
 
 
 def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
@@ -129,37 +129,3 @@ def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.T
     """
     plain, of_mirrors = features.unbind(1)
     return (plain if flip is None else torch.where(flip[:, None], of_mirrors, plain)).float()
-
-
-class DamagedRecords:
-    """{key: reason} of the records that others took the place of; too many end the run."""
-
-    def __init__(self, most: int):
-        self.most = most
-        self.reasons = {}
-        self.shared = 0
-
-    def note(self, damaged: list[tuple]) -> None:
-        """Remember (key, reason) pairs of a batch. Raises InputError if there are too many."""
-        for key, reason in damaged:
-            if key not in self.reasons:
-                self.reasons[key] = reason
-                logging.warning("damaged record %s, another one takes its place: %s", key, reason)
-        self.refuse_too_many()
-
-    def share(self) -> None:
-        """Let every rank know what others have met, and stop all together if it is too much."""
-        fresh = len(self.reasons) - self.shared
-        if distributed.all_reduce(torch.tensor(float(fresh))).item():
-            everyone = distributed.all_gather_object(self.reasons)
-            self.reasons = {key: reason for own in everyone for key, reason in own.items()}
-        self.shared = len(self.reasons)
-        self.refuse_too_many()
-
-    def refuse_too_many(self) -> None:
-        if len(self.reasons) > self.most:
-            keys = ", ".join(map(str, sorted(self.reasons, key=str)))
-            raise InputError(
-                f"{len(self.reasons)} damaged records are more than "
-                f"max_bad_records={self.most}: {keys}"
-            )

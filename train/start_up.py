@@ -22,17 +22,20 @@ from utils.precision import choose_precision
 from utils.run.folder import RunFolder
 from utils.run.log import start_log
 
-# how long ranks may see different files in the shared folder
-STALE_LOOKS, STALE_SECONDS = 12, 5
+# How often, and after how long, ranks that see different files in the shared folder look again.
+RETRIES = 12
+RETRY_SECONDS = 5
 
 
 class Run(NamedTuple):
     """Where and how this process trains."""
 
     device: torch.device
-    precision: str  # "fp32", "bf16" or "fp16": "auto" is resolved
+    # "fp32", "bf16" or "fp16": "auto" is resolved
+    precision: str
     folder: RunFolder
-    resume_step: int  # 0: from the start
+    # 0: from the start
+    resume_step: int
 
 
 @contextmanager
@@ -69,24 +72,21 @@ def start(cfg, resume: bool):
         logging.warning("step %d cannot be resumed from: %s; taking the one before", step, damage)
     torch.manual_seed(cfg.seed)
     yield Run(device, precision, folder, resume_step)
-    # not after an error: closing the connections would end the other ranks before this one has said
-    # why
+    # not after an error: closing the connections would end the other ranks before this one says why
     distributed.shutdown()
 
 
 def where_to_resume(
     folder: RunFolder, global_step: int, resume: bool
 ) -> tuple[int, list[tuple[int, str]]]:
-    """The step to go on from, 0 for a fresh start, and newer ones that cannot be read, with what is
-    wrong; processes that torchrun has restarted take the newest state of their own run.
+    """(step to go on from, [(newer step that cannot be read, what is wrong)]); 0: a fresh start.
 
-    A collective.
-    Errors: InputError if a state was asked for and is not there, or if a fresh start would
-    overwrite another run's checkpoints.
+    Processes that torchrun has restarted take the newest state of their own run. A collective.
+    Raises InputError if a state was asked for and is not there, or if a fresh start would overwrite
+    another run's checkpoints.
     """
     steps = agreed_steps(folder)
-    # a machine that came back starts anew, the others restart: one that was restarted speaks for
-    # all
+    # a machine that came back starts anew, the others restart: one that was restarted decides
     if any(distributed.all_gather_object(was_restarted(folder.path / "training.log"))):
         return newest_sound(folder, steps) if steps else (0, [])
     if global_step and global_step not in steps:
@@ -112,27 +112,28 @@ def where_to_resume(
 
 
 def agreed_steps(folder: RunFolder) -> list[int]:
-    """The complete steps in the folder, as all ranks find them. Errors: InputError if they go on
-    finding different ones: it is not one folder.
+    """The complete steps in the folder, as all ranks see them.
 
-    A network file system may show a machine what it looked like half a minute ago.
+    A network file system may show a machine what it looked like half a minute ago. Raises
+    InputError if the ranks go on seeing different ones: it is not one folder.
     """
-    for _ in range(1 + STALE_LOOKS):
+    for _ in range(1 + RETRIES):
         steps = folder.complete_steps()
-        found = distributed.all_gather_object(steps)
-        if all(other == steps for other in found):
+        of_ranks = distributed.all_gather_object(steps)
+        if all(other == steps for other in of_ranks):
             return steps
-        time.sleep(STALE_SECONDS)
+        time.sleep(RETRY_SECONDS)
+    states = "; ".join(", ".join(map(str, steps)) or "none" for steps in of_ranks)
     raise InputError(
-        f"output: the ranks find different states in {folder.path} "
-        f"({'; '.join(', '.join(map(str, other)) or 'none' for other in found)}): "
+        f"output: the ranks find different states in {folder.path} ({states}): "
         "all machines must see one shared folder"
     )
 
 
 def newest_sound(folder: RunFolder, steps: list[int]) -> tuple[int, list[tuple[int, str]]]:
-    """The newest of these steps whose files can be read to the end, and the damage of newer ones;
-    rank 0 reads them. Errors: InputError if there is none.
+    """The newest of these steps whose files can be read to the end, and the damage of newer ones.
+
+    Rank 0 reads them. Raises InputError if there is none.
     """
 
     def find():
@@ -186,9 +187,9 @@ def write_config(cfg, resume_step: int) -> None:
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or Ctrl-C asks a run to finish its step and save (a second Ctrl-C ends it at
-    once); all ranks agree on the step.
+    """SIGTERM, SIGUSR1 or Ctrl-C asks a run to finish its step and save; all ranks agree on it.
 
+    A second Ctrl-C ends it at once.
     The ranks' flags are summed on the hosts while the next step computes, so the agreement costs no
     waiting and comes one step later.
     """

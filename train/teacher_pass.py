@@ -1,6 +1,4 @@
-"""One pass of the teacher over the training set, which cache_teacher.py and class_centers.py
-share.
-"""
+"""One pass of the teacher over the training set, for cache_teacher.py and class_centers.py."""
 
 import logging
 import sys
@@ -8,6 +6,7 @@ import sys
 import torch
 
 from eval.embed import embed_parts, split
+from train.build import memory_format
 from utils import distributed
 from utils.dataset.loader import open_loader
 from utils.dataset.workers import end_workers, next_batch
@@ -27,11 +26,10 @@ def log_to_console() -> None:
 
 
 class TrainingImages:
-    """The images of a training set as eval.embed takes them, decoded ahead by workers: the batches
-    of ``parts``, in that order and no other.
+    """The images of a training set as eval.embed takes them, decoded ahead by workers.
 
-    ``damaged``: {index: reason} of the records met so far whose images are those of the next good
-    one.
+    They come in the batches of ``parts``, in that order and no other. ``damaged``: {index: reason}
+    of the records met so far, whose images are those of the next good one.
     """
 
     def __init__(
@@ -39,26 +37,22 @@ class TrainingImages:
     ):
         self.dataset = dataset
         self.damaged = {}
-        self.reading = iter(
-            open_loader(dataset, split(parts, batch_size), batch_size, num_workers, device)
-        )
+        batches = split(parts, batch_size)
+        self.reading = iter(open_loader(dataset, batches, batch_size, num_workers, device))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, batch: slice) -> torch.Tensor:
-        found = next_batch(self.reading)
-        for name, reason in found.bad:
-            index = next(
-                index
-                for index in range(batch.start, batch.stop)
-                if self.dataset.name_of(index) == name
-            )
+    def __getitem__(self, part: slice) -> torch.Tensor:
+        batch = next_batch(self.reading)
+        if batch.bad:
+            indices = {self.dataset.name_of(i): i for i in range(part.start, part.stop)}
+        for name, reason in batch.bad:
             log.warning(
                 "damaged record %s, the features are those of the next good one: %s", name, reason
             )
-            self.damaged[index] = reason
-        return found.images
+            self.damaged[indices[name]] = reason
+        return batch.images
 
     def name_of(self, index: int) -> str:
         return f"record {self.dataset.name_of(index)}"
@@ -75,14 +69,13 @@ class TeacherPass:
         self.dataset = dataset
         self.device = device
         self.precision = choose_precision(cfg.precision, device)
-        self.teacher = load_teacher(cfg).to(
-            device,
-            memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format,
-        )
+        self.teacher = load_teacher(cfg).to(device, memory_format=memory_format(cfg))
 
     def run(self, parts: list[range], keep) -> None:
-        """Call ``keep(part, features, damaged)`` for every part: (n, 2, D) float32 of images and
-        mirror images, on the CPU; the indices of its damaged records.
+        """Call ``keep(part, features, damaged)`` for every part.
+
+        features (n, 2, D) float32: of images and mirror images, on the CPU; damaged: the indices of
+        damaged records in the part.
         """
         cfg = self.cfg
         images = TrainingImages(
@@ -90,11 +83,8 @@ class TeacherPass:
         )
 
         def keep_part(part, features):
-            keep(
-                part,
-                features.view(len(part), 2, -1),
-                [index for index in part if index in images.damaged],
-            )
+            damaged = [index for index in part if index in images.damaged]
+            keep(part, features.view(len(part), 2, -1), damaged)
 
         try:
             embed_parts(

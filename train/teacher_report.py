@@ -21,10 +21,9 @@ from typing import NamedTuple
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-import torch
 from torch import nn
 
-from config.load import ROOT, load_config
+from config.load import argument_parser, load_config
 from eval import verification
 from eval.embed import embed
 from train import build
@@ -34,18 +33,23 @@ from utils.errors import InputError, run
 from utils.precision import choose_precision
 from utils.teacher.load import load_teacher
 
-WINDOWS = 50  # places of the set where a sample is looked for
-SHORTEST_WINDOW = 20  # images there
-SMALLEST_CLASS = 2  # images: the others' mean needs one
-CLEAR = 3.0  # standard errors: less of a difference between the colour orders is chance
-DIFFERENT = 0.005  # cosine: less is of no consequence
-# cosine: a teacher that knows faces has several tenths between own and other classes
-TELLS_APART = 0.05
+# Places of the set where a sample is looked for, and the images of one of them at least.
+WINDOWS = 50
+SHORTEST_WINDOW = 20
+# Images: the others' mean needs one.
+SMALLEST_CLASS = 2
+# A difference between the colour orders of fewer standard errors is chance, ...
+SIGNIFICANT_ERRORS = 3.0
+# ... of a smaller cosine of no consequence.
+RELEVANT_COSINE = 0.005
+# Cosine: a teacher that knows faces has several tenths between own and other classes.
+LEAST_GAP = 0.05
 
 
 class Closeness(NamedTuple):
-    """Of each sampled image, (n,): cosine to the mean of its class's other images, to the nearest
-    other class's mean.
+    """Of each sampled image (n,): the cosine to two means.
+
+    own: of its class's other images; other: of the nearest other class.
     """
 
     own: np.ndarray
@@ -63,47 +67,27 @@ def main():
     cfg = load_config(arguments.config, arguments.overrides)
     device = distributed.init(cfg.device)
     log_to_console()
-    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
-    teacher = load_teacher(cfg).to(device, memory_format=layout)
+    teacher = load_teacher(cfg).to(device, memory_format=build.memory_format(cfg))
     dataset = build.build_dataset(cfg)
     images, labels = distributed.all_succeed(
         lambda: read_sample(dataset, choose_sample(dataset, arguments.sample, cfg.seed))
     )
-    how = dict(
-        device=device,
-        precision=choose_precision(cfg.precision, device),
-        channels_last=cfg.channels_last,
-    )
-    say(f"{teacher.name}, {how['precision']} on {distributed.world_size()} x {device.type}")
-    report_pair_sets(teacher, cfg, how, arguments.sets_named)
-    report_sample(teacher, images, labels, cfg, how)
+    precision = choose_precision(cfg.precision, device)
+    options = dict(device=device, precision=precision, channels_last=cfg.channels_last)
+    say(f"{teacher.name}, {precision} on {distributed.world_size()} x {device.type}")
+    report_pair_sets(teacher, cfg, options, arguments.sets_named)
+    report_sample(teacher, images, labels, cfg, options)
     distributed.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        default=str(ROOT / "config" / "config.py"),
-        metavar="FILE",
-        help="configuration file (default: config/config.py)",
-    )
+    parser = argument_parser(__doc__, "teacher=ir50 color_space=RGB")
     parser.add_argument(
         "--sample",
         type=int,
         default=5000,
         metavar="N",
         help="training images to look at (%(default)s)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="configuration values, e.g. teacher=ir50 color_space=RGB",
     )
     arguments = parser.parse_intermixed_args()
     if arguments.sample < 4:
@@ -119,40 +103,34 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def report_pair_sets(teacher: nn.Module, cfg, how: dict, all_must_be_there: bool) -> None:
+def report_pair_sets(teacher: nn.Module, cfg, options: dict, all_must_be_there: bool) -> None:
     say("\npair set          Accuracy ± Std (%)")
     for name in cfg.val_targets:
-        if not all_must_be_there and not (Path(cfg.val_rec) / f"{name}.bin").is_file():
-            say(f"{name:16}  skipped: no {Path(cfg.val_rec) / f'{name}.bin'}")
+        path = Path(cfg.val_rec) / f"{name}.bin"
+        if not all_must_be_there and not path.is_file():
+            say(f"{name:16}  skipped: no {path}")
             continue
-        figures = verification.test(
-            verification.load_targets(cfg.val_rec, [name])[name], teacher, cfg.val_batch_size, **how
-        )
-        say(
-            f"{name:16}  {100 * figures['Accuracy-Flip']:11.2f} ± "
-            f"{100 * figures['Accuracy-Std']:4.2f}"
-        )
+        pairs = verification.load_targets(cfg.val_rec, [name])[name]
+        figures = verification.test(pairs, teacher, cfg.val_batch_size, **options)
+        accuracy, deviation = 100 * figures["Accuracy-Flip"], 100 * figures["Accuracy-Std"]
+        say(f"{name:16}  {accuracy:11.2f} ± {deviation:4.2f}")
 
 
 def report_sample(
-    teacher: nn.Module, images: np.ndarray, labels: np.ndarray, cfg, how: dict
+    teacher: nn.Module, images: np.ndarray, labels: np.ndarray, cfg, options: dict
 ) -> None:
-    """Print how close the sampled images are to their classes, in both colour orders, and what is
-    suspicious about it.
-    """
+    """Print how close images are to their classes in both colour orders, and what is suspicious."""
     say(
         f"\n{len(images)} training images of {len(np.unique(labels))} classes: mean cosine "
         "to\ncolours           own class    nearest other    own is nearest (%)"
     )
-    found = {}
-    for name, network in (
-        (f"{teacher.color_space}, as set", teacher),
-        ("exchanged", Exchanged(teacher)),
-    ):
-        plain, mirrored = embed(network, images, cfg.val_batch_size, name=name, **how)
-        found[name] = closeness((plain + mirrored).numpy(), labels)
-        say(f"{name:16}  {found[name].describe()}")
-    for warning in suspicions(*found.values()):
+    networks = {f"{teacher.color_space}, as set": teacher, "exchanged": Exchanged(teacher)}
+    by_order = []
+    for name, network in networks.items():
+        plain, mirrored = embed(network, images, cfg.val_batch_size, name=name, **options)
+        by_order.append(closeness((plain + mirrored).numpy(), labels))
+        say(f"{name:16}  {by_order[-1].describe()}")
+    for warning in suspicions(*by_order):
         say(f"WARNING: {warning}")
 
 
@@ -168,22 +146,24 @@ class Exchanged(nn.Module):
 
 
 def suspicions(as_set: Closeness, exchanged: Closeness) -> list[str]:
-    """What is wrong with a teacher, in words, by the gap between own and nearest other class."""
-    gap, other_gap = (found.own - found.other for found in (as_set, exchanged))
-    gain = other_gap - gap
-    words = []
-    if gain.mean() > max(DIFFERENT, CLEAR * gain.std() / np.sqrt(len(gain))):
-        words.append(
+    """What is wrong with a teacher, by the gap between an image's own and nearest other class."""
+    gap = as_set.own - as_set.other
+    exchanged_gap = exchanged.own - exchanged.other
+    gain = exchanged_gap - gap
+    standard_error = gain.std() / np.sqrt(len(gain))
+    warnings = []
+    if gain.mean() > max(RELEVANT_COSINE, SIGNIFICANT_ERRORS * standard_error):
+        warnings.append(
             f"the classes lie {gain.mean():.3f} further apart with red and blue "
             "exchanged: the teacher gets the wrong colours; set color_space to the other order"
         )
-    if max(gap.mean(), other_gap.mean()) < TELLS_APART:
-        words.append(
+    if max(gap.mean(), exchanged_gap.mean()) < LEAST_GAP:
+        warnings.append(
             "an image is hardly nearer to its own class than to another "
             f"({gap.mean():.3f}): the wrong weights, images of another alignment, or labels of "
             "another set"
         )
-    return words
+    return warnings
 
 
 def closeness(features: np.ndarray, labels: np.ndarray) -> Closeness:
@@ -211,25 +191,24 @@ def closeness(features: np.ndarray, labels: np.ndarray) -> Closeness:
 
 def choose_sample(dataset, count: int, seed: int) -> np.ndarray:
     """Indices of about ``count`` images of classes with at least SMALLEST_CLASS of them, rising.
-    Errors: InputError if there are no two such classes.
 
     Sets that are grouped by class, as InsightFace's, show most of a class at a few places; of
-    shuffled ones all labels are read.
+    shuffled ones all labels are read. Raises InputError if there are no two such classes.
     """
     count = min(count, len(dataset))
     windows = max(1, min(WINDOWS, count // SHORTEST_WINDOW))
     length = count // windows
     starts = np.linspace(0, len(dataset) - length, windows).astype(np.int64)
-    looked_at = np.unique(starts[:, None] + np.arange(length))
-    chosen = with_company(looked_at, dataset.labels(looked_at))
-    if len(chosen) < len(looked_at) / 2:
+    in_windows = np.unique(starts[:, None] + np.arange(length))
+    chosen = of_large_classes(in_windows, dataset.labels(in_windows))
+    if len(chosen) < len(in_windows) / 2:
         every = np.arange(len(dataset))
         labels = dataset.labels(every)
         # whole classes, in random order, until there are enough
         order = np.random.default_rng(seed).permutation(labels.max() + 1)
         rank = np.append(order, len(order))[labels]
         members = every[np.argsort(rank, kind="stable")][:count]
-        chosen = with_company(members, labels[members])
+        chosen = of_large_classes(members, labels[members])
     if len(np.unique(dataset.labels(chosen))) < 2:
         raise InputError(
             f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} images among "
@@ -238,29 +217,24 @@ def choose_sample(dataset, count: int, seed: int) -> np.ndarray:
     return np.sort(chosen)
 
 
-def with_company(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def of_large_classes(indices: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Those whose class has SMALLEST_CLASS of them; labels below 0 are of damaged records."""
     _, row, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return indices[(counts[row] >= SMALLEST_CLASS) & (labels >= 0)]
 
 
 def read_sample(dataset, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images (n, 112, 112, 3) uint8 RGB and labels (n,), without damaged records and those they
-    leave alone in their class.
+    """Images (n, 112, 112, 3) uint8 RGB and labels (n,), of classes with SMALLEST_CLASS of them.
+
+    Without damaged records.
     """
     images, labels, bad = dataset.read_batch(indices.tolist())
     damaged = {name for name, _ in bad}
     if damaged:
         logging.warning("%d damaged records are left out", len(damaged))
-    good = np.array(
-        [
-            place
-            for place, index in enumerate(indices.tolist())
-            if dataset.name_of(index) not in damaged
-        ],
-        np.int64,
-    )
-    good = with_company(good, labels[good])
+    is_good = [dataset.name_of(index) not in damaged for index in indices.tolist()]
+    good = np.flatnonzero(is_good)
+    good = of_large_classes(good, labels[good])
     if len(np.unique(labels[good])) < 2:
         raise InputError(
             f"{dataset.root_dir}: no two classes with {SMALLEST_CLASS} readable "

@@ -3,7 +3,7 @@
 import torch
 
 from eval import verification
-from eval.benchmarks import benchmarks_of, run_benchmark
+from eval.test_sets import run_test_set, test_sets_of
 from train.run_state import Position
 from utils import distributed
 from utils.run.folder import save
@@ -20,7 +20,7 @@ class Validation:
         self.pair_sets = {}
         if cfg.val_targets:
             self.pair_sets = verification.load_targets(cfg.val_rec, cfg.val_targets)
-        self.benchmarks = benchmarks_of(cfg)
+        self.benchmarks = test_sets_of(cfg)
         # {set: highest accuracy so far}, and the highest mean over the sets
         self.highest = {}
         self.best = 0.0
@@ -73,7 +73,7 @@ class Validation:
         distributed.sync_buffers(backbone)
         results = {}
         for benchmark in self.benchmarks:
-            results.setdefault(benchmark.kind, {})[benchmark.name] = run_benchmark(
+            results.setdefault(benchmark.kind, {})[benchmark.name] = run_test_set(
                 benchmark,
                 backbone,
                 device=run.device,

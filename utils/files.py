@@ -15,7 +15,7 @@ from utils.errors import InputError
 
 
 @contextmanager
-def replacing(path: str, mode: str = "wb"):
+def replacing(path: str | Path, mode: str = "wb"):
     """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block
     ends well, else it is removed.
     """
@@ -100,6 +100,62 @@ def take_lock(path: str, shared: bool = False, wait: bool = True):
         except BlockingIOError:
             file.close()
             return None
+
+
+def prepare_folder(path: Path, flag: str) -> None:
+    """Make the folder that a flag names.
+
+    Raises InputError if it is none and cannot become one, or nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{flag}: {path.absolute()} is no folder and cannot become one: {error.strerror}"
+        ) from error
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise InputError(
+            f"{flag}: nothing can be written to {path.absolute()}: {error.strerror}"
+        ) from error
+
+
+def prepare_file(path: Path, flag: str) -> None:
+    """Make the folder of the file that a flag names.
+
+    Raises InputError as ``prepare_folder`` does, and if the path is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{flag}: {path.absolute()} is a folder; name a file")
+    prepare_folder(path.absolute().parent, flag)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8, by write-then-rename; what is none in a name comes as in ``printable``."""
+    with replacing(str(path)) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | Path, content) -> None:
+    """Write strict JSON, by write-then-rename; NaN and infinities become null."""
+    write_text(path, dumps(content, indent=2) + "\n")
+
+
+def read_json(path: str | Path, what: str = "a JSON object", advice: str = "") -> dict:
+    """The JSON object in a file.
+
+    what: of what it should be an object, for the message; advice: how to mend it, which ends the
+    message. Raises InputError naming the file if it is not JSON or holds something else.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # of syntax or encoding
+        raise InputError(f"{path} is not JSON ({error}){advice}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not {what}{advice}")
+    return content
 
 
 def dumps(value, **options) -> str:

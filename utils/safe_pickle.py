@@ -1,25 +1,29 @@
-"""Read the pickles that pair sets (``lfw.bin``, …) are, without running anything that such a file
-could ask for.
+"""Pickles of plain values, numpy arrays and tensors, read without running anything that such a
+file could ask for.
 
-A pickle names functions and calls them. Only the names below are admitted, and none of them leads
-to the real function: each is answered by a small stand-in that handles the one thing a pair set
-needs - bytes, and flat numpy arrays and scalars of integers and booleans. So nothing in a file
-reaches numpy's own state setters, which trust what they are given.
+A pickle names functions and calls them. None of the names admitted here leads to the real
+function: each is answered by a small stand-in, so that nothing in a file reaches numpy's own state
+setters, which trust what they are given. ``load_pickle`` reads pair sets (``lfw.bin``, ...),
+``load_torch`` what ``torch.save`` wrote.
 """
 
 import os
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from utils.errors import InputError
 
-# Without a byte order: "<" and "|" are what every writer of pair sets runs on; ">" is refused.
-_DTYPES = ("b1", "u1", "i1", "i4", "i8")
-
-# What else a NumPy array of the images may be, by the first letter of its type's name.
-_OTHER_DTYPES = {
+# of arrays in general: numbers and booleans, strings, and objects that are plain values themselves
+DTYPES = re.compile(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)")
+# of a pair set, without a byte order: every writer of such sets runs on "<" and "|"
+PAIR_SET_DTYPES = ("b1", "u1", "i1", "i4", "i8")
+# what else a NumPy array of the images may be, by the first letter of its type's name
+OTHER_DTYPES = {
     "O": "an array of Python objects",
     "S": "an array of texts of one length, which end at their last byte that is not 0",
     "U": "an array of text, not of encoded images",
@@ -31,13 +35,12 @@ LONGEST_NAME = 4096
 SHOWN = 80
 MEND = (
     "pickle plain lists, (list of encoded images as bytes, list of booleans), or pack the files "
-    "with"
-    " data/make_rec.py --pairs"
+    "with data/make_rec.py --pairs"
 )
 
 # A damaged stream makes the unpickler raise any of these (the pickle documentation promises no
 # complete list).
-_DAMAGED = (
+DAMAGED = (
     pickle.UnpicklingError,
     EOFError,
     AttributeError,
@@ -54,24 +57,44 @@ def load_pickle(path: Path):
     """Load a pickle of plain containers, strings, numbers, bytes and numpy arrays or scalars of
     simple types.
 
-    Protocols 0 to 5, of Python 2 (whose strings become bytes) and 3. Arrays come back flat,
-    one-dimensional. Raises InputError naming the file for a missing, damaged or truncated pickle
-    and for any other global.
+    Protocols 0 to 5, of Python 2 (whose strings become bytes) and 3. Raises InputError naming the
+    file for a missing, damaged or truncated pickle and for any other global.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     with path.open("rb") as file:
         try:
-            return _Unpickler(file, encoding="bytes").load()
-        except _DAMAGED as error:
+            return PairSetUnpickler(file, encoding="bytes").load()
+        except DAMAGED as error:
+            message = " ".join(str(error).split())
             raise InputError(
-                f"{path}: not a readable pair set: {type(error).__name__}: {_one_line(error)}"
+                f"{path}: not a readable pair set: {type(error).__name__}: {message}"
             ) from error
+
+
+def load_torch(path: Path, stand_ins: dict[str, Callable]):
+    """What ``torch.save`` wrote, on the CPU: tensors and plain values, and whatever ``stand_ins``
+    make of the names they stand for.
+
+    Raises what ``torch.load`` does, see ``refused_name``.
+    """
+    admitted = [(stand_in, name) for name, stand_in in stand_ins.items()]
+    with torch.serialization.safe_globals(admitted):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def refused_name(error: pickle.UnpicklingError) -> str:
+    """The name that torch.load refused, "" if the file is merely damaged."""
+    name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return name[1] if name else ""
+
+
+# --- pair sets
 
 
 def as_plain(value):
     """Return ``value``, or the (n,) array that a pickled numpy array stands for."""
-    return value.values if isinstance(value, _Array) else value
+    return value.values.reshape(-1) if isinstance(value, Array) else value
 
 
 def refuse_one_kind(same, where: str) -> None:
@@ -97,7 +120,7 @@ def encoded_image(entry, where: str) -> bytes | bytearray | np.ndarray:
         return entry
     if isinstance(entry, (bytes, bytearray)):
         # a pickle of Python 2 gives its texts as bytes
-        if 0 < len(entry) < LONGEST_NAME and _is_text(bytes(entry)):
+        if 0 < len(entry) < LONGEST_NAME and is_text(bytes(entry)):
             entry = os.fsdecode(bytes(entry))
         else:
             return entry
@@ -115,23 +138,25 @@ def encoded_image(entry, where: str) -> bytes | bytearray | np.ndarray:
     )
 
 
-def _is_text(content: bytes) -> bool:
+def is_text(content: bytes) -> bool:
     """Whether these bytes could be the name of a file: no control character among them."""
     return all(byte >= 32 and byte != 127 for byte in content)
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> "_Admitted":
-        if (module, name) not in _ADMITTED:
+class PairSetUnpickler(pickle.Unpickler):
+    """Admits the names of ``PAIR_SET`` only."""
+
+    def find_class(self, module: str, name: str) -> "Admitted":
+        stand_in = PAIR_SET.get(f"{module}.{name}")
+        if stand_in is None:
             raise pickle.UnpicklingError(
                 f"refused {module}.{name}: a pair set holds only bytes, booleans and numpy arrays "
-                "of"
-                f" them; {MEND}"
+                f"of them; {MEND}"
             )
-        return _ADMITTED[module, name]
+        return Admitted(stand_in)
 
 
-class _Admitted:
+class Admitted:
     """A callable that a pickle can call and cannot change: the BUILD opcode writes attributes of
     whatever it is given.
     """
@@ -148,101 +173,145 @@ class _Admitted:
         raise pickle.UnpicklingError("refused to change a function")
 
 
-class _Dtype:
-    """Stand-in for numpy.dtype: one of a few simple types."""
+# --- stand-ins
 
-    __slots__ = ("name",)
 
-    def __init__(self, name, *_):
-        self.name = _text(name).lstrip("<|")
-        if self.name not in _DTYPES:
-            what = _OTHER_DTYPES.get(self.name[:1], f"known are {', '.join(_DTYPES)}")
-            raise pickle.UnpicklingError(f"refused numpy dtype {self.name}, {what}; {MEND}")
+class Ignored:
+    """Takes whatever a pickle gives to an object, keeps and does nothing."""
+
+    __slots__ = ()
+
+    def __new__(cls, *_arguments):
+        return super().__new__(cls)
 
     def __setstate__(self, state):
-        if _text(state[1]) == ">":
+        pass
+
+
+class Dtype:
+    """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could
+    declare its bytes to be pointers.
+
+    ``dtype``: None for other types, the content of which is passed over.
+    """
+
+    __slots__ = ("name", "dtype")
+
+    def __init__(self, name, *_):
+        self.name = as_text(name)
+        self.dtype = np.dtype(self.name) if DTYPES.fullmatch(self.name) else None
+
+    def __setstate__(self, state):
+        if as_text(state[1]) == ">":
+            self.name = f"big-endian {self.name}"
+            self.dtype = None
+
+
+class PairSetDtype(Dtype):
+    """One of the few types that a pair set needs; any other is refused at once."""
+
+    __slots__ = ()
+
+    def __init__(self, name, *_):
+        super().__init__(name)
+        plain = self.name.lstrip("<|")
+        if self.dtype is None or plain not in PAIR_SET_DTYPES:
+            what = OTHER_DTYPES.get(plain[:1], f"known are {', '.join(PAIR_SET_DTYPES)}")
+            raise pickle.UnpicklingError(f"refused numpy dtype {plain}, {what}; {MEND}")
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if self.dtype is None:
             raise pickle.UnpicklingError("refused big-endian numpy data")
 
 
-class _Array:
-    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards."""
+class Array:
+    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards.
+
+    ``values``: an array, the list that an array of objects is, or the Dtype of an array that was
+    passed over.
+    """
 
     __slots__ = ("values",)
 
-    def __init__(self, values: np.ndarray = np.empty(0, np.uint8)):
-        self.values = values
+    def __init__(self, *_type_and_shape):
+        self.values = np.empty(0, np.uint8)
 
     def __setstate__(self, state):
-        _version, _shape, dtype, _is_fortran, raw = state
-        self.values = _from_buffer(raw, dtype)
+        _version, shape, dtype, _is_fortran, content = state
+        self.values = array_of(content, dtype, shape)
 
 
-def _from_buffer(raw, dtype) -> np.ndarray:
-    if not isinstance(dtype, _Dtype) or not isinstance(raw, (bytes, bytearray)):
+def array_of(content, dtype, shape: tuple):
+    """What the state of a numpy array stands for, see ``Array.values``."""
+    if not isinstance(dtype, Dtype):
         raise pickle.UnpicklingError(
             "refused a numpy array that is not made of a simple dtype and bytes"
         )
-    return np.frombuffer(raw, dtype.name)
+    if dtype.dtype is None:
+        return dtype
+    # strings, at best: the unpickler has let only plain values pass
+    if dtype.dtype == object:
+        if not isinstance(content, list):
+            raise InputError("it holds a numpy array of objects that is no list")
+        return content
+    if not isinstance(content, (bytes, bytearray)):
+        raise InputError("it holds a numpy array that is not made of bytes")
+    return np.frombuffer(content, dtype.dtype).reshape(shape)
 
 
-def _reconstruct(*_type_and_shape):
-    # Protocols 0 to 4: an empty array, filled by the state that follows.
-    return _Array()
+def array_from_buffer(content, dtype, shape, *_order) -> Array:
+    """How protocol 5 writes an array."""
+    array = Array()
+    array.values = array_of(content, dtype, shape)
+    return array
 
 
-def _frombuffer(raw, dtype, *_layout):
-    # Protocol 5.
-    return _Array(_from_buffer(raw, dtype))
+def scalar(dtype, content):
+    """A single number or string, as Python's."""
+    values = array_of(content, dtype, (1,))
+    return values[0].item() if isinstance(values, np.ndarray) else values
 
 
-def _scalar(dtype, raw):
-    return _from_buffer(raw, dtype)[0].item()
-
-
-def _encode(text, encoding):
-    # How Python 3 writes bytes in protocols 0 to 2.
-    if _text(encoding) not in ("latin1", "latin-1"):
+def encode(text, encoding) -> bytes:
+    """How Python 3 writes bytes in protocols 0 to 2."""
+    if as_text(encoding) not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError("refused an encoding other than latin1")
     return text.encode("latin1")
 
 
-def _bytes(content=b"", *encoding):
-    # Never bytes(n): a pickle of a few bytes could ask for all memory.
+def plain_bytes(content=b"", *encoding) -> bytes:
+    """Never ``bytes(n)``: a pickle of a few bytes could ask for all memory."""
     if encoding:
-        return _encode(content, *encoding)
+        return encode(content, *encoding)
     if not isinstance(content, (bytes, bytearray)):
         raise pickle.UnpicklingError("refused bytes made of anything but bytes")
     return bytes(content)
 
 
-def _text(value) -> str:
+def as_text(value) -> str:
     text = value.decode("latin1") if isinstance(value, bytes) else value
     if not isinstance(text, str):
         raise pickle.UnpicklingError("expected a string")
     return text
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-_ADMITTED = {
-    ("_codecs", "encode"): _Admitted(_encode),
-    **{
-        (module, name): _Admitted(_bytes)
-        for module in ("builtins", "__builtin__")
-        for name in ("bytes", "bytearray")
-    },
-    ("numpy", "dtype"): _Admitted(_Dtype),
-    # an argument of the next; harmless when called
-    ("numpy", "ndarray"): _Admitted(_reconstruct),
-    **{
-        (f"numpy.{core}.{module}", name): _Admitted(function)
-        for core in ("core", "_core")
-        for module, name, function in (
-            ("multiarray", "_reconstruct", _reconstruct),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _frombuffer),
-        )
-    },
+# the names that files hold, as numpy 1 (core) and numpy 2 (_core) write them
+NUMPY = {
+    "numpy.dtype": Dtype,
+    "numpy.ndarray": Array,
+    "numpy.core.multiarray._reconstruct": Array,
+    "numpy._core.multiarray._reconstruct": Array,
+    "numpy.core.multiarray.scalar": scalar,
+    "numpy._core.multiarray.scalar": scalar,
+}
+PAIR_SET = NUMPY | {
+    "numpy.dtype": PairSetDtype,
+    "numpy.core.numeric._frombuffer": array_from_buffer,
+    "numpy._core.numeric._frombuffer": array_from_buffer,
+    "_codecs.encode": encode,
+    "builtins.bytes": plain_bytes,
+    "builtins.bytearray": plain_bytes,
+    "__builtin__.bytes": plain_bytes,
+    "__builtin__.bytearray": plain_bytes,
 }

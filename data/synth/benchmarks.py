@@ -17,16 +17,13 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from data.contact_sheet import COLUMNS, Row
 from data.synth.drawing import SIZE
-from data.synth.faces import NUISANCE
-from data.synth.faces import draw_identity
-from data.synth.faces import draw_nuisance
-from data.synth.faces import encode
-from data.synth.faces import render
+from data.synth.faces import NUISANCE, draw_identity, draw_nuisance, encode, render
 from data.synth.render_pool import Photograph
-from data.synth.render_pool import show_progress
 from utils.align import TEMPLATE, align
 from utils.errors import InputError
+from utils.images import decode_bgr
 
 IJB, TINYFACE = 4, 5  # random streams; 0 .. 3 are those of make_synthetic.py
 NAME = "IJBsynth"
@@ -96,20 +93,39 @@ class Frame(NamedTuple):
     """
 
     subject: int
-    template: int  # 1 ..., each of one subject
-    media: int  # 1 ..., each in one template
-    number: int  # 1 ... within the media
+    # 1 ..., each of one subject
+    template: int
+    # 1 ..., each in one template
+    media: int
+    # 1 ... within the media
+    number: int
     view: str
+
+    def take(self, seed: int, nuisance: float) -> "Shot":
+        """Draw it.
+
+        How the face lies in the loose crop does not depend on ``nuisance``: alignment undoes it.
+        """
+        who = draw_identity(np.random.default_rng([seed, IJB, self.subject, 0]))
+        look = draw_look(self, seed, nuisance)
+        rng = np.random.default_rng([seed, IJB, self.subject, self.media, self.number, 1])
+        crop, points = place_face(render(who, look), rng)
+        loose = encode(crop, look.quality)
+        aligned = align(decode_bgr(loose), points)
+        return Shot(loose, points, rate_face(look, rng), cv2.imencode(".png", aligned)[1].tobytes())
 
 
 class Shot(NamedTuple):
     """One image of the IJB-like set, as photographed and aligned."""
 
-    loose: bytes  # JPEG, of any size
+    # JPEG, of any size
+    loose: bytes
     # (5, 2) float32, (x, y) in pixels of ``loose``, as rounded as they are written
     points: np.ndarray
-    score: float  # a detector's, 0.3 .. 1
-    aligned: bytes  # PNG, 112 x 112: exactly what utils.align.align makes of the two
+    # a detector's, 0.3 .. 1
+    score: float
+    # PNG, 112 x 112: exactly what utils.align.align makes of the two
+    aligned: bytes
 
 
 def list_frames(seed: int, subjects: int) -> list[Frame]:
@@ -128,20 +144,6 @@ def list_frames(seed: int, subjects: int) -> list[Frame]:
                     for number in range(1, count + 1)
                 ]
     return frames
-
-
-def take_frame(frame: Frame, seed: int, nuisance: float) -> Shot:
-    """Draw one image.
-
-    How the face lies in the loose crop does not depend on ``nuisance``: alignment undoes it.
-    """
-    who = draw_identity(np.random.default_rng([seed, IJB, frame.subject, 0]))
-    look = draw_look(frame, seed, nuisance)
-    rng = np.random.default_rng([seed, IJB, frame.subject, frame.media, frame.number, 1])
-    crop, points = place_face(render(who, look), rng)
-    loose = encode(crop, look.quality)
-    aligned = align(cv2.imdecode(np.frombuffer(loose, np.uint8), cv2.IMREAD_COLOR), points)
-    return Shot(loose, points, rate_face(look, rng), cv2.imencode(".png", aligned)[1].tobytes())
 
 
 def draw_look(frame: Frame, seed: int, nuisance: float):
@@ -207,7 +209,7 @@ def write_ijb(output: Path, studio, seed: int, nuisance: float, subjects: int) -
     Returns the number of images.
     """
     frames = list_frames(seed, subjects)
-    shots = list(show_progress(studio(frames, take_frame), len(frames), NAME))
+    shots = list(studio(frames, NAME))
     owner = np.repeat(np.arange(subjects), TEMPLATES)  # subject of each template
     first, second = np.triu_indices(len(owner), 1)
     pairs = {
@@ -321,7 +323,7 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
         for folder, photographs in listed.items()
     }
     photographs, image_paths = sum(listed.values(), []), sum(paths.values(), [])
-    faces = list(show_progress(studio(photographs), len(photographs), "TinyFace"))
+    faces = list(studio(photographs, "TinyFace"))
     made = {"seed": seed, "nuisance": nuisance, "tinyface_identities": identities}
     tree, arrow = (output / folder for folder in TINYFACE_FOLDERS)
     with replacing_folder(tree, made) as folder, replacing_folder(arrow, made) as arrow_folder:
@@ -375,26 +377,18 @@ def write_arrow(folder: Path, columns: dict, metadata: dict) -> None:
     torch.save(metadata, folder / "metadata.pt")
 
 
-def sample_rows(
-    studio, seed: int, subjects: int, identities: int, columns: int
-) -> list[tuple[str, list[bytes]]]:
-    """Rows for the contact sheet, (title, encoded images): loose crops and what alignment makes of
-    them, TinyFace probes and mates.
+def sample_rows(studio, seed: int, subjects: int, identities: int) -> list[Row]:
+    """Rows for the contact sheet: loose crops and what alignment makes of them, TinyFace probes and
+    mates.
     """
     rows = []
     if subjects:
-        shots = list(studio(list_frames(seed, subjects)[:columns], take_frame))
-        rows += [
-            ("IJB: loose crops", [shot.loose for shot in shots]),
-            ("IJB: aligned", [shot.aligned for shot in shots]),
-        ]
+        shots = list(studio(list_frames(seed, subjects)[:COLUMNS]))
+        rows.append(Row([shot.loose for shot in shots], ["IJB: loose crops"]))
+        rows.append(Row([shot.aligned for shot in shots], ["IJB: aligned"]))
     if identities:
         listed = list_tinyface(identities)
         pairs = zip(listed["Probe"][::2], listed["Gallery_Match"][::2], strict=True)
-        rows.append(
-            (
-                "TinyFace: probe, mate, ...",
-                list(studio([photograph for pair in pairs for photograph in pair][:columns])),
-            )
-        )
+        photographs = [photograph for pair in pairs for photograph in pair][:COLUMNS]
+        rows.append(Row(list(studio(photographs)), ["TinyFace: probe, mate, ..."]))
     return rows

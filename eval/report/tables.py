@@ -36,6 +36,15 @@ HEADLINES = (  # the figures that papers compare, and what the heads of columns 
 )
 
 
+class Row(NamedTuple):
+    """One evaluated checkpoint. step: None for one without a number, such as best_backbone.pth."""
+
+    name: str
+    run: str
+    step: int | None
+    figures: dict[str, float]
+
+
 class Table(NamedTuple):
     """title, remark: for the page; corner: the head of the first column; rows: {name: cells};
     minor: thresholds, which the terminal leaves out.
@@ -48,9 +57,11 @@ class Table(NamedTuple):
     remark: str = ""
     minor: bool = False
 
+    def is_marked(self) -> bool:
+        return any(MARK in cell for cells in self.rows.values() for cell in cells)
+
 
 # --- all figures of one checkpoint
-# --------------------------------------------------
 
 
 def format_results(results: dict) -> str:
@@ -213,7 +224,6 @@ def short(rate: float) -> str:
 
 
 # --- single figures of many checkpoints, by their dotted keys
-# --------------------------------------------------
 
 
 def flatten(results: dict) -> dict[str, float]:
@@ -301,7 +311,7 @@ def find_metric(name: str, keys) -> str:
     """The key that a person means: the key itself, the label of a headline (lfw, IJBC 1e-4), a set
     with one headline, or the end of one key (lfw.XNorm).
 
-    Errors: InputError that lists the nearest keys if there is none, and the candidates if there are
+    Raises InputError that lists the nearest keys if there is none, and the candidates if there are
     several.
     """
     labels = headlines(keys)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from eval.report.files import write_json
 from eval.report.html_report import PairExhibit
 from eval.roc import Roc, resolves
 from utils.errors import InputError
+from utils.files import write_json
 
 FARS = tuple(mantissa * 10.0**-exponent for exponent in range(6, 0, -1) for mantissa in (1, 2, 5))
 FILE = "thresholds.json"
@@ -83,7 +83,7 @@ def read_threshold(
 
     path: the file, or the folder of the report. name: of the set, None if there is only one.
     digests: {SHA-256: colour order, "" if unknown} of the model and of the checkpoint that it was
-    made from. Errors: InputError if the file is missing or damaged, of another network, or has no
+    made from. Raises InputError if the file is missing or damaged, of another network, or has no
     such set or rate.
     """
     path = path / FILE if path.is_dir() else path
@@ -129,7 +129,7 @@ def read_threshold(
 def read(path: Path) -> tuple[dict[str, dict], str, str]:
     """({set: {rate: figures}}, SHA-256 of the checkpoint, its colour order) of the file.
 
-    Errors: InputError if it is not what ``write_thresholds`` writes.
+    Raises InputError if it is not what ``write_thresholds`` writes.
     """
     try:
         content = json.loads(path.read_bytes())

@@ -7,7 +7,6 @@ stand-ins for numpy's own functions, for those trust what a file tells them.
 """
 
 import pickle
-import re
 import warnings
 from pathlib import Path
 
@@ -17,17 +16,16 @@ from torch.utils.data import Dataset
 
 from eval.roc import to_whole
 from eval.sets.folder import check_aligned, fingerprint, scan
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 from utils.files import utf8_path
 from utils.images import decode_rgb
+from utils.safe_pickle import NUMPY, Array, Dtype, load_torch, refused_name
 from utils.weights.kinds import UNREADABLE
 
-STATE, INFO, SPLITS, METADATA = (
-    "state.json",
-    "dataset_info.json",
-    "dataset_dict.json",
-    "metadata.pt",
-)
+STATE = "state.json"
+INFO = "dataset_info.json"
+SPLITS = "dataset_dict.json"
+METADATA = "metadata.pt"
 # what datasets and pyarrow raise for folders that lack files, are cut off, damaged or written by
 # another program
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
@@ -51,10 +49,9 @@ def saved_fingerprint(folder: Path) -> str:
 
 
 # --- images
-# --------------------------------------------------
 
 
-class Records(Dataset):
+class ArrowImages(Dataset):
     """Aligned images of a saved folder, in the order of ``index``: ``ds[i]`` -> (112, 112, 3) uint8
     RGB, decoded by whoever asks.
 
@@ -78,11 +75,10 @@ class Records(Dataset):
             record = self.table[row]["image"]
             if record["bytes"] is None and not record["path"]:
                 raise InputError("the record holds neither an image nor the path of one")
-            image = decode_rgb(
-                (self.folder / record["path"]).read_bytes()
-                if record["bytes"] is None
-                else record["bytes"]
-            )
+            encoded = record["bytes"]
+            if encoded is None:
+                encoded = (self.folder / record["path"]).read_bytes()
+            image = decode_rgb(encoded)
         except DAMAGED as error:
             raise InputError(f"{name}: {error}") from error
         return check_aligned(image, name)
@@ -92,20 +88,19 @@ class Records(Dataset):
         return f"{self.folder}: image {index}" + (f" ({self.names[index]})" if self.names else "")
 
 
-def open_records(folder: Path, with_paths: bool = False) -> Records:
+def open_images(folder: Path, with_paths: bool = False) -> ArrowImages:
     """Open a saved folder and check its schema; ``with_paths``: it has a column of paths too, which
     become ``names``.
 
-    Errors: InputError for a folder of several splits, one that is damaged or has other columns, an
+    Raises InputError for a folder of several splits, one that is damaged or has other columns, an
     ``index`` that does not number the rows.
     """
     try:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{folder} is a folder of Hugging Face's datasets library, which cannot "
-            f"be loaded ({first_line(error)}): "
-            "pip install -r requirements/requirement.txt"
+            f"{folder} is a folder of Hugging Face's datasets library, which cannot be loaded "
+            f"({first_line(error)}): pip install -r requirements/requirement.txt"
         ) from error
     if (folder / SPLITS).is_file():
         raise InputError(
@@ -113,11 +108,10 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
             "that is the set, or name its folder"
         )
     datasets.disable_progress_bars()
+    columns = ("image", "index", "path") if with_paths else ("image", "index")
     try:
         table = datasets.load_from_disk(utf8_path(folder.absolute()))
-        check_schema(
-            folder, table, ("image", "index", "path") if with_paths else ("image", "index")
-        )
+        check_schema(folder, table, columns)
         rows = order_rows(folder, table.data.column("index").to_numpy())
         paths = table.data.column("path").to_pylist() if with_paths else None
         images = (
@@ -132,61 +126,58 @@ def open_records(folder: Path, with_paths: bool = False) -> Records:
             f"{folder} is no readable folder of datasets' save_to_disk "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-    return Records(folder, images, rows, paths and [paths[row] for row in rows])
+    return ArrowImages(folder, images, rows, paths and [paths[row] for row in rows])
 
 
 def check_schema(folder: Path, table, columns: tuple[str, ...]) -> None:
-    found = {column: str(table.data.column(column).type) for column in table.column_names}
+    """Raises InputError unless ``columns`` are there, complete and as SCHEMA says."""
+    types = {column: str(table.data.column(column).type) for column in table.column_names}
     fits = {
         "image": getattr(table.features.get("image"), "_type", "") == "Image",
-        "index": found.get("index", "") in WHOLE_NUMBERS,
-        "path": found.get("path") in ("string", "large_string"),
+        "index": types.get("index", "") in WHOLE_NUMBERS,
+        "path": types.get("path") in ("string", "large_string"),
     }
     empty = [
-        column for column in columns if column in found and table.data.column(column).null_count
+        column for column in columns if column in types and table.data.column(column).null_count
     ]
-    if not all(fits[column] for column in columns) or empty:
-        there = ", ".join(
-            f"{column} ({'image' if column == 'image' and fits[column] else kind})"
-            for column, kind in found.items()
-        )
-        raise InputError(
-            f"{folder} is no set of aligned images: its columns are "
-            f"{there}{'; rows without ' + ', '.join(empty) if empty else ''}; "
-            "expected are "
-            f"{', '.join(f'{column} ({kind})' for column, kind in SCHEMA.items() if column in columns)}"
-        )
+    if all(fits[column] for column in columns) and not empty:
+        return
+    if fits["image"]:
+        types["image"] = "image"
+    present = ", ".join(f"{column} ({kind})" for column, kind in types.items())
+    expected = ", ".join(f"{column} ({SCHEMA[column]})" for column in columns)
+    without = f"; rows without {', '.join(empty)}" if empty else ""
+    raise InputError(
+        f"{folder} is no set of aligned images: its columns are {present}{without}; "
+        f"expected are {expected}"
+    )
 
 
 def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:
     """(N,) row of each index.
 
-    Errors: InputError unless ``index`` is a permutation of 0 ... N - 1.
+    Raises InputError unless ``index`` is a permutation of 0 ... N - 1.
     """
     rows = np.argsort(index, kind="stable")
     wrong = np.flatnonzero(index[rows] != np.arange(len(index)))
-    if len(wrong) or not len(index):
-        found = (
-            f"sorted, {index[rows[wrong[0]]]} stands where {wrong[0]} should"
-            if len(wrong)
-            else ("it is empty")
-        )
-        raise InputError(
-            f"{folder}: the column 'index' must number the {len(index)} images 0, 1, "
-            f"2, ...: {found}"
-        )
-    return rows
+    if len(index) and not len(wrong):
+        return rows
+    reason = "it is empty"
+    if len(wrong):
+        reason = f"sorted, {index[rows[wrong[0]]]} stands where {wrong[0]} should"
+    raise InputError(
+        f"{folder}: the column 'index' must number the {len(index)} images 0, 1, 2, ...: {reason}"
+    )
 
 
 # --- metadata.pt
-# --------------------------------------------------
 
 
 def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
     """The named entries of a folder's metadata.pt, whether tensors, numpy arrays or lists.
 
     ``keys``: name -> int for (n,) int64 (whole numbers of any type), float for (n,) float32, str
-    for a list of strings. Further entries may be any plain values. Errors: InputError if the file
+    for a list of strings. Further entries may be any plain values. Raises InputError if the file
     is missing, damaged, lacks a key, holds something else under it, or asks anywhere for code
     (refused, named, not run).
     """
@@ -200,30 +191,32 @@ def read_metadata(folder: Path, keys: dict[str, type]) -> dict:
         )
     missing = [key for key in keys if key not in content]
     if missing:
-        raise InputError(
-            f"{path} lacks {', '.join(missing)}; it holds "
-            f"{', '.join(map(str, content)) or 'nothing'}"
-        )
-    return {
-        key: (to_texts if kind is str else to_vector)(content[key], kind, f"{path}: {key}")
-        for key, kind in keys.items()
-    }
+        present = ", ".join(map(str, content)) or "nothing"
+        raise InputError(f"{path} lacks {', '.join(missing)}; it holds {present}")
+    metadata = {}
+    for key, kind in keys.items():
+        value = unpack(content[key], f"{path}: {key}")
+        if kind is str:
+            metadata[key] = to_texts(value, f"{path}: {key}")
+        else:
+            metadata[key] = to_vector(value, kind, f"{path}: {key}")
+    return metadata
 
 
 def load_plain(path: Path):
     """What torch.save wrote, with ``Array`` in place of numpy arrays."""
     try:
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # the error below says so where it matters
             warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_torch(path, NUMPY)
     except InputError as error:
         raise InputError(f"{path} was refused: {error}") from error
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        name = refused_name(error)
         if name:
             raise InputError(
-                f"{path} was refused: it asks to load {name[1]}, which is code and no tensor"
+                f"{path} was refused: it asks to load {name}, which is code and no tensor"
             ) from error
         raise InputError(
             f"{path} is damaged or was written with another pickle protocol than "
@@ -238,7 +231,7 @@ def load_plain(path: Path):
 
 def to_vector(value, kind: type, where: str) -> np.ndarray:
     """(n,) int64 or float32 from a tensor, array or list of numbers."""
-    value = unpack(value, where)
+    number_type = np.int64 if kind is int else np.float32
     try:
         if isinstance(value, torch.Tensor):
             value = value.double().numpy() if value.is_floating_point() else value.numpy()
@@ -246,19 +239,21 @@ def to_vector(value, kind: type, where: str) -> np.ndarray:
     except (ValueError, TypeError) as error:
         raise InputError(f"{where} is no list of numbers ({first_line(error)})") from error
     if not array.size:
-        return np.empty(0, np.int64 if kind is int else np.float32)
-    numbers = to_whole(array) if kind is int else array if array.dtype.kind in "biuf" else None
+        return np.empty(0, number_type)
+    if kind is int:
+        numbers = to_whole(array)
+    else:
+        numbers = array if array.dtype.kind in "biuf" else None
     if numbers is None or array.size != max(array.shape, default=0):
+        expected = "whole numbers" if kind is int else "numbers"
         raise InputError(
-            f"{where} is {array.dtype} of shape {array.shape}; expected is a list of "
-            f"{'whole ' if kind is int else ''}numbers"
+            f"{where} is {array.dtype} of shape {array.shape}; expected is a list of {expected}"
         )
-    return np.array(numbers.reshape(-1), np.int64 if kind is int else np.float32)
+    return np.array(numbers.reshape(-1), number_type)
 
 
-def to_texts(value, kind: type, where: str) -> list[str]:
+def to_texts(value, where: str) -> list[str]:
     """A list of strings from a list or array of them."""
-    value = unpack(value, where)
     texts = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise InputError(f"{where} is no list of strings")
@@ -276,75 +271,3 @@ def unpack(value, where: str):
     return value.values
 
 
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:150]
-
-
-class Dtype:
-    """Stand-in for numpy.dtype: a simple type, without numpy's __setstate__, by which a file could
-    declare its bytes to be pointers.
-
-    ``dtype``: None for other types, the content of which is passed over.
-    """
-
-    __slots__ = ("name", "dtype")
-
-    def __init__(self, name, *_):
-        self.name = str(name)
-        self.dtype = (
-            np.dtype(self.name)
-            if re.fullmatch(r"[<|]?(b1|[iu][1248]|f[248]|U\d{1,6}|O8?)", self.name)
-            else None
-        )
-
-    def __setstate__(self, state):
-        if state[1] == ">":
-            self.name = f"big-endian {self.name}"
-            self.dtype = None
-
-
-class Array:
-    """Stand-in for numpy.ndarray, which a pickle creates empty and fills afterwards.
-
-    ``values``: an array, the list that an array of objects is, or the Dtype of an array that was
-    passed over.
-    """
-
-    __slots__ = ("values",)
-
-    def __init__(self, *_):
-        self.values = np.empty(0)
-
-    def __setstate__(self, state):
-        _version, shape, dtype, _is_fortran, content = state
-        self.values = from_content(content, dtype, shape)
-
-
-def from_content(content, dtype: Dtype, shape: tuple):
-    if dtype.dtype is None:
-        return dtype
-    if dtype.dtype == object:  # strings, at best: the unpickler has let only plain values pass
-        if not isinstance(content, list):
-            raise InputError("it holds a numpy array of objects that is no list")
-        return content
-    if not isinstance(content, (bytes, bytearray)):
-        raise InputError("it holds a numpy array that is not made of bytes")
-    return np.frombuffer(content, dtype.dtype).reshape(shape)
-
-
-def reconstruct(*_type_and_shape) -> Array:
-    return Array()
-
-
-def scalar(dtype: Dtype, content):
-    """A single number or string, as Python's."""
-    values = from_content(content, dtype, (1,))
-    return values[0].item() if isinstance(values, np.ndarray) else values
-
-
-# the names that files hold, as numpy 1 (core) and numpy 2 (_core) write them
-STAND_INS = [(Dtype, "numpy.dtype"), (Array, "numpy.ndarray")] + [
-    (function, f"numpy.{core}.{name}")
-    for core in ("core", "_core")
-    for function, name in ((reconstruct, "multiarray._reconstruct"), (scalar, "multiarray.scalar"))
-]

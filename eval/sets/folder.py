@@ -19,7 +19,8 @@ from utils.dataset.workers import cores, end_workers, next_batch, start_worker
 from utils.errors import InputError
 from utils.images import decode_rgb
 
-BLOCK = 1 << 20  # bytes read at a time: the files of pairs have hundreds of megabytes
+# bytes read at a time: the files of pairs have hundreds of megabytes
+BLOCK = 1 << 20
 CHECKED_AT_A_TIME = 64
 
 log = logging.getLogger(__name__)
@@ -28,22 +29,27 @@ log = logging.getLogger(__name__)
 def find_set(root: str | Path, target: str, suffix: str) -> Path:
     """The folder ``root/target``, or else ``root/target + suffix``, as CVLFace names it.
 
-    Errors: InputError listing the folders that are there.
+    Raises InputError listing the folders that are there.
     """
     root = Path(root)
     names = [target] if target.endswith(suffix) else [target, target + suffix]
     for name in names:
         if (root / name).is_dir():
             return root / name
-    there = (
-        sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else None
+    reason = "which is no folder itself"
+    if root.is_dir():
+        present = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        reason = f"folders there: {', '.join(present[:20]) or 'none'}"
+    raise InputError(f"{target}: no folder {' or '.join(names)} in {root.absolute()}, {reason}")
+
+
+def layout_error(folder: Path, is_both: bool, layout: str) -> InputError:
+    """For a folder that is of both layouts or of neither: ``layout``, or CVLFace's."""
+    both, and_nor = ("both", "and") if is_both else ("neither", "nor")
+    return InputError(
+        f"{folder} is {both} {layout} {and_nor} CVLFace's (state.json, dataset_info.json, "
+        "*.arrow, metadata.pt)"
     )
-    found = (
-        "which is no folder itself"
-        if there is None
-        else (f"folders there: {', '.join(there[:20]) or 'none'}")
-    )
-    raise InputError(f"{target}: no folder {' or '.join(names)} in {root.absolute()}, {found}")
 
 
 def scan(folder: Path) -> dict[str, tuple[int, int]]:
@@ -73,13 +79,14 @@ def fingerprint(files: Iterable[Path], listing: Iterable[tuple]) -> str:
     return digest.hexdigest()
 
 
-def counted(count: int, noun: str) -> str:
+def number_of(count: int, noun: str) -> str:
+    """ "1 image", "2,000 images"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def first_of(items: list, noun: str) -> str:
     """ "3 images, the first a.jpg", "1 image, a.jpg": how messages name many things."""
-    return f"{counted(len(items), noun)}, {'the first ' if len(items) > 1 else ''}{items[0]}"
+    return f"{number_of(len(items), noun)}, {'the first ' if len(items) > 1 else ''}{items[0]}"
 
 
 def warn(message: str) -> None:
@@ -88,26 +95,31 @@ def warn(message: str) -> None:
         log.warning("%s", message)
 
 
-def warn_if_not_as_published(name: str, found: dict[str, int], published: dict[str, int]) -> None:
+def warn_if_not_as_published(name: str, sizes: dict[str, int], published: dict[str, int]) -> None:
     """Say so if a set has other sizes than the papers' (both: noun -> number): a download that
     ended early, or a stand-in.
     """
-    if found != published:
-        here, there = (
-            ", ".join(counted(count, noun) for noun, count in sizes.items())
-            for sizes in (found, published)
-        )
-        warn(
-            f"{name} has {here}, the published set {there}: its figures cannot be compared with "
-            "papers"
-        )
+    if sizes == published:
+        return
+    here = ", ".join(number_of(count, noun) for noun, count in sizes.items())
+    there = ", ".join(number_of(count, noun) for noun, count in published.items())
+    warn(
+        f"{name} has {here}, the published set {there}: its figures cannot be compared with papers"
+    )
+
+
+def refuse_empty_files(folder: Path, listing: list[tuple]) -> None:
+    """Raises InputError if a file of ``listing``, (name, bytes, ...) of each, is empty."""
+    empty = [name for name, size, *_ in listing if not size]
+    if empty:
+        raise InputError(f"{folder}: {first_of(empty, 'empty file')}: copy again what was cut off")
 
 
 def check_images(images: Dataset, num_workers: int, name: str) -> None:
     """Read every image once, in at most ``num_workers`` processes, so that one that is unreadable
     is noticed now and not when it is measured.
 
-    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Errors: InputError
+    ``images``: a set's, or a Subset of them; ``name``: of the progress bar. Raises InputError
     naming the first unreadable image.
     """
     batches = iter(
@@ -117,8 +129,7 @@ def check_images(images: Dataset, num_workers: int, name: str) -> None:
             collate_fn=len,
             num_workers=min(num_workers, cores()),
             worker_init_fn=start_worker,
-            # its own, so that a training run draws the same random numbers as
-            # without this
+            # its own, so that a training run draws the same random numbers as without this
             generator=torch.Generator(),
         )
     )
@@ -140,7 +151,7 @@ def check_images(images: Dataset, num_workers: int, name: str) -> None:
 def check_aligned(image: np.ndarray, name: str) -> np.ndarray:
     """Return (112, 112, 3) ``image``.
 
-    Errors: InputError naming an image of another size, for scaling it would give plausible, wrong
+    Raises InputError naming an image of another size, for scaling it would give plausible, wrong
     features.
     """
     height, width = image.shape[:2]

@@ -8,11 +8,6 @@ CVLFace: see eval/sets/arrow.py. In both, 1:N comes with the lists ``_1N_gallery
 ``_1N_probe_mixed.csv``.
 """
 
-import csv
-import io
-from array import array
-from codecs import BOM_UTF8
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,28 +15,27 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from eval.ijb import check_mated, list_templates
-from eval.sets.arrow import METADATA, is_saved, open_records, read_metadata, saved_fingerprint
+from eval.sets.arrow import is_saved, open_images, read_metadata, saved_fingerprint
 from eval.sets.folder import (
-    BLOCK,
     ImageFiles,
     find_set,
     fingerprint,
     first_of,
+    layout_error,
+    refuse_empty_files,
     scan,
     warn_if_not_as_published,
 )
+from eval.sets.ijb_meta import check_points, in_order, read_lists, read_pairs, read_rows
 from utils.errors import InputError
-from utils.files import read_text
 
 SUFFIX = "_gt_aligned"  # of CVLFace's folders
 CROPS, META = "loose_crop", "meta"
 FACES, PAIRS, POINTS = "_face_tid_mid.txt", "_template_pair_label.txt", "_name_5pts_score.txt"
-GALLERY, PROBES = "_1N_gallery_", "_1N_probe_mixed"
 PUBLISHED = {
     "ijbb": {"image": 227_630, "pair": 8_010_270},
     "ijbc": {"image": 469_375, "pair": 15_658_489},
 }
-ACCEPTED = np.isin(np.arange(256), list(b"0123456789 \t\r\n"))  # bytes in a file of pairs
 
 
 class IJBSet(NamedTuple):
@@ -65,7 +59,7 @@ class IJBSet(NamedTuple):
 def find_ijb(root: str | Path, target: str) -> Path:
     """The set's folder: ``root/target``, or else ``root/target_gt_aligned``.
 
-    Errors: InputError listing the folders that are there.
+    Raises InputError listing the folders that are there.
     """
     return find_set(root, target, SUFFIX)
 
@@ -74,21 +68,18 @@ def load_ijb(root: str | Path, target: str) -> IJBSet:
     """Read everything but the images, and check it, so that an evaluation does not fail after
     hours; one image is read as a sample.
 
-    Errors: InputError naming the file (and line) for files that are missing, cut off or do not fit
+    Raises InputError naming the file (and line) for files that are missing, cut off or do not fit
     each other, images that are missing, pairs or 1:N lists with templates of which there is no
     image or all detector scores are 0, no genuine or no impostor pair, a gallery with the subjects
     of all probes or of none, an unreadable first image.
     """
     folder = find_ijb(root, target)
     # CVLFace's may have got a copy of the meta files
-    crops = (folder / CROPS).is_dir() or not is_saved(folder) and bool(prefixes(folder / META))
+    has_meta_only = not is_saved(folder) and bool(prefixes(folder / META))
+    crops = (folder / CROPS).is_dir() or has_meta_only
     if crops == is_saved(folder):
-        raise InputError(
-            f"{folder} is {'both' if crops else 'neither'} InsightFace's layout "
-            f"(folders {CROPS} and {META}, in it <prefix>{FACES}) "
-            f"{'and' if crops else 'nor'} CVLFace's (state.json, dataset_info.json, "
-            f"*.arrow, {METADATA})"
-        )
+        layout = f"InsightFace's layout (folders {CROPS} and {META}, in it <prefix>{FACES})"
+        raise layout_error(folder, crops, layout)
     ijb = read_insightface(folder, target) if crops else read_cvlface(folder, target)
     check(ijb, folder)
     ijb.images[0]
@@ -101,22 +92,12 @@ def load_ijb(root: str | Path, target: str) -> IJBSet:
 
 
 # --- layouts
-# --------------------------------------------------
 
 
 def read_cvlface(folder: Path, target: str) -> IJBSet:
-    images = open_records(folder)
-    meta = read_metadata(
-        folder,
-        {
-            "faceness_scores": float,
-            "templates": int,
-            "medias": int,
-            "label": int,
-            "p1": int,
-            "p2": int,
-        },
-    )
+    images = open_images(folder)
+    columns = dict(faceness_scores=float, templates=int, medias=int, label=int, p1=int, p2=int)
+    meta = read_metadata(folder, columns)
     return IJBSet(
         target,
         images,
@@ -166,296 +147,100 @@ def prefixes(meta: Path) -> list[str]:
 def choose_prefix(meta: Path, target: str) -> str:
     """What the names of the set's meta files begin with.
 
-    Errors: InputError if there are none, or those of several sets, none the target's.
+    Raises InputError if there are none, or those of several sets, none the target's.
     """
-    found, own = prefixes(meta), target.lower().removesuffix(SUFFIX)
-    if not found:
+    present, own = prefixes(meta), target.lower().removesuffix(SUFFIX)
+    if not present:
+        files = ", ".join(sorted(scan(meta))) or "none"
+        raise InputError(f"{meta}: no *{FACES}; files there: {files}")
+    if len(present) == 1:
+        return present[0]
+    if own not in present:
+        names = ", ".join(present)
         raise InputError(
-            f"{meta}: no *{FACES}; files there: {', '.join(sorted(scan(meta))) or 'none'}"
+            f"{meta} has the meta files of several sets ({names}), none of them of {own}"
         )
-    if len(found) > 1 and own not in found:
-        raise InputError(
-            f"{meta} has the meta files of several sets ({', '.join(found)}), none of them of {own}"
-        )
-    return found[0] if len(found) == 1 else own
+    return own
 
 
 def find_files(folder: Path, names: list[str]) -> list[tuple]:
     """(name, bytes, modification time) of every image.
 
-    Errors: InputError with the number and the first of those missing or empty.
+    Raises InputError with the number and the first of those missing or empty.
     """
-    there = scan(folder)
-    missing = [name for name in names if name not in there]
+    files = scan(folder)
+    missing = [name for name in names if name not in files]
     if missing:
         raise InputError(
             f"{folder} lacks {first_of(missing, 'image')}, of {len(names)} in the meta files"
         )
-    listing = [(name, *there[name]) for name in names]
-    empty = [name for name, size, _ in listing if not size]
-    if empty:
-        raise InputError(f"{folder}: {first_of(empty, 'empty file')}: copy again what was cut off")
+    listing = [(name, *files[name]) for name in names]
+    refuse_empty_files(folder, listing)
     return listing
 
 
-# --- meta files
-# --------------------------------------------------
-
-
-def read_rows(path: Path, kind: str, columns: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
-    """A meta file's names and the numbers behind them, (N, columns) int64 (kind "q") or float64
-    ("d"). Errors: InputError naming the line.
-    """
-    number, names, values = int if kind == "q" else float, [], array(kind)
-    for line, text in enumerate(read_text(path).rstrip().split("\n"), 1):
-        name, *fields = text.split() or [""]
-        try:
-            if len(fields) != len(columns):
-                raise ValueError
-            values.extend(map(number, fields))
-        except (ValueError, OverflowError) as error:
-            raise InputError(
-                f"{path}: line {line} is {text.strip()[:100]!r}; expected are a name, "
-                f"{', '.join(columns)}, separated by blanks"
-            ) from error
-        names.append(name)
-    return names, np.frombuffer(values, np.int64 if kind == "q" else np.float64).reshape(
-        len(names), len(columns)
-    )
-
-
-def in_order(
-    names: list[str], faces: Path, other_names: list[str], values: np.ndarray, points: Path
-) -> np.ndarray:
-    """The rows of ``values`` in the order of ``names``.
-
-    Errors: InputError if the two files name other images.
-    """
-    if names == other_names:  # so it is in the published files
-        return values
-    place = dict(zip(other_names, range(len(other_names)), strict=True))
-    for names_here, here, known, there in (
-        (names, faces, place, points),
-        (other_names, points, set(names), faces),
-    ):
-        unknown = [name for name in names_here if name not in known]
-        if unknown:
-            raise InputError(
-                f"{here.name} ({len(names_here)} images) names "
-                f"{first_of(unknown, 'image')}, that {there} does not"
-            )
-    if len(place) != len(other_names):
-        raise InputError(f"{points} names images twice and in another order than {faces.name}")
-    return values[[place[name] for name in names]]
-
-
-def check_points(names: list[str], points: np.ndarray, path: Path) -> None:
-    for wrong, what in (
-        (
-            lambda: ~np.isfinite(points).all(axis=(1, 2)),
-            "points that are not finite (NaN or infinite)",
-        ),
-        (lambda: np.ptp(points, axis=1).max(axis=1) == 0, "all five points in one place"),
-    ):
-        places = np.flatnonzero(wrong())
-        if len(places):
-            raise InputError(
-                f"{path}: {first_of([names[i] for i in places], 'image')}, with {what}"
-            )
-
-
-def read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(p1, p2, label), (P,) int64 each, of a file with three whole numbers a line; 16 million lines
-    take seconds.
-
-    Errors: InputError naming the first line that is anything else, as the last one of a file that
-    was cut off.
-    """
-    parts, line = [], 1
-    for block in whole_lines(path):
-        parts.append(parse_pairs(block, path, line))
-        line += block.count(b"\n")
-    return tuple(
-        np.concatenate([part[:, column] for part in parts] or [np.empty(0, np.int64)])
-        for column in range(3)
-    )
-
-
-def whole_lines(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        rest = file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8)
-        while block := file.read(BLOCK):
-            lines, newline, end = block.rpartition(b"\n")
-            if newline:
-                yield rest + lines + newline
-                rest = b""
-            rest += end
-            if len(rest) > BLOCK:
-                raise InputError(
-                    f"{path} is no text file: a line of it does not end within {BLOCK} bytes"
-                )
-        if rest:
-            yield rest
-
-
-def parse_pairs(block: bytes, path: Path, line: int) -> np.ndarray:
-    """(lines, 3) int64 of whole lines, of which ``line`` is the first one's number.
-
-    Blank lines are passed over.
-    """
-    values = np.frombuffer(block, np.uint8)
-    digit = (values >= ord("0")) & (values <= ord("9"))
-    begins = digit.copy()
-    begins[1:] &= ~digit[:-1]
-    # of all lines but the last; where the next one begins
-    ends = np.flatnonzero(values[:-1] == ord("\n")) + 1
-    counts = np.add.reduceat(begins, np.concatenate(([0], ends)), dtype=np.int64)
-    clean = ACCEPTED[values]
-    if not clean.all():
-        counts[np.searchsorted(ends, np.flatnonzero(~clean), side="right")] = -1
-    wrong = np.flatnonzero((counts != 3) & (counts != 0))
-    if len(wrong):
-        text = block.split(b"\n")[wrong[0]].decode("utf-8", "replace").strip()
-        raise InputError(
-            f"{path}: line {line + wrong[0]} is {text[:100]!r}; expected are two "
-            "templates and a label, separated by blanks"
-        )
-    if not counts.any():
-        return np.empty((0, 3), np.int64)  # of which np.fromstring would make a number
-    return np.fromstring(block, np.int64, sep=" ").reshape(-1, 3)
-
-
-def read_lists(places: list[Path], prefix: str) -> dict:
-    """The 1:N lists in these folders as ``galleries`` and ``probes``; {} and None if there are
-    none. ``prefix``: of their names, "*" for any.
-    """
-    found = [path for place in places for path in sorted(place.glob(f"{prefix}_1N_*.csv"))]
-    galleries, probes = {}, [path for path in found if path.stem.endswith(PROBES)]
-    for path in found:
-        if GALLERY in path.name:
-            name = path.stem.rpartition("_")[2]
-            if name in galleries:
-                raise InputError(f"{path}: there is another list of gallery {name}")
-            galleries[name] = read_list(path)
-    if len(probes) > 1 or bool(galleries) != bool(probes):
-        there = ", ".join(path.name for path in found)
-        raise InputError(
-            f"{places[0]}: 1:N takes one list of probes (*{PROBES}.csv) and galleries "
-            f"(*{GALLERY}*.csv); there are {there}"
-        )
-    return {"galleries": galleries, "probes": read_list(probes[0]) if probes else None}
-
-
-def read_list(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(templates, subjects), (rows,) int64 each: the first two columns of a CSV file with a header.
-
-    Errors: InputError naming the line.
-    """
-    templates, subjects = array("q"), array("q")
-    with io.StringIO(read_text(path), newline="") as file:
-        rows = csv.reader(file)
-        try:
-            header = [cell.strip().lower() for cell in next(rows, [])]
-            if (
-                len(header) < 2
-                or header[0].isdigit()
-                or "subject" in header[0]
-                or "template" in header[1]
-            ):
-                raise InputError(
-                    f"{path}: the first line is {', '.join(header)[:100]!r}, no "
-                    "header of the columns template, subject, ..."
-                )
-            for row in rows:
-                if row:
-                    templates.append(int(row[0]))
-                    subjects.append(int(row[1]))
-        except InputError:
-            raise
-        except (ValueError, IndexError, OverflowError, csv.Error) as error:
-            raise InputError(
-                f"{path}: line {rows.line_num} does not begin with two whole numbers, "
-                "template and subject"
-            ) from error
-    if not templates:
-        raise InputError(f"{path}: no line follows the header")
-    return np.array(templates, np.int64), np.array(subjects, np.int64)
-
-
 # --- checks
-# --------------------------------------------------
 
 
 def check(ijb: IJBSet, folder: Path) -> None:
-    """That all parts of a set fit each other.
-
-    Errors: InputError naming the first thing that does not.
+    """Raises InputError unless all parts of a set fit each other, naming the first that does
+    not.
     """
-    per_image = {
-        "images": len(ijb.images),
-        "faceness_scores": len(ijb.faceness_scores),
-        "templates": len(ijb.templates),
-        "medias": len(ijb.medias),
-    }
-    per_pair = {"label": len(ijb.label), "p1": len(ijb.p1), "p2": len(ijb.p2)}
-    for lengths in (per_image, per_pair):
-        if len(set(lengths.values())) > 1 or 0 in lengths.values():
-            raise InputError(
-                f"{folder}: "
-                f"{', '.join(f'{count} {name}' for name, count in lengths.items())}: they must be "
-                "equal, and not 0"
-            )
+    check_lengths(ijb, ("images", "faceness_scores", "templates", "medias"), folder)
+    check_lengths(ijb, ("label", "p1", "p2"), folder)
     unscored = np.flatnonzero(~np.isfinite(ijb.faceness_scores))
     if len(unscored):
-        raise InputError(
-            f"{folder}: "
-            f"{first_of([ijb.images.name_of(i) for i in unscored], 'image')}, with a detector "
-            "score that is not finite"
-        )
-    other = np.flatnonzero((ijb.label != 0) & (ijb.label != 1))
-    if len(other):
-        raise InputError(
-            f"{folder}: pair {other[0] + 1} of {len(ijb.label)} has the label "
-            f"{ijb.label[other[0]]}; "
-            "labels are 1 (genuine) and 0 (impostor)"
-        )
-    if not ijb.label.any() or ijb.label.all():
-        raise InputError(
-            f"{folder}: no {'impostor' if ijb.label.any() else 'genuine'} pair among "
-            f"{len(ijb.label)}: rates cannot be measured"
-        )
-    lists = {f"1:N gallery {name}": rows for name, rows in ijb.galleries.items()} | (
-        {"1:N probes": ijb.probes} if ijb.probes else {}
-    )
-    for where, templates in [("pairs", ijb.p1), ("pairs", ijb.p2)] + [
-        (name, templates) for name, (templates, _) in lists.items()
-    ]:
-        check_templates(ijb, templates, folder, where)
+        names = first_of([ijb.images.name_of(index) for index in unscored], "image")
+        raise InputError(f"{folder}: {names}, with a detector score that is not finite")
+    check_label(ijb.label, folder)
+    lists = {f"1:N gallery {name}": rows for name, rows in ijb.galleries.items()}
+    if ijb.probes:
+        lists["1:N probes"] = ijb.probes
+    for templates in (ijb.p1, ijb.p2):
+        check_templates(ijb, templates, folder, "pairs")
+    for name, (templates, _) in lists.items():
+        check_templates(ijb, templates, folder, name)
     subjects = {
         name: list_templates(f"{folder}: the list of the {name}", *rows)[1]
         for name, rows in lists.items()
     }
     for name in ijb.galleries:
-        check_mated(
-            np.isin(subjects["1:N probes"], subjects[f"1:N gallery {name}"]),
-            f"{folder}: 1:N gallery {name}: ",
+        gallery = f"1:N gallery {name}"
+        mated = np.isin(subjects["1:N probes"], subjects[gallery])
+        check_mated(mated, f"{folder}: {gallery}: ")
+
+
+def check_lengths(ijb: IJBSet, fields: tuple[str, ...], folder: Path) -> None:
+    lengths = {field: len(getattr(ijb, field)) for field in fields}
+    if len(set(lengths.values())) > 1 or 0 in lengths.values():
+        counts = ", ".join(f"{count} {name}" for name, count in lengths.items())
+        raise InputError(f"{folder}: {counts}: they must be equal, and not 0")
+
+
+def check_label(label: np.ndarray, folder: Path) -> None:
+    other = np.flatnonzero((label != 0) & (label != 1))
+    if len(other):
+        raise InputError(
+            f"{folder}: pair {other[0] + 1} of {len(label)} has the label {label[other[0]]}; "
+            "labels are 1 (genuine) and 0 (impostor)"
         )
+    if not label.any() or label.all():
+        kind = "impostor" if label.any() else "genuine"
+        raise InputError(f"{folder}: no {kind} pair among {len(label)}: rates cannot be measured")
 
 
 def check_templates(ijb: IJBSet, templates: np.ndarray, folder: Path, where: str) -> None:
-    """That the listed templates can have a feature.
-
-    Errors: InputError naming the first that cannot.
-    """
+    """Raises InputError naming the first of the listed templates that can have no feature."""
     unknown = np.flatnonzero(~np.isin(templates, ijb.templates))
     if len(unknown):
+        distinct = list(dict.fromkeys(templates[unknown].tolist()))
         raise InputError(
-            f"{folder}: there is no image of "
-            f"{first_of(list(dict.fromkeys(templates[unknown].tolist())), 'template')}, "
-            f"in the {where} (row {unknown[0] + 1} of {len(templates)})"
+            f"{folder}: there is no image of {first_of(distinct, 'template')}, in the {where} "
+            f"(row {unknown[0] + 1} of {len(templates)})"
         )
     weightless = np.setdiff1d(ijb.templates, ijb.templates[ijb.faceness_scores != 0])
-    weightless = weightless[np.isin(weightless, templates)] if len(weightless) else weightless
+    if len(weightless):
+        weightless = weightless[np.isin(weightless, templates)]
     if len(weightless):
         raise InputError(
             f"{folder}: the detector score of all images is 0 for "

@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
-from eval.sets.arrow import METADATA, is_saved, open_records, read_metadata, saved_fingerprint
+from eval.sets.arrow import METADATA, is_saved, open_images, read_metadata, saved_fingerprint
 from eval.sets.folder import (
     ImageFiles,
     find_set,
     fingerprint,
     first_of,
+    layout_error,
+    refuse_empty_files,
     scan,
     warn,
     warn_if_not_as_published,
@@ -49,7 +51,7 @@ class TinyFaceSet(NamedTuple):
 def find_tinyface(root: str | Path, target: str) -> Path:
     """The set's folder: ``root/target``, or else ``root/target_aligned_pad_0.1``.
 
-    Errors: InputError listing the folders that are there.
+    Raises InputError listing the folders that are there.
     """
     return find_set(root, target, SUFFIX)
 
@@ -59,19 +61,15 @@ def load_tinyface(root: str | Path, target: str) -> TinyFaceSet:
     hours; one image is read as a sample.
 
     Logged as warnings: probes without a mate in the gallery, which count as misses; no distractors.
-    Errors: InputError for missing or empty folders, unreadable metadata, lists naming images that
+    Raises InputError for missing or empty folders, unreadable metadata, lists naming images that
     are not there or cannot be told apart, no probe with a mate, a first image that is unreadable or
     not aligned.
     """
     folder = find_tinyface(root, target)
     tree = any((folder / name).is_dir() for name in (TOP, *FOLDERS.values()))
     if tree == is_saved(folder):
-        raise InputError(
-            f"{folder} is {'both' if tree else 'neither'} the official layout "
-            f"(folders {TOP}/{', '.join(FOLDERS.values())}) "
-            f"{'and' if tree else 'nor'} CVLFace's (state.json, dataset_info.json, "
-            f"*.arrow, {METADATA})"
-        )
+        layout = f"the official layout (folders {TOP}/{', '.join(FOLDERS.values())})"
+        raise layout_error(folder, tree, layout)
     tinyface = read_tree(folder, target) if tree else read_cvlface(folder, target)
     check(tinyface, folder)
     tinyface.images[0]
@@ -84,7 +82,7 @@ def load_tinyface(root: str | Path, target: str) -> TinyFaceSet:
 
 
 def read_cvlface(folder: Path, target: str) -> TinyFaceSet:
-    images = open_records(folder, with_paths=True)
+    images = open_images(folder, with_paths=True)
     meta = read_metadata(folder, dict.fromkeys(("image_paths", *FOLDERS), str))
     listed = meta.pop("image_paths")
     stems, by_column = list(map(stem_of, listed)), list(map(stem_of, images.names))
@@ -95,12 +93,10 @@ def read_cvlface(folder: Path, target: str) -> TinyFaceSet:
         )
     # the column tells which image a row is; image_paths tells more where the column holds file
     # names only
-    fuller = (
-        stems == by_column and set(listed) != set(images.names) and len(set(listed)) == len(listed)
-    )
-    return TinyFaceSet(
-        target, images, listed if fuller else images.names, meta, saved_fingerprint(folder)
-    )
+    are_unlike = set(listed) != set(images.names)
+    are_distinct = len(set(listed)) == len(listed)
+    paths = listed if stems == by_column and are_unlike and are_distinct else images.names
+    return TinyFaceSet(target, images, paths, meta, saved_fingerprint(folder))
 
 
 def read_tree(folder: Path, target: str) -> TinyFaceSet:
@@ -121,17 +117,14 @@ def read_tree(folder: Path, target: str) -> TinyFaceSet:
             raise InputError(f"{place} holds no images ({', '.join(SUFFIXES)})")
         meta[key] = [path for path, *_ in files]
         listing += files
-    empty = [path for path, size, _ in listing if not size]
-    if empty:
-        raise InputError(f"{folder}: {first_of(empty, 'empty file')}: copy again what was cut off")
+    refuse_empty_files(folder, listing)
     paths = [path for path, *_ in listing]
     return TinyFaceSet(target, ImageFiles(folder, paths), paths, meta, fingerprint((), listing))
 
 
 def check(tinyface: TinyFaceSet, folder: Path) -> None:
-    """That images and lists fit each other.
-
-    Errors: InputError naming the first thing that does not.
+    """Raises InputError unless images and lists fit each other, naming the first thing that does
+    not.
     """
     paths = tinyface.image_paths
     try:

@@ -1,1 +1,1 @@
-"""Tests of backbones."""
+"""The networks: the published ones, key by key and output by output."""

@@ -1,1 +1,1 @@
-"""Tests of bench."""
+"""The measurements: both ways of every part give the same."""

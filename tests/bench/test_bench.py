@@ -23,6 +23,7 @@ def test_header_ways_agree(method, monkeypatch, one_thread):
     assert ways["Ours"].limit() == dict(size=32)
 
 
+@pytest.mark.processes
 def test_data_ways_agree_in_processes_of_their_own(tmp_path):
     data_path.write_set(str(tmp_path), 256, 10)
     calls = run.in_turns(
@@ -52,6 +53,7 @@ def test_data_ways_agree_in_processes_of_their_own(tmp_path):
     ]
 
 
+@pytest.mark.processes
 def test_a_way_that_fails_is_no_figure(capfd):
     with (
         Process(

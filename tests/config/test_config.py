@@ -1,4 +1,4 @@
-"""The configuration: where values come from, which of them wins, and how mistakes are told."""
+"""The configuration: where values come from, which of them wins, and how mistakes are reported."""
 
 import json
 import re
@@ -15,13 +15,19 @@ from tests.warm_python import python
 from utils.errors import InputError
 
 DEFAULTS = ROOT / "config" / "config.py"
-SPECIFIED = """dataset embedding_size momentum weight_decay batch_size lr output pretrained_teacher_path pretrained_teacher_header_path teacher_repo_id
-    teacher_cache global_step s m h t_alpha adaptive_alpha use_geom_margin geom_margin_w geom_margin_k geom_margin_warmup_epoch loss network teacher SE rec
-    val_rec data_path db_file_format sample num_classes num_image num_epoch warmup_epoch val_targets eval_step val_eval_every_n_epoch eval_every_n_epoch
-    run_eval_at_start eval_ijb ijb_root ijb_targets ijb_batch_size ijb_num_workers ijb_flip eval_tinyface tinyface_root tinyface_targets tinyface_batch_size
-    tinyface_num_workers tinyface_flip milestones precision channels_last compile num_workers seed grad_clip accumulate shuffle flip augment
-    pretrained_backbone_path pretrained_header_path rec_backend log_every state_every keep_states max_bad_records device sample_rate teacher_embeddings
-    color_space""".split()
+SPECIFIED = """
+    dataset embedding_size momentum weight_decay batch_size lr output pretrained_teacher_path
+    pretrained_teacher_header_path teacher_repo_id teacher_cache global_step s m h t_alpha
+    adaptive_alpha use_geom_margin geom_margin_w geom_margin_k geom_margin_warmup_epoch loss
+    network teacher SE rec val_rec data_path db_file_format sample num_classes num_image
+    num_epoch warmup_epoch val_targets eval_step val_eval_every_n_epoch eval_every_n_epoch
+    run_eval_at_start eval_ijb ijb_root ijb_targets ijb_batch_size ijb_num_workers ijb_flip
+    eval_tinyface tinyface_root tinyface_targets tinyface_batch_size tinyface_num_workers
+    tinyface_flip milestones precision channels_last compile num_workers seed grad_clip
+    accumulate shuffle flip augment pretrained_backbone_path pretrained_header_path rec_backend
+    log_every state_every keep_states max_bad_records device sample_rate teacher_embeddings
+    color_space
+""".split()
 
 
 def write(folder, text, name="mine.py"):
@@ -225,8 +231,8 @@ def test_the_last_override_wins():
     ],
 )
 def test_command_line_words(text, key, value):
-    found = load_config(DEFAULTS, [text])[key]
-    assert found == value and type(found) is type(value)
+    parsed = load_config(DEFAULTS, [text])[key]
+    assert parsed == value and type(parsed) is type(value)
 
 
 def test_paths_start_at_the_root_in_files_and_at_the_current_directory_on_the_command_line(
@@ -367,7 +373,7 @@ def test_bad_combinations(overrides, message):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         (
             ["batch_size=1"],
@@ -390,17 +396,17 @@ def test_bad_combinations(overrides, message):
         (["device=mps:1"], "device='mps:1' is unknown: auto, cpu, cuda, cuda:N or mps"),
     ],
 )
-def test_what_training_cannot_do(words, message, monkeypatch):
+def test_what_training_cannot_do(arguments, message, monkeypatch):
     """Other commands may: evaluation takes one image at a time, and the configuration of a run on
     another device.
     """
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     with pytest.raises(InputError, match=message):
         parse_arguments("", "AdaDistill")
-    if "mps:1" not in words[0]:
+    if "mps:1" not in arguments[0]:
         assert (
             load_config(
-                DEFAULTS, ["val_batch_size=1", *(word for word in words if "=" in word)]
+                DEFAULTS, ["val_batch_size=1", *(text for text in arguments if "=" in text)]
             ).val_batch_size
             == 1
         )
@@ -470,6 +476,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path, name, text):
     assert load_config(tmp_path / name).loss == "CosFace"
 
 
+@pytest.mark.processes
 def test_a_script_shows_a_mistake_as_one_line(tmp_path):
     """From another directory; before the output folder is made."""
     done = subprocess.run(

@@ -1,1 +1,1 @@
-"""Tests of data."""
+"""The commands of data/: aligning, packing, checking, decoding and drawing faces."""

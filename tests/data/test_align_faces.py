@@ -62,6 +62,7 @@ def main(monkeypatch, *arguments) -> None:
     align_faces.main()
 
 
+@pytest.mark.processes
 def test_with_a_detector_in_two_processes_and_on_to_records(photos, tmp_path):
     pytest.importorskip("onnx", reason="onnx is not installed (requirements/onnx.txt)")
     output = run(
@@ -238,6 +239,7 @@ def test_points_as_windows_saves_them(tmp_path, encode_text):
     assert list(align_faces.read_points(tmp_path / "points.csv")) == ["ann/a.jpg", "bob x/b.png"]
 
 
+@pytest.mark.processes
 def test_a_missing_detector_is_one_line(photos, tmp_path):
     done = subprocess.run(
         [

@@ -55,6 +55,7 @@ def damaged(tmp_path):
     return write_set(folder, images, "5,112,112\n")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_finding(damaged, tmp_path, workers):
     output, error = check(
@@ -117,6 +118,7 @@ def test_every_finding(damaged, tmp_path, workers):
         assert error == f"error: {damaged}: 2 labels that are no class\n"
 
 
+@pytest.mark.processes
 def test_sound_sets_of_every_kind(tmp_path):
     """The golden sets that MXNet wrote, one whose identity labels only its index records hold, one
     without index and property, and a folder.
@@ -135,6 +137,7 @@ def test_sound_sets_of_every_kind(tmp_path):
     assert "4 images, 2 classes" in output and "1 at least, 2 median, 2.0 mean, 3 at most" in output
 
 
+@pytest.mark.processes
 def test_a_cut_off_file_and_a_label_beyond_the_property_are_findings(tmp_path):
     folder = copy_set("insightface", tmp_path / "set")
     content = (folder / "train.rec").read_bytes()
@@ -152,6 +155,7 @@ def test_a_cut_off_file_and_a_label_beyond_the_property_are_findings(tmp_path):
     assert "truncated" in output and error.endswith(" unreadable records\n")
 
 
+@pytest.mark.processes
 def test_shards_and_a_label_that_is_no_number(tmp_path):
     for number, labels in enumerate(([0, 1], [float("nan"), 1])):
         folder = tmp_path / str(number)
@@ -177,6 +181,7 @@ def test_shards_and_a_label_that_is_no_number(tmp_path):
     ]
 
 
+@pytest.mark.processes
 def test_jpegs_without_their_end_are_named(tmp_path):
     """Whether OpenCV decodes them (with a grey rest) or not; other formats have no such marker."""
     images = [jpeg(seed) for seed in range(8)]
@@ -216,6 +221,7 @@ def test_ends_early(options):
         assert not ends_early(cv2.imencode(suffix, pixels)[1].tobytes()[:200])
 
 
+@pytest.mark.processes
 def test_whatever_rec_names(tmp_path):
     """A .rec of another name, lists with commas or spaces, the words of the training scripts."""
     for name, seed in (("a", 0), ("b", 10)):
@@ -247,6 +253,7 @@ def test_whatever_rec_names(tmp_path):
         assert message in error and error.count("\n") == 1 and not output
 
 
+@pytest.mark.processes
 def test_the_same_image_in_two_sets_of_different_people(tmp_path):
     """Its label is 0 in both, its class is not."""
     for name in "ab":
@@ -258,6 +265,7 @@ def test_the_same_image_in_two_sets_of_different_people(tmp_path):
     check(*sets, "rec_labels=shared", "--workers", 1, expect=0)
 
 
+@pytest.mark.processes
 def test_what_would_train_to_nothing(tmp_path):
     for name, labels, classes, message in (
         (
@@ -297,6 +305,7 @@ def test_what_would_train_to_nothing(tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_identities_without_images_are_listed(tmp_path):
     root = write_folder(tmp_path / "faces", {"ann": 1, "bob": 2})
     for name in ("q1", "q2", "q3", "q4/session"):
@@ -316,6 +325,7 @@ def test_identities_without_images_are_listed(tmp_path):
     ]
 
 
+@pytest.mark.processes
 def test_an_index_that_names_records_wrongly(tmp_path):
     folder = copy_set("plain", tmp_path)
     lines = (folder / "train.idx").read_text().splitlines()
@@ -331,6 +341,7 @@ def test_an_index_that_names_records_wrongly(tmp_path):
         assert message in error and error.count("\n") == 1 and not output
 
 
+@pytest.mark.processes
 def test_wrong_input_is_one_line(tmp_path):
     for arguments, message in (
         ([tmp_path / "none"], "no folder"),

@@ -23,9 +23,9 @@ from tests.dataset.test_dataset import copy_set, jpeg, write_set
 from tests.recordio.test_recordio import STYLES
 from utils.dataset.base import PIXELS, decode_into
 from utils.dataset.records import MXFaceDataset
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.files import take_lock
-from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 
 TOOL = ROOT / "data" / "decode_rec.py"
@@ -49,6 +49,7 @@ def assert_same_set(copy, source):
         )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("style", STYLES)
 def test_golden_sets(style, tmp_path):
     source, copy = copy_set(style, tmp_path / "source"), tmp_path / "new" / "copy"
@@ -85,6 +86,7 @@ def run_again(copy, tmp_path):
     return tmp_path / "again"
 
 
+@pytest.mark.processes
 def test_shards_vector_labels_and_the_order_in_the_file(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -106,6 +108,7 @@ def test_shards_vector_labels_and_the_order_in_the_file(tmp_path):
         ]
 
 
+@pytest.mark.processes
 def test_it_trains_to_the_same_weights(tmp_path):
     (tmp_path / "source").mkdir()
     with open_studio(1, 3, 1.0) as studio:
@@ -130,6 +133,7 @@ def test_it_trains_to_the_same_weights(tmp_path):
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
+@pytest.mark.processes
 def test_damaged_images_and_labels(tmp_path):
     source = write_set(
         tmp_path, [(0.0, jpeg(0)), (1.0, b"no image"), (1.0, jpeg(2))], "2,112,112\n"
@@ -142,6 +146,7 @@ def test_damaged_images_and_labels(tmp_path):
     assert not list(tmp_path.glob("copy*"))
 
 
+@pytest.mark.processes
 def test_a_rec_of_another_name_and_what_a_training_would_refuse(tmp_path):
     """The copy of a JPEG that ends early holds its grey rest, which nobody can tell any more."""
     rows = [(float(at % 2), jpeg(at)) for at in range(6)]
@@ -179,6 +184,7 @@ def test_pixels_of_another_length_or_size_are_left_to_opencv():
             decode_into(encoded, out)
 
 
+@pytest.mark.processes
 def test_what_cannot_be_done_is_told(tmp_path, monkeypatch):
     source = copy_set("plain", tmp_path / "source")
     (tmp_path / "there").mkdir()
@@ -206,7 +212,8 @@ from data import decode_rec
 write, written = decode_rec.IndexedRecordIO.write_idx, []
 def interrupted(self, key, record):
     written.append(key)
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # shells start what runs in the background deaf to it
+    # shells start what runs in the background deaf to it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if len(written) == 10:
         {what}
     write(self, key, record)
@@ -234,6 +241,7 @@ def run_interrupted(what, source, copy):
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "what, status",
     [
@@ -249,6 +257,7 @@ def test_an_end_in_the_middle_leaves_neither_files_nor_processes(tmp_path, what,
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills_up(tmp_path):
     """As a limit to the size of a file, which the system tells likewise."""
     source = copy_set("plain", tmp_path / "source")
@@ -268,6 +277,7 @@ def test_a_disk_that_fills_up(tmp_path):
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.processes
 def test_what_a_killed_one_left_goes_and_one_at_work_is_left_alone(tmp_path):
     source = copy_set("plain", tmp_path / "source")
     left, at_work, others = (

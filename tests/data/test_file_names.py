@@ -16,7 +16,7 @@ from eval.report import files, tables
 from eval.report.html_report import write_page
 from tests.commands import ROOT, environment, run
 from tests.dataset.test_dataset import jpeg
-from utils.files import printable, utf8_path
+from utils.files import printable, read_json, utf8_path, write_json
 from utils.run.log import RunLog
 from utils.weights.read import read_tensors
 
@@ -49,6 +49,7 @@ def people(folder):
     return folder / "people"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "settings",
     [
@@ -77,6 +78,7 @@ def test_an_entry_script_prints_any_name(settings):
     assert done.stderr == b"error: no Ren\\udce9\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "settings",
     [
@@ -114,6 +116,7 @@ def test_packing_and_checking(folder, people, settings):
         assert people / found == bad
 
 
+@pytest.mark.processes
 def test_training_logs(folder, people):
     """Into such a folder, with a warning that names such a file."""
     (people / NAME / f"{NAME}9.jpg").write_bytes(b"no image")
@@ -136,9 +139,9 @@ def test_figures_of_a_set_of_such_a_name(folder):
     assert flat[f"verification.{SHOWN}.Accuracy-Flip"] == 0.75
     files.write_metrics(folder / "metrics.csv", flat)
     assert files.read_metrics(folder / "metrics.csv") == flat
-    files.write_json(folder / "results.json", results)
-    assert files.read_json(folder / "results.json") == results
-    files.write_summary(folder, [files.Row(printable(NAME), printable(NAME), 1, flat)])
+    write_json(folder / "results.json", results)
+    assert read_json(folder / "results.json") == results
+    files.write_summary(folder, [tables.Row(printable(NAME), printable(NAME), 1, flat)])
     assert SHOWN in (folder / "summary.csv").read_text("utf-8")
     assert SHOWN in (folder / "summary.md").read_text("utf-8")
     write_page(folder / "page.html", NAME, results, [], {"val_rec": NAME}, [NAME])

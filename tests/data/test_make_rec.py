@@ -38,6 +38,7 @@ def assert_fails(result, message, folder):
     assert set(os.listdir(folder)) <= {"faces", "pairs.txt"}
 
 
+@pytest.mark.processes
 def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
     result = make_rec(
         "--images", "faces", "--output", "out", "--layout", "insightface", cwd=tmp_path
@@ -57,6 +58,7 @@ def test_folder_and_its_records_are_the_same_set(faces, tmp_path):
         assert np.array_equal(left, right) and left_label == right_label
 
 
+@pytest.mark.processes
 def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
     common = "--images", faces, "--output"  # plain and shuffled is the default
     for name, arguments in {
@@ -71,7 +73,7 @@ def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
     }
     assert lists["a"] == lists["b"] and len(set(lists.values())) == 3
     folder, records = FaceDatasetFolder(faces), MXFaceDataset(tmp_path / "a")
-    position = {folder._name(index): index for index in range(8)}
+    position = {folder.name_of(index): index for index in range(8)}
     for line in lists["a"].splitlines():
         key, label, path = line.split("\t")
         image, record_label = records[int(key)]
@@ -82,6 +84,7 @@ def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
     assert [line.split("\t")[2] for line in lists["sorted"].splitlines()] == sorted(position)
 
 
+@pytest.mark.processes
 def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
     folder = tmp_path / "faces" / "ann"
     folder.mkdir(parents=True)
@@ -105,6 +108,7 @@ def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
     assert len(MXFaceDataset(tmp_path / "new")) == 3
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", ["insightface", "plain"])
 def test_unreadable_image(layout, faces, tmp_path):
     (faces / "cid" / "02.jpg").write_bytes(jpeg(0)[:200])
@@ -112,6 +116,7 @@ def test_unreadable_image(layout, faces, tmp_path):
     assert_fails(result, f"cannot read the image {faces}/cid/02.jpg", tmp_path)
 
 
+@pytest.mark.processes
 def test_jpegs_that_end_early(faces, tmp_path):
     """Zeros in place of the rest, as damaged disks give: decoders fill it with grey."""
     whole = (faces / "cid" / "02.jpg").read_bytes()
@@ -124,6 +129,7 @@ def test_jpegs_that_end_early(faces, tmp_path):
     assert_fails(result, message, tmp_path)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("layout", ["insightface", "plain"])
 def test_skip_bad_leaves_unreadable_files_out_and_lists_them(layout, faces, tmp_path):
     (faces / "ann" / "01.jpg").write_bytes(b"junk")
@@ -154,6 +160,7 @@ def test_skip_bad_leaves_unreadable_files_out_and_lists_them(layout, faces, tmp_
     assert result.returncode == 1 and "01.jpg is 100x120, not 112x112" in result.stderr
 
 
+@pytest.mark.processes
 def test_folders_that_are_no_training_set(faces, tmp_path):
     for name in ("ann", "cid"):
         for path in (faces / name).iterdir():
@@ -169,6 +176,7 @@ def test_folders_that_are_no_training_set(faces, tmp_path):
     assert_fails(pairs, "--skip-bad is for records", tmp_path)
 
 
+@pytest.mark.processes
 def test_wrong_arguments(faces, tmp_path):
     assert_fails(
         make_rec("--images", tmp_path / "none", "--output", tmp_path / "out"),
@@ -189,6 +197,7 @@ def test_wrong_arguments(faces, tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_failure_keeps_the_set_that_was_there(faces, tmp_path):
     assert make_rec("--images", faces, "--output", tmp_path / "out").returncode == 0
     before = (tmp_path / "out" / "train.rec").read_bytes()
@@ -207,6 +216,7 @@ def test_failure_keeps_the_set_that_was_there(faces, tmp_path):
     ]
 
 
+@pytest.mark.processes
 def test_pairs(faces, tmp_path):
     (tmp_path / "pairs.txt").write_text(
         "# path path same\nann/00.jpg ann/01.jpg 1\n\nbob "
@@ -250,6 +260,7 @@ def test_damaged_utf16_is_one_line(faces, tmp_path):
         read_pairs(tmp_path / "pairs.txt", faces)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("same", [0, 1])
 def test_pairs_of_one_kind_are_not_packed(faces, tmp_path, same):
     (tmp_path / "pairs.txt").write_text(f"ann/00.jpg ann/01.jpg {same}\n" * 12)
@@ -297,6 +308,7 @@ def lfw_folds(folds: int, pairs: int) -> tuple[list[str], list[tuple[str, str, b
     return lines, expected
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "header, folds, pairs, ends",
     [
@@ -361,6 +373,7 @@ def test_wrong_lines_of_lfws_lists(lfw, tmp_path, text, message):
         read_pairs(tmp_path / "pairs.txt", lfw)
 
 
+@pytest.mark.processes
 def test_wrong_pairs(faces, tmp_path):
     pairs = tmp_path / "pairs.txt"
     common = "--pairs", pairs, "--images", faces, "--output", tmp_path / "lfw.bin"

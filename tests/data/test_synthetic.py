@@ -70,11 +70,13 @@ def person(number):
     return draw_identity(np.random.default_rng([0, 0, number, 0]))
 
 
+@pytest.mark.processes
 def test_same_bytes_with_one_and_two_workers(made, tmp_path):
     assert make(tmp_path / "two", workers=2).returncode == 0
     assert read_all(tmp_path / "two") == read_all(made)
 
 
+@pytest.mark.processes
 def test_another_seed_gives_other_images(made, tmp_path):
     assert make(tmp_path / "other", seed=1).returncode == 0
     first, second = (
@@ -89,6 +91,7 @@ def test_another_seed_gives_other_images(made, tmp_path):
     assert not set(first.values()) - {first["property"]} & set(second.values())
 
 
+@pytest.mark.processes
 def test_without_the_benchmarks_all_else_is_the_same(made, tmp_path):
     assert make(tmp_path / "set", ijb_subjects=0, tinyface_identities=0).returncode == 0
     full, plain = read_all(made), read_all(tmp_path / "set")
@@ -99,6 +102,7 @@ def test_without_the_benchmarks_all_else_is_the_same(made, tmp_path):
     }
 
 
+@pytest.mark.processes
 def test_training_set_has_insightface_layout(made):
     assert (made / "property").read_text().split() == [f"{IDENTITIES},112,112"]
     count = IDENTITIES * IMAGES
@@ -122,6 +126,7 @@ def test_training_set_has_insightface_layout(made):
                 )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", make_synthetic.PAIR_SETS)
 def test_pair_sets_are_balanced_in_each_fold(made, name):
     faces, issame = pickle.loads((made / f"{name}.bin").read_bytes())
@@ -198,6 +203,7 @@ def test_faces_are_drawn_at_any_nuisance(view):
         assert image.shape == (112, 112, 3) and image.dtype == np.uint8 and image.std() > 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -216,6 +222,7 @@ def test_bad_arguments_are_one_line(tmp_path, options, words):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.processes
 def test_an_output_that_is_a_file_is_one_line(tmp_path):
     (tmp_path / "set").write_text("a file")
     result = make(tmp_path / "set")
@@ -226,6 +233,7 @@ def test_an_output_that_is_a_file_is_one_line(tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_a_real_training_set_is_not_overwritten(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "train.rec").write_bytes(b"precious")
@@ -238,6 +246,7 @@ def test_a_real_training_set_is_not_overwritten(tmp_path):
     assert read_all(tmp_path / "set") == {"train.rec": b"precious"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("folder", BENCHMARKS)
 def test_a_real_benchmark_is_not_overwritten(tmp_path, folder):
     (tmp_path / "set" / folder).mkdir(parents=True)

@@ -1,1 +1,1 @@
-"""Tests of dataset."""
+"""What training reads: records and folders, their order, reading ahead, local copies."""

@@ -50,6 +50,7 @@ def assert_same(source, copy, names=NAMES):
     )
 
 
+@pytest.mark.processes
 def test_a_copy_is_made_once(source, tmp_path):
     copy = stage(source, NAMES, tmp_path / "disk")
     assert_same(source, copy)
@@ -66,6 +67,7 @@ def test_a_copy_is_made_once(source, tmp_path):
     assert_same(source, copy)
 
 
+@pytest.mark.processes
 def test_a_changed_source_is_copied_anew_and_the_old_copy_goes_when_nobody_reads_it(
     source, tmp_path, caplog
 ):
@@ -82,6 +84,7 @@ def test_a_changed_source_is_copied_anew_and_the_old_copy_goes_when_nobody_reads
     assert third not in (first, second) and os.listdir(tmp_path / "disk") == [third.name]
 
 
+@pytest.mark.processes
 def test_a_copy_that_was_written_to_is_copied_again(source, tmp_path, caplog):
     copy = stage(source, NAMES, tmp_path / "disk")
     with open(copy / "train.rec", "r+b") as file:
@@ -123,6 +126,7 @@ def copying(source, to, stop_at=-1):
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_killed_copy_goes_on_where_it_was(damage, source, tmp_path):
     """At the first part whose sum does not fit: the one it was killed in, or one that the disk has
@@ -150,6 +154,7 @@ def test_a_killed_copy_goes_on_where_it_was(damage, source, tmp_path):
     assert_same(source, copy)
 
 
+@pytest.mark.processes
 def test_two_runs_at_once_copy_once(source, tmp_path):
     first = copying(source, tmp_path / "disk", stop_at=60_000)
     assert first.stdout.readline() == "at 60000\n"
@@ -174,6 +179,7 @@ def test_a_disk_that_is_too_small(source, tmp_path, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills_up_keeps_what_is_done(source, tmp_path, monkeypatch):
     write = staging.write_part
 
@@ -191,6 +197,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(source, tmp_path, monkeypatch):
     assert_same(source, stage(source, NAMES, tmp_path / "disk"))
 
 
+@pytest.mark.processes
 def test_a_disk_that_does_not_give_back_what_was_written(source, tmp_path, monkeypatch):
     write = staging.write_part
     monkeypatch.setattr(
@@ -206,6 +213,7 @@ def test_a_disk_that_does_not_give_back_what_was_written(source, tmp_path, monke
     assert_same(source, stage(source, NAMES, tmp_path / "disk"))
 
 
+@pytest.mark.processes
 def test_a_source_that_changes_meanwhile(source, tmp_path, monkeypatch):
     write = staging.write_part
 
@@ -267,6 +275,7 @@ def test_sets_are_read_from_their_copies(source, tmp_path):
         build_dataset(cfg)
 
 
+@pytest.mark.processes
 def test_two_ranks_train_from_one_copy(tmp_path, monkeypatch):
     """The real command; the set and the teacher's features are copied by the first rank of the
     machine, and the run does not touch the originals any more.

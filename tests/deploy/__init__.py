@@ -1,1 +1,1 @@
-"""Tests of deploy."""
+"""Export to ONNX, its benchmark, comparing photographs."""

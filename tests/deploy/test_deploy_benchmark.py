@@ -60,6 +60,7 @@ def test_multiply_adds(tmp_path, name, use_se, published):
         assert count_in_graph(tmp_path / "x.onnx") == found
 
 
+@pytest.mark.processes
 def test_the_table(tmp_path):
     torch.manual_seed(0)
     network = build_backbone("mobilefacenet", 32)

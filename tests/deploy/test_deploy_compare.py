@@ -13,7 +13,7 @@ import torch
 
 from backbones import build_backbone
 from deploy import compare_faces
-from deploy.gallery import Reader
+from deploy.gallery import FaceReader
 from deploy.model import embed_faces, load_model
 from eval.report.html_report import PairExhibit
 from eval.report.thresholds import read_threshold, threshold_at, write_thresholds
@@ -110,6 +110,7 @@ def test_aligned_crops(folder, monkeypatch, capsys):
     assert re.search(r"cosine \S+\nno decision", output)
 
 
+@pytest.mark.processes
 def test_photographs_are_detected_and_aligned(folder, monkeypatch, capsys):
     """As a process: the same face at two places of two photographs."""
     done = subprocess.run(
@@ -137,7 +138,7 @@ def test_photographs_are_detected_and_aligned(folder, monkeypatch, capsys):
         "again.png: face of 100x100 at (430, 102), score 1.00",
     ]
     assert printed(lines[2], "cosine") > 0.98 and lines[2].endswith(": the same person")
-    read = Reader(Detector(folder / "yunet.onnx"), "only", 0.8)
+    read = FaceReader(Detector(folder / "yunet.onnx"), "only", 0.8)
     assert np.abs(read(folder / "one.png").astype(int) - CROPS[0]).mean() < 1
 
 
@@ -149,14 +150,14 @@ def test_several_faces_are_chosen_among(folder):
         match=r"two.png: several faces: 2, from left to right 100x100 "
         r"at \(110, 110\), score 1.00; 100x100 at \(430, 110\), score 1.00; choose one with --face",
     ):
-        Reader(detector, "only", 0.8)(path)
+        FaceReader(detector, "only", 0.8)(path)
     for which, crop in (("1", CROPS[1]), ("2", CROPS[0])):
-        assert np.abs(Reader(detector, which, 0.8)(path).astype(int) - crop).mean() < 1
+        assert np.abs(FaceReader(detector, which, 0.8)(path).astype(int) - crop).mean() < 1
     assert (
-        np.abs(Reader(detector, "2", 0.8)(folder / "one.png").astype(int) - CROPS[0]).mean() < 1
+        np.abs(FaceReader(detector, "2", 0.8)(folder / "one.png").astype(int) - CROPS[0]).mean() < 1
     ), "with one face there is nothing to choose"
     with pytest.raises(InputError, match="several faces: 2"):
-        Reader(detector, "3", 0.8)(path)
+        FaceReader(detector, "3", 0.8)(path)
 
 
 @pytest.mark.parametrize(

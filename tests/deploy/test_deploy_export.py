@@ -97,6 +97,7 @@ def features(network, pixels=PIXELS) -> np.ndarray:
     return embed(network, pixels, 2, flip=False)[0].numpy()
 
 
+@pytest.mark.processes
 def test_what_is_written_and_reported(run_folder, exported):
     output, figures = exported
     names = ["12backbone.pth", "12backbone.onnx", "12backbone.fp16.onnx", "12backbone.int8.onnx"]
@@ -130,6 +131,7 @@ def test_what_is_written_and_reported(run_folder, exported):
     )
 
 
+@pytest.mark.processes
 def test_metadata(run_folder, exported):
     for name, numbers in (
         ("12backbone.onnx", "float32"),
@@ -171,6 +173,7 @@ def test_metadata(run_folder, exported):
     assert model.checkpoint_sha256 == sha256(run_folder / "12backbone.pth") != model.sha256
 
 
+@pytest.mark.processes
 def test_int8_weights_have_a_scale_for_each_channel(run_folder, exported):
     graph = onnx.load(run_folder / "12backbone.int8.onnx").graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -185,6 +188,7 @@ def test_int8_weights_have_a_scale_for_each_channel(run_folder, exported):
         assert producers[node.input[0]].op_type == "DequantizeLinear"
 
 
+@pytest.mark.processes
 def test_models_give_the_checkpoints_features(run_folder, exported):
     wanted = features(load_model(run_folder / "12backbone.pth", "model").network)
     network = OnnxNetwork(run_folder / "12backbone.onnx")
@@ -197,6 +201,7 @@ def test_models_give_the_checkpoints_features(run_folder, exported):
     ).shape == (0, 16)
 
 
+@pytest.mark.processes
 def test_full_and_batch_evaluation_take_models(run_folder, exported, tmp_path):
     how = ["--device", "cpu", "--val-batch-size", 8]
     wanted = verification.test(
@@ -351,6 +356,7 @@ def test_old_operator_sets_an_average_and_a_foreign_config(tmp_path, monkeypatch
         export_onnx.main()
 
 
+@pytest.mark.processes
 def test_a_model_that_disagrees_is_not_written(tmp_path):
     """As a process: one line, exit status 1, and nothing but what was there."""
     weights = torch.load(checkpoint(tmp_path / "nan.pth"))
@@ -414,6 +420,7 @@ def test_the_set_of_a_run_may_be_several_paths(run_folder, tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_wrong_input_is_said_and_leaves_nothing(run_folder, exported, tmp_path, monkeypatch):
     def refuses(message, *arguments):
         monkeypatch.setattr(sys, "argv", ["export_onnx.py", *map(str, arguments)])

@@ -1,1 +1,1 @@
-"""Tests of eval."""
+"""Protocols, the sets on disk, the evaluation commands and their reports."""

@@ -216,6 +216,7 @@ def fail_on_first():
     raise InputError("only the first knows this")
 
 
+@pytest.mark.processes
 def test_ranks_share_the_work_and_the_errors(tmp_path):
     run(Path(__file__), tmp_path, ranks=3)
     expected = embed(small_backbone(), Files(11), 2)

@@ -100,9 +100,9 @@ class HostilePayload:
 
 
 # --- run_full_eval
-# --------------------------------------------------
 
 
+@pytest.mark.processes
 def test_full_eval_figures_skipped_sets_and_json(runs, sets, tmp_path):
     checkpoint, results = runs / "student" / "2backbone.pth", tmp_path / "new" / "results.json"
     output = run(
@@ -119,6 +119,7 @@ def test_full_eval_figures_skipped_sets_and_json(runs, sets, tmp_path):
     assert [path.name for path in results.parent.iterdir()] == ["results.json"]
 
 
+@pytest.mark.processes
 def test_full_eval_on_two_ranks_gives_the_same_and_prints_once(runs, sets, tmp_path):
     checkpoint, results = runs / "student" / "10backbone.pth", tmp_path / "results.json"
     output = run(FULL, "--checkpoint", checkpoint, *HOW, "--results-json", results, ranks=2)
@@ -129,6 +130,7 @@ def test_full_eval_on_two_ranks_gives_the_same_and_prints_once(runs, sets, tmp_p
     assert output.count("Accuracy-Flip") == 1 and "on 2 x cpu" in output
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -146,6 +148,7 @@ def test_what_the_command_line_names_must_be_there(runs, arguments, message):
     assert message in output and "Traceback" not in output
 
 
+@pytest.mark.processes
 def test_hostile_checkpoint_is_refused_and_does_not_run(runs, sets, tmp_path):
     target, hostile = tmp_path / "executed", tmp_path / "1backbone.pth"
     torch.save({"weight": HostilePayload(target)}, hostile)
@@ -165,7 +168,6 @@ def test_hostile_checkpoint_is_refused_and_does_not_run(runs, sets, tmp_path):
 
 
 # --- the same path, without a process
-# --------------------------------------------------
 
 
 def evaluator(*arguments) -> evaluate.Evaluator:
@@ -175,7 +177,7 @@ def evaluator(*arguments) -> evaluate.Evaluator:
 
 
 def names_of(job) -> list[str]:
-    return [benchmark.name for benchmark in job.benchmarks]
+    return [test_set.name for test_set in job.test_sets]
 
 
 def test_named_folder_or_name_must_exist(runs, sets, tmp_path):
@@ -229,8 +231,7 @@ def test_network_is_the_runs_and_sets_are_those_of_a_named_config(runs, sets, tm
     )
     assert tool.skipped == {sets / "lfw.bin": "lfw", **NOT_THERE}
     assert (
-        tool.plan(runs / "teacher" / "5backbone.pth").benchmarks[0].images
-        is job.benchmarks[0].images
+        tool.plan(runs / "teacher" / "5backbone.pth").test_sets[0].images is job.test_sets[0].images
     ), "read once"
     assert tool.plan(tmp_path / "1backbone.pth").network.network == "iresnet18", (
         "no config.json beside it"
@@ -313,9 +314,9 @@ def test_color_space_of_a_run_is_its_teachers(sets, tmp_path):
 
 
 # --- run_batch_eval
-# --------------------------------------------------
 
 
+@pytest.mark.processes
 def test_batch_eval_reports(runs, sets, tmp_path):
     reports = tmp_path / "reports"
     output = run(BATCH, "--checkpoint-dir", runs, "--report-dir", reports, "--save-json", *HOW)
@@ -363,6 +364,7 @@ def test_batch_eval_reports(runs, sets, tmp_path):
     assert (reports / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.processes
 def test_one_bad_checkpoint_does_not_stop_the_others(sets, tmp_path):
     good = save_network(tmp_path / "3backbone.pth")
     (tmp_path / "1backbone.pth").write_bytes(good.read_bytes()[:5000])
@@ -377,6 +379,7 @@ def test_one_bad_checkpoint_does_not_stop_the_others(sets, tmp_path):
     }
 
 
+@pytest.mark.processes
 def test_no_checkpoint_is_an_error(tmp_path):
     output = run(BATCH, "--checkpoint-dir", tmp_path, expect=1)
     assert f"no file *backbone.pth in {tmp_path}" in output and not any(tmp_path.iterdir())

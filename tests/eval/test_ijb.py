@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn import metrics
 
-from eval import ijb
+from eval import ijb, ijb_templates
 from eval.roc import FPRS, roc_curve
 from tests import rounding
 from utils.errors import InputError
@@ -97,7 +97,6 @@ def slow_scores(data: dict[str, np.ndarray], variant: str) -> np.ndarray:
 
 
 # --- 1:1
-# --------------------------------------------------
 
 
 def test_golden_verification():
@@ -126,7 +125,7 @@ IDS = {
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 @pytest.mark.parametrize("rows", [1, 7, 60, 1024])
 def test_scores_equal_loops(monkeypatch, ids, rows):
-    monkeypatch.setattr(ijb, "ROWS_AT_A_TIME", rows)
+    monkeypatch.setattr(ijb_templates, "ROWS_AT_A_TIME", rows)
     data = random_set(**ids)
     variants = []
     for variant, scores in ijb.compare(*take(data, IMAGES, ("p1", "p2"))):
@@ -304,7 +303,6 @@ def test_an_unknown_template_between_sparse_ids_is_named():
 
 
 # --- 1:N
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize("gallery", ["g1", "g2"])

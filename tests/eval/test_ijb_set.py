@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from eval.sets.ijb import find_ijb, load_ijb, read_pairs
+from eval.sets.ijb import find_ijb, load_ijb
+from eval.sets.ijb_meta import read_pairs
 from tests.saved_sets import encode, save_images, save_metadata, smooth
 from utils.align import TEMPLATE, align
 from utils.dataset.workers import start_worker
@@ -138,7 +139,6 @@ def snapshot(folder: Path) -> dict:
 
 
 # --- what is read
-# --------------------------------------------------
 
 
 def assert_is_the_set(ijb) -> None:
@@ -326,7 +326,6 @@ def test_a_set_of_a_published_name_and_other_sizes_is_told(tmp_path, caplog):
 
 
 # --- pairs
-# --------------------------------------------------
 
 
 def test_many_pairs_across_blocks(tmp_path, monkeypatch):
@@ -338,7 +337,7 @@ def test_many_pairs_across_blocks(tmp_path, monkeypatch):
     )
     expected = [[int(value) for value in column] for column in rows.T]
     for block in (1 << 20, 4099, 100):
-        monkeypatch.setattr("eval.sets.ijb.BLOCK", block)
+        monkeypatch.setattr("eval.sets.ijb_meta.BLOCK", block)
         found = read_pairs(tmp_path / "pairs")
         assert [column.tolist() for column in found] == expected and all(
             column.dtype == np.int64 for column in found
@@ -363,7 +362,7 @@ def test_many_pairs_across_blocks(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("block", [1 << 20, 64])
 def test_lines_that_are_no_pairs(tmp_path, monkeypatch, text, message, block):
-    monkeypatch.setattr("eval.sets.ijb.BLOCK", block)
+    monkeypatch.setattr("eval.sets.ijb_meta.BLOCK", block)
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(
         InputError,
@@ -376,7 +375,6 @@ def test_lines_that_are_no_pairs(tmp_path, monkeypatch, text, message, block):
 
 
 # --- a wrong InsightFace folder
-# --------------------------------------------------
 
 
 def edit(folder: Path, name: str, change) -> None:
@@ -562,7 +560,6 @@ def test_folders_of_neither_layout_or_both(tmp_path, crops, saved):
 
 
 # --- a wrong CVLFace folder
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize("core", ["core", "_core"])

@@ -16,11 +16,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from eval import plot_curves
-from eval.report import figures, files, tables
-from eval.report.files import Row
+from eval.report import figures, files, step_plots, tables
 from eval.report.html_report import MOST_PAIRS, PairExhibit, RankExhibit, write_page
+from eval.report.tables import Row
 from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate
 from utils.errors import InputError
+from utils.files import read_json, write_json
 
 VARIANTS = ("Norm:True_Det:True", "Norm:True_Det:False", "Norm:False_Det:True")
 FARS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -103,7 +104,6 @@ def read_table(path: Path) -> list[list[str]]:
 
 
 # --- a page, read back
-# --------------------------------------------------
 
 
 class Page(HTMLParser):
@@ -467,7 +467,6 @@ def test_curves_against_loops():
 
 
 # --- tables
-# --------------------------------------------------
 
 
 def test_terminal_table():
@@ -528,7 +527,6 @@ def test_set_of_a_key(key, group):
 
 
 # --- metrics of one checkpoint
-# --------------------------------------------------
 
 
 def test_metrics_come_back(tmp_path):
@@ -569,21 +567,20 @@ def test_damaged_metrics_name_the_line(tmp_path, content, message):
 
 
 def test_json_is_strict(tmp_path):
-    files.write_json(tmp_path / "x.json", {"ijb": {"IJBC": {"a": np.inf, "b": 0.1}}})
+    write_json(tmp_path / "x.json", {"ijb": {"IJBC": {"a": np.inf, "b": 0.1}}})
     text = (tmp_path / "x.json").read_text()
     assert (
         json.loads(text, parse_constant=lambda word: pytest.fail(word))
-        == files.read_json(tmp_path / "x.json")
+        == read_json(tmp_path / "x.json", advice=files.REMAKE)
         == {"ijb": {"IJBC": {"a": None, "b": 0.1}}}
     )
     for content in ("{", "[1]", "\xff"):
         (tmp_path / "x.json").write_text(content, "latin-1")
         with pytest.raises(InputError, match="x.json"):
-            files.read_json(tmp_path / "x.json")
+            read_json(tmp_path / "x.json", advice=files.REMAKE)
 
 
 # --- comparison of many
-# --------------------------------------------------
 
 
 def rows_of(*accuracies, key="verification.lfw.Accuracy-Flip") -> list[Row]:
@@ -675,7 +672,7 @@ def test_summary_of_everything(tmp_path):
 
 
 def test_pages_of_the_plots():
-    groups = files.group_by_page(list(tables.flatten(all_results())))
+    groups = step_plots.group_by_page(list(tables.flatten(all_results())))
     assert {title: len(keys) for title, keys in groups.items()} == {
         "verification": 6,
         "ijb.IJBC": 62,
@@ -691,8 +688,8 @@ def test_drawing_leaves_out_what_is_not_finite(tmp_path):
     rows = rows_of(0.5, np.inf, None) + [
         Row("best_backbone", "run", None, {"verification.lfw.Accuracy-Flip": np.inf})
     ]
-    with files.drawing() as Figure:
-        drawn = files.draw(Figure().subplots(), "verification.lfw.Accuracy-Flip", "lfw", rows)
+    with step_plots.drawing() as Figure:
+        drawn = step_plots.draw(Figure().subplots(), "verification.lfw.Accuracy-Flip", "lfw", rows)
     assert {label: line.get_xydata().tolist() for label, line in drawn.items()} == {
         "run": [[0, 50]]
     }
@@ -786,7 +783,6 @@ def test_unknown_sort_writes_nothing(tmp_path):
 
 
 # --- plot_curves: reads summary.csv
-# --------------------------------------------------
 
 
 def test_curves_take_the_last_step_of_any_order(tmp_path):

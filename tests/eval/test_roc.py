@@ -41,7 +41,6 @@ def published_point(label: np.ndarray, scores: np.ndarray, fpr: float) -> tuple[
 
 
 # --- ROC
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -126,7 +125,6 @@ def test_refused_pairs(scores, label, message):
 
 
 # --- separation
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +153,6 @@ def test_separation_of_equal_scores():
 
 
 # --- search
-# --------------------------------------------------
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -73,7 +73,6 @@ def snapshot(folder: Path) -> dict:
 
 
 # --- what is read
-# --------------------------------------------------
 
 
 def test_both_layouts_of_one_set_give_the_same(tmp_path, tree):
@@ -281,7 +280,6 @@ def test_a_set_of_the_published_name_and_another_size_is_told(tmp_path, caplog, 
 
 
 # --- a wrong tree
-# --------------------------------------------------
 
 
 def move(tree: Path, old: str, new: str | None) -> None:
@@ -386,7 +384,6 @@ def test_folders_of_neither_layout_or_both(tmp_path, tree):
 
 
 # --- a wrong CVLFace folder
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize(

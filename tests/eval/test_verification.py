@@ -36,7 +36,6 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 # --- pair sets
-# --------------------------------------------------
 
 
 def encode(image: np.ndarray) -> bytes:
@@ -137,6 +136,7 @@ class Calls:
         return self.call
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(
     "name, function",
@@ -278,7 +278,6 @@ def test_missing_files_are_named_with_what_is_there(tmp_path):
 
 
 # --- the protocol
-# --------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["easy", "hard", "random"])
@@ -362,7 +361,6 @@ def test_evaluate_refuses_what_it_cannot_measure():
 
 
 # --- features
-# --------------------------------------------------
 
 
 def small_backbone() -> nn.Module:
@@ -465,6 +463,7 @@ def embed_on_rank(folder: str) -> None:
     distributed.shutdown()
 
 
+@pytest.mark.processes
 def test_embed_on_three_ranks_equals_one(tmp_path):
     run(Path(__file__), tmp_path, ranks=3)
     expected = [embed(small_backbone(), faces(count), 2) for count in (1, 2, 8)]

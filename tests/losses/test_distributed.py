@@ -12,6 +12,8 @@ import torch
 
 from tests.rounding import U, feature_gradient, logit
 
+pytestmark = pytest.mark.processes
+
 CASES = [
     (method, loss)
     for method in ("standalone", "AMLDistill", "AdaDistill")
@@ -66,9 +68,9 @@ def train_header(method, loss, classes, out, sample_rate=1.0):
         labels = torch.randint(0, min(classes, 8), (BATCH,), generator=generator)
         if header.centers.learned and not header.centers.pending:
             header.load_kernel(torch.randn(SIZE, classes, generator=generator))
-        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
-        part = (3 * features[mine]).clone().requires_grad_(True)
-        value, stats = header(part, labels[mine], teacher[mine], step / 3)
+        of_rank = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        part = (3 * features[of_rank]).clone().requires_grad_(True)
+        value, stats = header(part, labels[of_rank], teacher[of_rank], step / 3)
         value.backward()
         if deferred and step % 3 != 1:
             header.centers.step(lr=LR, momentum=0.9, weight_decay=5e-4)

@@ -281,6 +281,7 @@ def passed_on(tmp_path_factory):
     return folder
 
 
+@pytest.mark.processes
 def test_shares_survive_any_number_of_ranks(passed_on):
     first = torch.load(passed_on / "two.pt", weights_only=True)
     assert (
@@ -294,6 +295,7 @@ def test_shares_survive_any_number_of_ranks(passed_on):
         )
 
 
+@pytest.mark.processes
 def test_shares_of_ranks_without_classes(tmp_path):
     """Four classes: 2, 2, 0 on three ranks, then all of them on one, then on three again."""
     from tests.commands import run
@@ -314,6 +316,7 @@ def test_shares_of_ranks_without_classes(tmp_path):
         )
 
 
+@pytest.mark.processes
 def test_export_writes_the_published_file(passed_on, tmp_path):
     from tests.commands import ROOT, run
 

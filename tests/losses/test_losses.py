@@ -8,7 +8,7 @@ import torch
 
 from tests.rounding import U, cosine, feature_gradient, logit
 from utils.errors import InputError
-from utils.losses import build_header, softmax
+from utils.losses import build_header, center_products
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "headers.npz")
 CASES = sorted({key.split("/kernel0")[0] for key in GOLDEN.files if key.endswith("kernel0")})
@@ -87,7 +87,7 @@ def test_golden(case, autocast):
 @pytest.fixture(params=[2, 3])
 def threads(request, monkeypatch):
     """So many threads, each of which takes a share also of few classes."""
-    monkeypatch.setattr(softmax, "LARGE_SHARE", 1)
+    monkeypatch.setattr(center_products, "LARGE_SHARE", 1)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -108,7 +108,7 @@ def test_a_product_in_shares_is_the_product(threads):
     )
     # sums of 101 terms, whose magnitudes add up to some ten times the sums themselves
     assert (
-        relative(softmax.product(grad, block), (grad.double() @ block.double()).numpy())
+        relative(center_products.product(grad, block), (grad.double() @ block.double()).numpy())
         < 10 * 101**0.5 * U
     )
 

@@ -1,1 +1,1 @@
-"""Tests of recordio."""
+"""RecordIO files: golden bytes, damaged ones, the real MXNet."""

@@ -1,5 +1,6 @@
-"""Proves that MXNet and utils.recordio read each other's files. Run by tests/recordio/test_mxnet.py inside
-.venv-mxnet (no torch there):
+"""Proves that MXNet and utils.recordio read each other's files.
+
+Run by tests/recordio/test_mxnet.py inside .venv-mxnet (no torch there):
 
     .venv-mxnet/bin/python tests/recordio/mxnet_interop.py SCRATCH_FOLDER
 """
@@ -8,7 +9,7 @@ import os
 import shutil
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[0] = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
 
 import cv2
 import mxnet

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv-mxnet, the small environment with the real MXNet, once; a later call finds it ready.
-#   tests/recordio/setup_mxnet.sh     exit 0: ready;  3: no Python 3.10 or 3.11 with venv here;  other: pip's failure
+#   tests/recordio/setup_mxnet.sh
+# Exit 0: ready;  3: no Python 3.10 or 3.11 with venv here;  other: pip's failure
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 env=$root/.venv-mxnet
@@ -12,7 +13,9 @@ if cmp -s "$requirements" "$env/installed.txt"; then
 fi
 
 suits='import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))'
-for python in python3.11 python3.10 python3 "${PYTHON:-python3}" /usr/bin/python3.11 /usr/bin/python3.10; do
+candidates=(python3.11 python3.10 python3 "${PYTHON:-python3}")
+candidates+=(/usr/bin/python3.11 /usr/bin/python3.10)
+for python in "${candidates[@]}"; do
     # run it: a pyenv shim exists for versions that are not selected
     if "$python" -c "$suits" 2>/dev/null; then
         rm -rf "$env"
@@ -23,5 +26,6 @@ for python in python3.11 python3.10 python3 "${PYTHON:-python3}" /usr/bin/python
         exit 0
     fi
 done
-echo "MXNet 1.9.1 needs Python 3.10 or 3.11 with venv; none found (python3.11, python3.10, python3, \$PYTHON)" >&2
+echo "MXNet 1.9.1 needs Python 3.10 or 3.11 with venv;" \
+    "none found (python3.11, python3.10, python3, \$PYTHON)" >&2
 exit 3

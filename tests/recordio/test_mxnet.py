@@ -1,5 +1,6 @@
-"""Runs tests/recordio/mxnet_interop.py inside .venv-mxnet, where the real MXNet lives; skipped where that
-cannot be made, except in CI.
+"""Runs mxnet_interop.py inside .venv-mxnet, where the real MXNet lives.
+
+Skipped where that cannot be made, except in CI.
 """
 
 import os
@@ -30,10 +31,11 @@ def mxnet_python():
     return ROOT / ".venv-mxnet" / "bin" / "python"
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(900)  # the first call downloads MXNet
 def test_both_directions_with_the_real_mxnet(mxnet_python, tmp_path):
     result = subprocess.run(
-        [mxnet_python, ROOT / "tests" / "mxnet_interop.py", tmp_path],
+        [mxnet_python, ROOT / "tests" / "recordio" / "mxnet_interop.py", tmp_path],
         capture_output=True,
         text=True,
     )

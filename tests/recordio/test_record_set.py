@@ -455,7 +455,9 @@ def test_two_joined_files_are_numbered_anew(tmp_path, caplog):
         caplog.clear()
         dataset = MXFaceDataset(folder)
         batch = read_all(dataset)
-        assert len(dataset) == 60 and not batch.bad and dataset.shards()[0].insightface is False
+        assert (
+            len(dataset) == 60 and not batch.bad and dataset.record_files()[0].insightface is False
+        )
         assert np.array_equal(batch.images[:30], batch.images[30:])
         assert "numbered as they come" in caplog.text
         assert ("14 records hold ranges of keys and no image" in caplog.text) == layout
@@ -657,6 +659,7 @@ def test_a_changed_index_is_not_taken_from_before(big_index, tmp_path):
         assert open_index(idx, rec, no_scan).offsets[2] == 4004
 
 
+@pytest.mark.processes
 def test_processes_share_the_pages_of_one_file(big_index, tmp_path):
     """A spawned process maps what this one has made: nothing of the index is its own, and nothing
     is sent along.
@@ -687,15 +690,20 @@ def test_processes_share_the_pages_of_one_file(big_index, tmp_path):
     assert sizes["Rss"] > 1000 and sizes["Private_Dirty"] == sizes["Anonymous"] == 0
 
 
+@pytest.mark.processes
 def test_many_processes_at_once_make_it_once(big_index, tmp_path):
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\nfrom utils.recordio import index as record_index\nsave "
-        "= record_index.save\n"
-        "def telling(*arguments): print('made'); save(*arguments)\nrecord_index.save = "
-        "telling\n"
-        "index = record_index.open_index(*sys.argv[2:], None); print(index.offsets[-1], "
-        "index.mapped)"
-    )
+    program = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from utils.recordio import index as record_index
+save = record_index.save
+def telling(*arguments):
+    print("made")
+    save(*arguments)
+record_index.save = telling
+index = record_index.open_index(*sys.argv[2:], None)
+print(index.offsets[-1], index.mapped)
+"""
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, ROOT, *big_index],
@@ -740,7 +748,7 @@ def test_a_missing_index_in_a_read_only_folder_is_scanned_once_a_machine(
     monkeypatch.setattr(record_index, "SHARED_FROM_RECORDS", 0)
     folder = copy_set("plain", tmp_path / "set")
     (folder / "train.idx").unlink()
-    monkeypatch.setattr("utils.recordio.os.access", lambda *arguments: False)
+    monkeypatch.setattr("utils.recordio.indexed.os.access", lambda *arguments: False)
     first = IndexedRecordIO(folder / "train.idx", folder / "train.rec", "r")
     scanned = []
     monkeypatch.setattr("utils.recordio.indexed.scan_index", scanned.append)

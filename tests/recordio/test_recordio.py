@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.recordio import format, index
-from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface
 
@@ -229,6 +229,7 @@ write_insightface(sys.argv[2], [images()])
 """
 
 
+@pytest.mark.processes
 def test_killed_writer_leaves_no_final_file(tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-c", KILLED_WRITER, ROOT, tmp_path], stdout=subprocess.PIPE

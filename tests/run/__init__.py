@@ -1,1 +1,1 @@
-"""Tests of run."""
+"""A run's folder: its log, its states, who may write there."""

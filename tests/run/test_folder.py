@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from backbones import build_backbone
 from tests.commands import LIMIT
 from utils.errors import InputError
-from utils.run import folder
+from utils.run import folder as run_folder
 from utils.run.folder import RunFolder
 from utils.weights.class_centers import read_kernel
 from utils.weights.load import load_backbone
@@ -53,8 +53,8 @@ def save(content, path: Path) -> Path:
     return path
 
 
-def assert_holds(found: torch.nn.Module, weights) -> None:
-    for key, value in found.state_dict().items():
+def assert_holds(student: torch.nn.Module, weights) -> None:
+    for key, value in student.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
 
@@ -146,10 +146,9 @@ def test_lightning_checkpoint_without_lightning(weights, tmp_path, lightning):
     safe = set(torch.serialization.get_safe_globals())
     assert "pytorch_lightning" not in sys.modules
     assert load_backbone(network(), path, "test").place == "state_dict under model."
-    found = read_tensors(path, "test")
-    assert found["hyper_parameters"] == {"arch": "ir_50", "m": 0.4} and not hasattr(
-        found["hparams"], "lr"
-    ), "plain values stay, objects are empty"
+    kept = read_tensors(path, "test")
+    assert kept["hyper_parameters"] == {"arch": "ir_50", "m": 0.4}, "plain values stay"
+    assert not hasattr(kept["hparams"], "lr"), "objects are empty"
     with pytest.raises(InputError, match="it asks to load print"):
         read_tensors(tmp_path / "hook.ckpt", "test")
     assert set(torch.serialization.get_safe_globals()) == safe, (
@@ -413,8 +412,8 @@ HEADERS = {
 
 @pytest.mark.parametrize("file, content", HEADERS.values(), ids=HEADERS)
 def test_class_centres(tmp_path, file, content):
-    found = read_kernel(save(content, tmp_path / file), "teacher header", SIZE, 5)
-    assert found.dtype == torch.float32 and torch.equal(found, CENTERS.half().float())
+    kernel = read_kernel(save(content, tmp_path / file), "teacher header", SIZE, 5)
+    assert kernel.dtype == torch.float32 and torch.equal(kernel, CENTERS.half().float())
 
 
 def test_the_key_decides_which_axis_the_classes_are(tmp_path):
@@ -571,14 +570,15 @@ def test_shares_that_do_not_make_a_whole(tmp_path):
 # --------------------------------------------------
 
 
+@pytest.mark.processes
 def test_full_disk_leaves_the_previous_checkpoint(tmp_path):
     """A file size limit stands for the full disk: the write fails half-way."""
     path = tmp_path / "600backbone.pth"
-    folder.save({"weight": torch.ones(3)}, path)
+    run_folder.save({"weight": torch.ones(3)}, path)
     code = f"""
 import resource, sys, torch
 from pathlib import Path
-from utils.checkpoint import save
+from utils.run.folder import save
 from utils.errors import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
 run(lambda: save({{"weight": torch.ones(1_000_000)}}, Path({str(path)!r})))
@@ -621,7 +621,7 @@ def test_which_files_a_run_keeps(tmp_path):
     of epoch ends go alone.
     """
     folder = RunFolder(tmp_path)
-    folder.save({}, tmp_path / "best_backbone.pth")
+    run_folder.save({}, tmp_path / "best_backbone.pth")
     for step in (2, 4, 6, 8, 10):
         folder.save(
             step,

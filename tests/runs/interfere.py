@@ -1,14 +1,17 @@
 """Run a training script with one thing going wrong: ``interfere.py WHAT script arguments…``.
 
 kill:NAME        this process is SIGKILLed when it is about to give a file its final name NAME
-fail:STEP        rank 1 raises an InputError in its STEP-th training step, or with STEP 0 when it
-reads the data set die:STEP         rank 1 is SIGKILLed in its STEP-th training step, of torchrun's
-first start only hang:STEP        rank 1 waits there for ever; of the first start only. Until then
-nobody is said to hang, however busy the machine is hold:STEP        every rank waits for ever when
-it has done STEP steps full:STEP        the disk is full when rank 0 saves the backbone of that
-step: its files may not grow beyond 100 kB (the first start only) benchmark:RANK   this rank is
-SIGKILLed when it begins to measure IJB or TinyFace nowrite:FOLDER   every rank but 0 dies if it
-opens anything below FOLDER for writing
+fail:STEP        rank 1 raises an InputError in its STEP-th training step, or with STEP 0 when
+                 it reads the data set
+die:STEP         rank 1 is SIGKILLed in its STEP-th training step, of torchrun's first start
+                 only
+hang:STEP        rank 1 waits there for ever; of the first start only. Until then nobody is said
+                 to hang, however busy the machine is
+hold:STEP        every rank waits for ever when it has done STEP steps
+full:STEP        the disk is full when rank 0 saves the backbone of that step: its files may not
+                 grow beyond 100 kB (the first start only)
+benchmark:RANK   this rank is SIGKILLed when it begins to measure IJB or TinyFace
+nowrite:FOLDER   every rank but 0 dies if it opens anything below FOLDER for writing
 """
 
 import math
@@ -113,7 +116,7 @@ elif what == "full" and RANK == 0 and os.environ.get("TORCHELASTIC_RESTART_COUNT
 elif what == "benchmark" and RANK == int(value):
     from train import validation
 
-    validation.run_benchmark = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
+    validation.run_test_set = lambda *arguments, **options: os.kill(os.getpid(), signal.SIGKILL)
 elif what == "nowrite" and RANK > 0:
 
     def watch(event, arguments):

@@ -18,10 +18,9 @@ from easydict import EasyDict
 
 from backbones import build_backbone
 from config.load import load_config
-from data.make_synthetic import write_pair_set, write_training_set
-from data.synth.render_pool import open_studio
 from tests import rounding
 from tests.commands import LIMIT, ROOT, command, environment, run, run_until
+from tests.runs.outputs import draw_faces, everything, losses, rows
 from train import build
 from train.build import input_dtype
 from train.engine import learning_rate
@@ -52,12 +51,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory):
     """72 images of 9 people and two pair sets of 20 pairs."""
-    root = tmp_path_factory.mktemp("faces")
-    with open_studio(1, 3, 1.0) as studio:
-        write_training_set(root, studio, 9, 8)
-        for name in ("frontal", "pose"):
-            write_pair_set(root, studio, name, 20)
-    return root
+    return draw_faces(tmp_path_factory.mktemp("faces"), 9, pair_sets=("frontal", "pose"))
 
 
 @pytest.fixture(scope="module")
@@ -81,35 +75,13 @@ def options(faces, output, *more):
     return [*SMALL, f"rec={faces}", f"val_rec={faces}", f"output={output}", *more]
 
 
-def everything(folder, step):
-    """All tensors of a step: weights, centres, statistics and momentum, by name."""
-    load = {
-        part: torch.load(folder / f"{step}{part}.pth", weights_only=True)
-        for part in ("backbone", "header", "state")
-    }
-    momentum = {
-        f"momentum/{key}": value["momentum_buffer"]
-        for key, value in load["state"]["optimizer"]["state"].items()
-    }
-    if load["state"]["header_momentum"] is not None:
-        momentum["momentum/header"] = load["state"]["header_momentum"]
-    return load["backbone"] | load["header"] | momentum
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(folder):
-    return {row["step"]: row["loss"] for row in rows(folder) if "loss" in row}
-
-
 METHODS = {
     "standalone": (STANDALONE, ["loss=ArcFace"]),
     "AdaDistill": (ADADISTILL, ["loss=AdaFace", "use_geom_margin=True", "teacher=mobilefacenet"]),
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_interrupted_run_equals_uninterrupted(method, ranks, faces, teacher, tmp_path):
@@ -163,6 +135,7 @@ def test_interrupted_run_equals_uninterrupted(method, ranks, faces, teacher, tmp
     assert not list(broken.glob("*.tmp*"))
 
 
+@pytest.mark.processes
 def test_resume_on_another_number_of_ranks_goes_on_from_the_same_image(faces, tmp_path):
     arguments = options(faces, tmp_path / "run", "val_targets=[]", "state_every=4", "loss=AdaFace")
     run_until(
@@ -184,6 +157,7 @@ def test_resume_on_another_number_of_ranks_goes_on_from_the_same_image(faces, tm
     assert sorted(losses(tmp_path / "run")) == list(range(1, 19))
 
 
+@pytest.mark.processes
 def test_resume_with_a_batch_larger_than_the_rest_of_the_epoch(faces, tmp_path):
     arguments = options(faces, tmp_path, "val_targets=[]", "num_epoch=1", "state_every=8")
     run_until(STANDALONE, *arguments, log=tmp_path / "training.log", text="Global Step: 9 ")
@@ -192,6 +166,7 @@ def test_resume_with_a_batch_larger_than_the_rest_of_the_epoch(faces, tmp_path):
     assert max(losses(tmp_path)) == 8 + 4
 
 
+@pytest.mark.processes
 def test_going_back_to_an_earlier_step_forgets_the_later_ones(faces, tmp_path):
     arguments = options(
         faces, tmp_path, "val_targets=[]", "state_every=4", "num_epoch=1", "keep_states=3"
@@ -206,6 +181,7 @@ def test_going_back_to_an_earlier_step_forgets_the_later_ones(faces, tmp_path):
     ) == list(range(1, 10))
 
 
+@pytest.mark.processes
 def test_torchrun_restart_resumes_by_itself(faces, tmp_path):
     """A worker that dies once is restarted by torchrun and goes on from the newest state."""
     output, flag = tmp_path / "run", tmp_path / "died"
@@ -244,6 +220,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert again.stderr.count("already holds checkpoints") == 2
 
 
+@pytest.mark.processes
 def test_files_and_figures_of_a_run(faces, tmp_path):
     """What section "A run" promises is there; the best backbone is the one of the best
     verification.
@@ -327,6 +304,7 @@ def test_files_and_figures_of_a_run(faces, tmp_path):
     assert "already holds checkpoints" in again
 
 
+@pytest.mark.processes
 def test_two_ranks_verify_as_one_and_only_rank_0_writes(faces, teacher, tmp_path):
     """run_eval_at_start of the same weights gives the same figures; 20 pairs are 40 images, in
     batches of 16 over 2 ranks.
@@ -359,6 +337,7 @@ def test_two_ranks_verify_as_one_and_only_rank_0_writes(faces, teacher, tmp_path
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("step", [0, 3])
 def test_an_error_on_one_rank_ends_all_with_its_message(step, faces, tmp_path):
     text = run(
@@ -386,6 +365,7 @@ def folder(faces, tmp_path_factory):
     return root
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("precision, ranks", [("fp16", 2), ("bf16", 1)])
 def test_precisions_accumulation_workers_and_folders(precision, ranks, folder, tmp_path):
     """Two images of each identity; a step of 2 accumulated batches takes the images of both; fp16
@@ -412,12 +392,14 @@ def test_precisions_accumulation_workers_and_folders(precision, ranks, folder, t
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
 
 
+@pytest.mark.processes
 def test_non_finite_loss_stops_the_run(faces, tmp_path):
     text = run(STANDALONE, *options(faces, tmp_path / "run", "lr=1e30", "val_targets=[]"), expect=1)
     assert "not finite at step" in text and "learning rate" in text and "try a lower lr" in text
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
+@pytest.mark.processes
 def test_damaged_records_are_replaced_until_there_are_too_many(faces, tmp_path):
     from utils.recordio.indexed import IndexedRecordIO
 
@@ -463,6 +445,7 @@ def refused(script, *arguments, message, **more):
     assert "Traceback" not in text
 
 
+@pytest.mark.processes
 def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
     here = options(faces, tmp_path / "run", "val_targets=[]")
     header = tmp_path / "header.pth"
@@ -503,6 +486,7 @@ def test_missing_and_wrong_input_gives_one_line(faces, teacher, tmp_path):
     assert not list(tmp_path.rglob("*backbone.pth"))
 
 
+@pytest.mark.processes
 def test_resume_with_another_loss_or_other_centres_gives_one_line(faces, teacher, tmp_path):
     run_ = teacher[0].parent
     here = [*SMALL, f"rec={faces}", "val_targets=[]", "num_epoch=2", "--resume"]
@@ -589,6 +573,7 @@ def test_what_a_run_cannot_change_when_it_goes_on(told_by, tmp_path):
         check_settled(EasyDict(settings | dict(loss="ArcFace")), "AdaDistill", folder, 9, state)
 
 
+@pytest.mark.processes
 def test_resume_with_a_smaller_set_goes_on_with_the_next_epoch(faces, folder, tmp_path):
     """More images of the epoch were seen than the set now has."""
     arguments = options(
@@ -609,6 +594,7 @@ def test_resume_with_a_smaller_set_goes_on_with_the_next_epoch(faces, folder, tm
     assert list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.processes
 def test_more_ranks_than_shares_of_classes(folder, tmp_path):
     """Four people on three ranks, which hold 2, 2 and 0 classes; then on two."""
     few = tmp_path / "few"
@@ -630,6 +616,7 @@ def test_more_ranks_than_shares_of_classes(folder, tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_run_script_prints_one_line_for_bad_input_and_passes_signals_on(faces, tmp_path):
     """The shell script, torchrun and the training process together: no traceback under the message,
     and SIGUSR1 saves and exits with 0.
@@ -663,6 +650,7 @@ def test_run_script_prints_one_line_for_bad_input_and_passes_signals_on(faces, t
     )
 
 
+@pytest.mark.processes
 def test_full_disk_while_saving_keeps_the_previous_checkpoint(faces, tmp_path):
     """ulimit -f stands for the full disk: the second checkpoint does not fit, the first can be
     resumed from.
@@ -706,6 +694,7 @@ def test_learning_rate_follows_the_specification():
     assert learning_rate(cfg, 13, 0.0) == pytest.approx(base * 0.01)
 
 
+@pytest.mark.processes
 def test_images_are_bf16_only_where_all_who_read_them_round_them_to_it():
     def dtype(precision, augment=False, teacher="iresnet50", teacher_embeddings=""):
         run_ = Run(torch.device("cpu"), precision, None, 0)

@@ -1,1 +1,1 @@
-"""Tests of teacher."""
+"""Teachers from files, the hub and ONNX; their cached features."""

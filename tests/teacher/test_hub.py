@@ -59,6 +59,7 @@ def child(code: str, *arguments, **environment) -> list:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.processes
 def test_a_cached_repository_without_a_network(tmp_path):
     """Both the folder of teacher_cache and the hub's own; what is not there is one line.
 
@@ -79,17 +80,30 @@ import json, sys, torch
 import config.load
 from easydict import EasyDict
 from utils.errors import InputError
-from utils.teacher import load_teacher
-early, folder = [name for name in ("onnx", "onnxruntime", "huggingface_hub") if name in sys.modules], sys.argv[1]
+from utils.teacher.load import load_teacher
+optional = ("onnx", "onnxruntime", "huggingface_hub")
+early = [name for name in optional if name in sys.modules]
+folder = sys.argv[1]
 def load(teacher, repo_id, cache):
+    cfg = EasyDict(
+        teacher=teacher,
+        pretrained_teacher_path="",
+        teacher_repo_id=repo_id,
+        teacher_cache=cache,
+        color_space="auto",
+    )
     try:
-        return load_teacher(EasyDict(teacher=teacher, pretrained_teacher_path="", teacher_repo_id=repo_id, teacher_cache=cache, color_space="auto"), 16)
+        return load_teacher(cfg, 16)
     except InputError as error:
         return str(error)
-found = load("ir18", "someone/faces_ir18", folder + "/cache")
+cache = folder + "/cache"
+found = load("ir18", "someone/faces_ir18", cache)
 torch.save(found(torch.load(folder + "/images.pth")), folder + "/features.pth")
-print(json.dumps([found.path, load("ir18", "someone/faces_ir18", "").path, load("cvlface_ir50", "", folder + "/cache"),
-                  load("ir18", "someone/half", folder + "/cache"), load("ir18", "no name/at all/x", ""), early]))
+own = load("ir18", "someone/faces_ir18", "")
+missing = load("cvlface_ir50", "", cache)
+half = load("ir18", "someone/half", cache)
+no_name = load("ir18", "no name/at all/x", "")
+print(json.dumps([found.path, own.path, missing, half, no_name, early]))
 """
     path, own, missing, half, name, early = child(
         code, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
@@ -209,7 +223,7 @@ def own_hub(tmp_path):
 FETCH = """
 import json, sys
 from utils.errors import InputError
-from utils.hub import fetch
+from utils.teacher.hub import fetch
 def attempt(repo_id):
     try:
         return str(fetch(repo_id, sys.argv[1]))
@@ -219,6 +233,7 @@ print(json.dumps([attempt(repo_id) for repo_id in sys.argv[2:]]))
 """
 
 
+@pytest.mark.processes
 def test_fetching_from_a_hub(tmp_path, own_hub):
     """Weights and configuration come, code does not; the token goes along; what goes wrong is one
     line.
@@ -285,6 +300,7 @@ def test_fetching_from_a_hub(tmp_path, own_hub):
     assert private.startswith("teacher: the hub has no o/secret, or it is private")
 
 
+@pytest.mark.processes
 def test_a_hub_that_is_not_there(tmp_path):
     [unreachable] = child(
         FETCH,

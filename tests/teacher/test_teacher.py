@@ -19,8 +19,9 @@ from tests.teachers import (
     repository,
     save,
 )
-from utils.teacher import hub
-from utils.teacher.load import TEACHERS, load_teacher
+from utils.teacher.load import load_teacher
+from utils.teacher.names import TEACHERS
+from utils.weights.cvlface import read_configuration
 from utils.weights.read import sha256
 from utils.weights.recognise import looks_like
 
@@ -115,9 +116,9 @@ LAYOUTS = {
 def test_a_configuration_with_a_byte_order_mark(tmp_path, file):
     other = dict(yaml=None) if file == "config.json" else dict(conf=None)
     folder = repository(tmp_path, {}, **other)
-    stated = hub.read_configuration(folder)
+    published = read_configuration(folder)
     (folder / file).write_bytes(b"\xef\xbb\xbf" + (folder / file).read_bytes())
-    assert stated is not None and hub.read_configuration(folder) == stated
+    assert published is not None and read_configuration(folder) == published
 
 
 @pytest.mark.parametrize("options", LAYOUTS.values(), ids=LAYOUTS)

@@ -29,7 +29,7 @@ from utils.errors import InputError
 from utils.inputs import to_input
 from utils.recordio.indexed import IndexedRecordIO
 from utils.teacher import cache_writer
-from utils.teacher.cache import Origin, make_manifest, open_cache
+from utils.teacher.cache import CacheSource, make_manifest, open_cache
 from utils.teacher.cache_writer import CacheWriter
 from utils.weights.class_centers import read_kernel
 from utils.weights.read import sha256
@@ -127,6 +127,7 @@ def exact(faces, teacher):
 # --- what is written
 
 
+@pytest.mark.processes
 def test_the_cache_holds_the_teachers_features(runs, features, exact, teacher, faces):
     assert features.shape == (IMAGES, 2, SIZE) and features.dtype == np.float16
     assert (
@@ -161,6 +162,7 @@ def test_the_cache_holds_the_teachers_features(runs, features, exact, teacher, f
     ) in log
 
 
+@pytest.mark.processes
 def test_a_killed_command_goes_on_where_it_was(runs, two_ranks):
     """SIGKILL to torchrun and both ranks in the middle; the next run, also of 2 ranks, computes the
     rest, and every bit is that of 1 rank.
@@ -228,6 +230,7 @@ def rows(folder):
     ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", VARIANTS)
 def test_losses_are_those_of_the_live_teacher_but_for_rounding(name, runs):
     """Rounding turns a feature t/|t| by at most u, so the cosines alpha is made of by u and alpha
@@ -246,6 +249,7 @@ def test_losses_are_those_of_the_live_teacher_but_for_rounding(name, runs):
         assert abs(live[0]["lam"] - cached[0]["lam"]) < ROUNDING
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["ArcFace", "AdaFace"])
 def test_two_ranks_train_as_one(name, runs, two_ranks):
     """But for the order of additions: that of a logit in each of six steps, relative to a loss of
@@ -259,6 +263,7 @@ def test_two_ranks_train_as_one(name, runs, two_ranks):
         )
 
 
+@pytest.mark.processes
 def test_an_interrupted_run_goes_on_with_the_same_bits(runs, faces, tmp_path):
     script, more = VARIANTS["AdaFace"]
     arguments = [
@@ -289,6 +294,7 @@ def test_an_interrupted_run_goes_on_with_the_same_bits(runs, faces, tmp_path):
         )
 
 
+@pytest.mark.processes
 def test_each_sample_gets_the_features_of_what_it_shows():
     features = torch.arange(24, dtype=torch.float16).view(4, 2, 3)
     shown = features_shown(features, torch.tensor([False, True, True, False]))
@@ -321,7 +327,7 @@ def write_cache(
 ):
     """A cache of given (N, 2, D) features, written as the command writes it."""
     values = numbered(len(dataset)) if values is None else values
-    origin = Origin(
+    origin = CacheSource(
         name,
         "fp32",
         "backbone.pth",
@@ -391,6 +397,7 @@ def test_a_replaced_record_comes_with_the_features_of_its_replacement(broken, tm
     assert np.array_equal(batch.features, numbered(IMAGES)[[1, 4, 4, 0]].astype(np.float16))
 
 
+@pytest.mark.processes
 def test_damaged_records_get_the_features_of_their_replacements_until_there_are_too_many(
     broken, teacher, features, tmp_path, monkeypatch, caplog
 ):
@@ -445,6 +452,7 @@ def class_means(features, labels):
     )
 
 
+@pytest.mark.processes
 def test_class_centres_are_the_means_of_the_teachers_features(
     runs, two_ranks, exact, features, dataset
 ):
@@ -471,6 +479,7 @@ def test_class_centres_are_the_means_of_the_teachers_features(
     assert f"pretrained_teacher_header_path={runs}/live.pth embedding_size=32" in log
 
 
+@pytest.mark.processes
 def test_a_class_without_images_is_named(faces, runs, tmp_path, monkeypatch):
     with pytest.raises(
         InputError, match="class 6 of .* has no readable image, as have 1 more of 8 classes"

@@ -35,7 +35,7 @@ from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.run.folder import RunFolder
 from utils.teacher import cache_writer
-from utils.teacher.cache import Origin, make_manifest, open_cache
+from utils.teacher.cache import CacheSource, make_manifest, open_cache
 from utils.teacher.cache_writer import CacheWriter
 from utils.weights.read import sha256
 
@@ -157,7 +157,7 @@ def test_the_same_weights_under_another_name_are_the_same_teacher(dataset, tmp_p
     manifest = make_manifest(
         dataset,
         SIZE,
-        Origin(
+        CacheSource(
             "cvlface_ir50",
             "fp32",
             "model.safetensors",
@@ -258,11 +258,11 @@ def shape_of(**values):
         (lambda path: (path / "manifest.json").unlink(), "no manifest.json in"),
         (
             lambda path: (path / "manifest.json").write_text('{"format": 1'),
-            "manifest.json is damaged .*; remove the folder and make it again",
+            "manifest.json is not JSON .*; remove the folder and make it again",
         ),
         (
             lambda path: (path / "manifest.json").write_text("[]"),
-            "manifest.json holds a list and no manifest",
+            "manifest.json holds a list, not a manifest",
         ),
         (edit(format=2), "has format 2, this version reads format 1"),
         (edit(data=None, images="24"), "is damaged: it says nothing proper about images, data"),
@@ -324,7 +324,7 @@ def writer_of(path, dataset, main=True, **origin):
         make_manifest(
             dataset,
             SIZE,
-            Origin(**(dict(name="mobilefacenet", precision="fp32", sha256="a" * 64) | origin)),
+            CacheSource(**(dict(name="mobilefacenet", precision="fp32", sha256="a" * 64) | origin)),
         ),
         main,
     )
@@ -367,6 +367,7 @@ def test_only_the_same_features_go_on(dataset, tmp_path, monkeypatch):
     assert writer_of(tmp_path, dataset, name="ir50").complete, "the same weights under another name"
 
 
+@pytest.mark.processes
 def test_two_commands_do_not_write_one_cache(dataset, tmp_path):
     os.close(writer_of(tmp_path, dataset).progress)  # and with it this process's lock
     code = (
@@ -459,6 +460,7 @@ def test_full_and_forbidden_disks(dataset, tmp_path, monkeypatch):
     assert writer.missing() == [range(10, 20), range(20, 24)]
 
 
+@pytest.mark.processes
 def test_a_full_disk_at_the_start_leaves_nothing(faces, teacher, tmp_path):
     """ulimit -f stands for the full disk: 2 blocks of 512 bytes, the features take 3072."""
     arguments = command(

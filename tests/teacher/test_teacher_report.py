@@ -105,6 +105,7 @@ def figures(line: str) -> list[float]:
     return [float(word) for word in line.split()[-3:]]
 
 
+@pytest.mark.processes
 def test_the_command_warns_of_wrong_colours(data, tmp_path, monkeypatch):
     """A network that tells people apart by how red they are next to blue: what it sees decides the
     colour order.

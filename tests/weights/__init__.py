@@ -1,1 +1,1 @@
-"""Tests of weights."""
+"""Checkpoints of any origin: read, recognised, matched to a network."""

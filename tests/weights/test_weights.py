@@ -90,7 +90,7 @@ def test_any_common_prefix(tmp_path, prefix, name):
     assert load_backbone(found, path, "test").place == f"under {prefix}"
     assert_holds(found, plain.state_dict())
     known = recognise(read_weights(path, "test"))
-    assert (known.name, known.embedding_size, known.found.prefix) == (name, SIZE, prefix)
+    assert (known.name, known.embedding_size, known.match.prefix) == (name, SIZE, prefix)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -101,7 +101,7 @@ def test_any_entry_beside_an_optimizer(tmp_path, weights, entry, prefix):
     place = f"{entry} under {prefix}" if prefix else entry
     assert load_backbone(found, path, "test").describe() == f"RGB images, weights of {place}"
     assert_holds(found, weights)
-    assert recognise(read_weights(path, "test")).found.entry == entry
+    assert recognise(read_weights(path, "test")).match.entry == entry
 
 
 def test_entries_in_entries(tmp_path, weights):

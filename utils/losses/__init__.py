@@ -1,5 +1,5 @@
 """Losses: one header made of class centres and a margin."""
 
-from utils.losses.header import Header, build_header
+from utils.losses.header import Header, build_header, check_options
 
-__all__ = ["Header", "build_header"]
+__all__ = ["Header", "build_header", "check_options"]

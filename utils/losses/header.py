@@ -167,6 +167,19 @@ def build_header(
             raise InputError(
                 f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
+    check_options(loss, use_geom_margin, sample_rate, method)
+    centers = CENTERS[method](
+        num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
+    )
+    margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
+    geometry = None
+    if use_geom_margin:
+        geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch)
+    return Header(centers, margin, s, geometry, sample_rate)
+
+
+def check_options(loss, use_geom_margin, sample_rate, method=None) -> None:
+    """Raises InputError for what makes no sense together; method None: not known yet."""
     if use_geom_margin and method == "standalone":
         raise InputError(
             "use_geom_margin needs a teacher: use AdaDistill or AMLDistill, "
@@ -178,18 +191,7 @@ def build_header(
             "choose ArcFace, CosFace or AdaFace"
         )
     if not 0 < sample_rate <= 1:
-        raise InputError(
-            f"sample_rate={sample_rate} is no share of the classes: "
-            "it must be above 0 and at most 1"
-        )
-    centers = CENTERS[method](
-        num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
-    )
-    margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
-    geometry = None
-    if use_geom_margin:
-        geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch)
-    return Header(centers, margin, s, geometry, sample_rate)
+        raise InputError(f"sample_rate={sample_rate} must be above 0 and at most 1")
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:

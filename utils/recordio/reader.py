@@ -10,9 +10,9 @@ import numpy as np
 
 from utils.errors import RecordError
 from utils.recordio.format import (
+    FIRST,
     FRAME,
     HEADER,
-    FIRST,
     LAST,
     LENGTH_BITS,
     LENGTH_MASK,

@@ -14,27 +14,32 @@ from utils.weights.kinds import UNREADABLE
 from utils.weights.load import load_backbone
 from utils.weights.read import read_tensors
 
+HALF_WRITTEN = re.compile(
+    r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)"
+    r"\.tmp-\d+"
+)
+GO_ON = "earlier checkpoints are untouched, go on with --resume"
 
-def save(content: dict, path: Path) -> None:
-    """Write under a temporary name, flush to the disk, rename: ``path`` is whole or it is not
-    there.
 
-    Errors: InputError if the disk is full or the folder not writable; the temporary file is gone
-    then.
+def save(content: dict, path: Path, advice: str = GO_ON) -> None:
+    """Write under a temporary name, flush to the disk, rename: ``path`` is whole or not there.
+
+    Raises InputError, with the advice, if the disk is full or the folder not writable; the
+    temporary file is gone then.
     """
     try:
         with replacing(path) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        raise InputError(
-            f"cannot save {path} ({error}); earlier checkpoints are untouched, go on with --resume"
-        ) from error
+    # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot save {path} ({error}); {advice}") from error
 
 
 class RunFolder:
-    """The checkpoints of one run: ``<step>backbone.pth``, ``<step>header.pth`` or the folder
-    ``<step>header`` (weights), ``<step>state.pth`` (the rest), ``best_backbone.pth``.
+    """The checkpoints of one run.
 
+    ``<step>backbone.pth``, ``<step>header.pth`` or the folder ``<step>header`` (weights),
+    ``<step>state.pth`` (the rest), ``best_backbone.pth``.
     A step is complete once its state is there, which is written last.
     """
 
@@ -53,11 +58,9 @@ class RunFolder:
         return self.shards(step) if self.shards(step).is_dir() else self.file(step, "header")
 
     def steps(self, part: str) -> list[int]:
-        return sorted(
-            int(found[1])
-            for file in self.path.glob(f"*{part}.pth")
-            if (found := re.fullmatch(rf"(\d+){part}", file.stem))
-        )
+        stems = [file.stem for file in self.path.glob(f"*{part}.pth")]
+        matches = [re.fullmatch(rf"(\d+){part}", stem) for stem in stems]
+        return sorted(int(match[1]) for match in matches if match)
 
     def complete_steps(self) -> list[int]:
         """Steps from which a run can go on, oldest first."""
@@ -69,19 +72,18 @@ class RunFolder:
         ]
 
     def damage(self, step: int) -> str:
-        """What is wrong with the files of a complete step: one line, "" if they can be read to the
-        end.
+        """What is wrong with the files of a complete step, in one line.
+
+        "" if they can be read to the end.
         """
         sharded = self.shards(step).is_dir()
-        for file in [
-            self.file(step, part)
-            for part in (("backbone", "state") if sharded else ("backbone", "header", "state"))
-        ]:
+        for part in ("backbone", "state") if sharded else ("backbone", "header", "state"):
+            file = self.file(step, part)
             try:
                 with zipfile.ZipFile(file) as archive:
-                    wrong = archive.testzip()
-                if wrong:
-                    return f"{file}: {wrong} does not have the sum it was written with"
+                    damaged = archive.testzip()
+                if damaged:
+                    return f"{file}: {damaged} does not have the sum it was written with"
             except (*UNREADABLE, zipfile.BadZipFile) as error:
                 return f"{file}: {first_line(error, 120)}"
         if sharded:
@@ -92,7 +94,7 @@ class RunFolder:
         return ""
 
     def prepare(self) -> None:
-        """Make the folder. Errors: InputError if it cannot be made or written to."""
+        """Make the folder. Raises InputError if it cannot be made or written to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             (self.path / "training.log").touch()
@@ -105,17 +107,15 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove what a killed run left half written."""
         for leftover in self.path.glob("*.tmp*"):
-            if re.fullmatch(
-                r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)\.tmp-\d+",
-                leftover.name,
-            ):
+            if HALF_WRITTEN.fullmatch(leftover.name):
                 leftover.unlink()
             elif re.fullmatch(r"\d+header\.tmp", leftover.name):
                 shutil.rmtree(leftover)
 
     def rewind(self, step: int) -> list[int]:
-        """Forget the states after ``step``, from which a run that goes on from there turns away;
-        their weights stay. Returns those steps.
+        """Forget the states after ``step``, for a run that goes on from there; returns their steps.
+
+        The weights stay.
         """
         later = [other for other in self.steps("state") if other > step]
         for other in later:
@@ -125,9 +125,9 @@ class RunFolder:
     def save(
         self, step: int, backbone: dict, header: dict | None, state: dict, keep_states: int
     ) -> None:
-        """Write one step, then drop states beyond the newest ``keep_states`` (and the weights of
-        those that were no epoch's end).
+        """Write one step, then drop states beyond the newest ``keep_states``.
 
+        With them go the weights of those that were no epoch's end.
         header None: all ranks have written it to ``shards(step)`` with the suffix .tmp.
         """
         save(backbone, self.file(step, "backbone"))
@@ -144,8 +144,7 @@ class RunFolder:
             try:
                 epoch_end = read_tensors(self.file(old, "state"), "old state")["samples"] == 0
             except InputError as error:
-                # damaged on the disk since: the step just saved is what counts, the old weights
-                # stay
+                # damaged on the disk since: the step just saved counts, the old weights stay
                 logging.warning("%s", error)
                 epoch_end = True
             self.file(old, "state").unlink()
@@ -155,15 +154,14 @@ class RunFolder:
                 shutil.rmtree(self.shards(old), ignore_errors=True)
 
     def load(self, step: int, network: torch.nn.Module) -> dict | None:
-        """Load the student's weights of a step; returns the header's state, None if it lies in
-        ``shards(step)``.
+        """Load the student's weights of a step; returns the header's state.
+
+        None if that lies in ``shards(step)``.
         """
         load_backbone(network, self.file(step, "backbone"), "resume")
-        return (
-            None
-            if self.shards(step).is_dir()
-            else read_tensors(self.file(step, "header"), "resume")
-        )
+        if self.shards(step).is_dir():
+            return None
+        return read_tensors(self.file(step, "header"), "resume")
 
     def load_state(self, step: int) -> dict:
         """All else that a run needs to go on from a step."""

@@ -1,5 +1,4 @@
-"""Names the rank that hangs: a training process that stands still makes all others wait in a
-collective, without a word.
+"""Names the rank that hangs, for which all others wait in a collective without a word.
 
 Every rank posts once a second, from a thread, how many collectives and batches it has begun. Where
 nothing has moved on a rank for ``minutes``, its thread looks at what the others have posted: who
@@ -17,13 +16,16 @@ import torch.distributed as dist
 
 from utils import distributed
 
-EVERY = 1.0  # seconds between posts
-SILENT = 5.0  # seconds without a post: that process does not run
+# Seconds between posts.
+EVERY = 1.0
+# After so many seconds without a post a process does not run.
+SILENT = 5.0
 
 
 class Watch:
-    """``with Watch(minutes):`` around what all ranks do together; ends this process when it stands
-    still. Nothing to do for a world of one, or for 0 minutes.
+    """``with Watch(minutes):`` around what all ranks do together.
+
+    Ends this process when it stands still. Nothing to do for a world of one, or for 0 minutes.
     """
 
     def __init__(self, minutes: float):
@@ -57,11 +59,16 @@ class Watch:
         What others have posted is compared over SILENT seconds, before anybody is said to be
         silent.
         """
-        count, begun, since, before = 0, -1, time.monotonic(), None
+        count = 0
+        begun = -1
+        since = time.monotonic()
+        before = None
         while not self.stopped.wait(EVERY):
             count += 1
             if distributed.begun != begun:
-                begun, since, before = distributed.begun, time.monotonic(), None
+                begun = distributed.begun
+                since = time.monotonic()
+                before = None
             standing = time.monotonic() - since
             try:
                 self.store.set(f"watch/{self.rank}", f"{count} {distributed.begun}")
@@ -77,26 +84,27 @@ class Watch:
                     )
 
     def end(self, before: list, after: list) -> None:
-        """Say who is waited for, once, and end this process: torchrun then ends the others, or
-        restarts all.
+        """Say who is waited for, once, and end this process.
+
+        torchrun then ends the others, or restarts all.
         """
         silent = [rank for rank in range(self.world) if before[rank][0] == after[rank][0]]
         fewest = min(begun for _, begun in after)
         behind = silent or [rank for rank in range(self.world) if after[rank][1] == fewest]
         waiting = [rank for rank in range(self.world) if rank not in behind]
-        what = (
-            "no longer answers"
-            if silent
-            else "is behind"
-            if waiting
-            else ("stand still at the same point")
-        )
-        if self.rank == min(waiting, default=0):
-            names = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(map(str, behind))
-            self.say_and_exit(f"{names} {what}{', the others wait for it' if waiting else ''}")
-        else:
-            time.sleep(2)  # the one that speaks comes first
+        if self.rank != min(waiting, default=0):
+            # the one that speaks comes first
+            time.sleep(2)
             os._exit(1)
+        if silent:
+            state = "no longer answers"
+        elif waiting:
+            state = "is behind"
+        else:
+            state = "stand still at the same point"
+        names = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(map(str, behind))
+        others = ", the others wait for it" if waiting else ""
+        self.say_and_exit(f"{names} {state}{others}")
 
     def say_and_exit(self, what: str) -> None:
         print(

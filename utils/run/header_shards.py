@@ -1,5 +1,4 @@
-"""Class centres that fit on no single rank, on disk: a folder to which every rank writes its share,
-in parallel, as safetensors files.
+"""Class centres on disk as a folder to which every rank writes its share, as safetensors files.
 
 torch.distributed.checkpoint does the work and shares the rows out anew when another number of ranks
 reads them. Its own format describes the files in a pickle; the one of Hugging Face used here does
@@ -20,14 +19,15 @@ from utils import distributed
 from utils.errors import InputError, first_line
 from utils.weights.kinds import UNREADABLE
 
-ROWS = ("weight", "momentum")  # (C, D); everything else is small and the same on all ranks
+# (C, D); everything else is small and the same on all ranks.
+ROWS = ("weight", "momentum")
 
 
 def save_header(folder: Path, header) -> None:
-    """Write weight, momentum (of learned centres that have moved) and the margin's statistics of
-    all ranks into ``folder``. A collective.
+    """Write the weight, momentum and margin's statistics of all ranks into ``folder``.
 
-    Errors: InputError, on all ranks, if one cannot write its share.
+    Momentum only of learned centres that have moved. A collective; raises InputError, on all ranks,
+    if one cannot write its share.
     """
     tensors = tensors_of(header)
     # one after the other: a file is put together in memory
@@ -52,20 +52,21 @@ def save_header(folder: Path, header) -> None:
 def load_header(folder: Path, header, moved: bool) -> None:
     """Read this rank's rows of what any number of ranks have written. A collective.
 
-    moved: whether learned centres had a momentum when they were saved. Errors: InputError for
-    missing or damaged shares, and for other shapes."""
-    found = shapes_in(folder)
+    moved: whether learned centres had a momentum when they were saved. Raises InputError for
+    missing or damaged shares, and for other shapes.
+    """
+    shapes = shapes_in(folder)
     expected = (header.centers.num_classes, header.centers.weight.shape[1])
-    if found.get("weight") != expected:
+    if shapes.get("weight") != expected:
         raise InputError(
-            f"{folder} holds class centres of shape {found.get('weight')}, but "
+            f"{folder} holds class centres of shape {shapes.get('weight')}, but "
             f"(num_classes, embedding_size) is {expected}"
         )
     if header.centers.learned and moved:
         header.centers.momentum = torch.zeros_like(header.centers.weight)
     tensors = tensors_of(header)
     del tensors["num_classes"]
-    if missing := tensors.keys() - found.keys():
+    if missing := tensors.keys() - shapes.keys():
         raise InputError(
             f"{folder} lacks {', '.join(sorted(missing))}: files are missing, or it "
             "is of another method or loss"
@@ -74,8 +75,9 @@ def load_header(folder: Path, header, moved: bool) -> None:
 
 
 def read_whole(folder: Path) -> dict[str, torch.Tensor]:
-    """All rows of ``folder`` in this process's memory: {"weight": (C, D), ...}. Errors: as
-    ``load_header``.
+    """All rows of ``folder`` in this process's memory: {"weight": (C, D), ...}.
+
+    Raises InputError as ``load_header`` does.
     """
     if damage := damage_of(folder):
         raise InputError(damage)
@@ -91,21 +93,21 @@ def read_whole(folder: Path) -> dict[str, torch.Tensor]:
 def damage_of(folder: Path) -> str:
     """What is wrong with the files in ``folder``: one line, "" if all rows are there."""
     try:
-        found = shapes_in(folder)
-        count = {"num_classes": torch.zeros(1, dtype=torch.float64)}
-        read(folder, count, alone=True)
+        shapes = shapes_in(folder)
+        small = {"num_classes": torch.zeros(1, dtype=torch.float64)}
+        read(folder, small, alone=True)
     except InputError as error:
         return str(error)
+    num_classes = int(small["num_classes"])
+    rows = {name: shape[0] for name, shape in shapes.items() if name in ROWS}
     short = [
-        f"{rows[0]} of {int(count['num_classes'])} rows of {name}"
-        for name, rows in found.items()
-        if name in ROWS and rows[0] != int(count["num_classes"])
+        f"{count} of {num_classes} rows of {name}"
+        for name, count in rows.items()
+        if count != num_classes
     ]
-    return (
-        f"{folder} is damaged: it holds {' and '.join(short)}, some ranks' files are missing"
-        if short
-        else ""
-    )
+    if not short:
+        return ""
+    return f"{folder} is damaged: it holds {' and '.join(short)}, some ranks' files are missing"
 
 
 def read(folder: Path, tensors: dict, alone: bool) -> None:
@@ -125,17 +127,12 @@ def damaged(folder: Path, error: BaseException) -> InputError:
 def tensors_of(header) -> dict[str, torch.Tensor]:
     """What a header keeps, by the names it has on disk; the rows as parts of the whole."""
     centers = header.centers
-    rows = {"weight": centers.weight, "momentum": getattr(centers, "momentum", None)}
-    whole = {
-        name: part_of_whole(shard.detach(), centers.num_classes)
-        for name, shard in rows.items()
-        if shard is not None
-    }
-    return (
-        whole
-        | header.margin.state_dict()
-        | {"num_classes": torch.tensor([float(centers.num_classes)], dtype=torch.float64)}
-    )
+    tensors = {"weight": part_of_whole(centers.weight.detach(), centers.num_classes)}
+    if centers.momentum is not None:
+        tensors["momentum"] = part_of_whole(centers.momentum, centers.num_classes)
+    tensors |= header.margin.state_dict()
+    tensors["num_classes"] = torch.tensor([float(centers.num_classes)], dtype=torch.float64)
+    return tensors
 
 
 def part_of_whole(shard: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -164,7 +161,7 @@ def mesh(device: str, world: int):
 def shapes_in(folder: Path) -> dict[str, tuple]:
     """{name: shape} of what lies in ``folder``.
 
-    Errors: InputError if a file is damaged or rows are missing (the last ones show in the shape
+    Raises InputError if a file is damaged or rows are missing (the last ones show in the shape
     alone).
     """
     if not list(Path(folder).glob("*.safetensors")):
@@ -173,14 +170,14 @@ def shapes_in(folder: Path) -> dict[str, tuple]:
             "header_format=shards"
         )
     try:
-        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except UNREADABLE as error:
         raise damaged(folder, error) from error
-    for name in found.keys() & set(ROWS):
-        rows = sum(chunk.sizes[0] for chunk in found[name].chunks)
-        if rows != found[name].size[0]:
+    for name in metadata.keys() & set(ROWS):
+        rows = sum(chunk.sizes[0] for chunk in metadata[name].chunks)
+        if rows != metadata[name].size[0]:
             raise InputError(
                 f"{folder} is damaged: {rows} rows of {name} are there, some ranks' "
                 "files are missing; go on from an earlier step with global_step="
             )
-    return {name: tuple(entry.size) for name, entry in found.items()}
+    return {name: tuple(entry.size) for name, entry in metadata.items()}

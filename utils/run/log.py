@@ -1,6 +1,4 @@
-"""What a run tells: training.log and the console in the field's format, metrics.jsonl and
-TensorBoard for programs.
-"""
+"""The log of a run: training.log and the console, metrics.jsonl and TensorBoard."""
 
 import errno
 import fcntl
@@ -16,17 +14,17 @@ from utils.distributed import is_main
 from utils.errors import InputError
 from utils.files import dumps, printable, replacing, utf8_path
 
-BOARD_NAMES = {"ijb": "IJB", "tinyface": "TinyFace"}  # of the benchmarks in TensorBoard
-# their figures that training.log shows
+# Of the benchmarks in TensorBoard.
+BOARD_NAMES = {"ijb": "IJB", "tinyface": "TinyFace"}
+# Their figures that training.log shows.
 SHOWN = ("tpr_at_fpr_0.0001", "tpr_at_fpr_1e-05", "top1", "rank-1")
 
 
 def start_log(output: str | Path, append: bool) -> None:
-    """Send the root logger to the console and <output>/training.log on rank 0; other ranks show
-    warnings only.
+    """Send the root logger of rank 0 to the console and <output>/training.log.
 
-    training.log stays locked while the process lives. Errors: InputError if another process holds
-    it: two runs would overwrite each other.
+    Other ranks show warnings only. training.log stays locked while the process lives. Raises
+    InputError if another process holds it: two runs would overwrite each other.
     """
     root = logging.getLogger()
     root.handlers.clear()
@@ -68,7 +66,8 @@ class RunLog:
         if self.active:
             if resumed_step:
                 keep_rows_until(self.path, resumed_step)
-            else:  # what a run left that ended before its first checkpoint
+            else:
+                # what a run left that ended before its first checkpoint
                 for old in (self.path, *Path(output).glob("tb/events.out.tfevents.*")):
                     old.unlink(missing_ok=True)
             folder = Path(output) / "tb"
@@ -89,17 +88,15 @@ class RunLog:
         memory: float,
         stats: dict,
     ) -> None:
-        """One line, one JSON row and TensorBoard scalars; samples_per_sec: of all ranks; data_wait:
-        the share of the time spent waiting for images; memory: rank 0's peak on its GPU since the
-        last line, in GB, 0 without a GPU."""
+        """One line, one JSON row and TensorBoard scalars.
+
+        samples_per_sec: of all ranks; data_wait: the share of the time spent waiting for images;
+        memory: rank 0's peak on its GPU since the last line, in GB, 0 without a GPU.
+        """
         if not self.active:
             return
-        hours = (
-            (time.monotonic() - self.started)
-            / max(step - self.first_step, 1)
-            * (self.total_steps - step)
-            / 3600
-        )
+        seconds_per_step = (time.monotonic() - self.started) / max(step - self.first_step, 1)
+        hours = seconds_per_step * (self.total_steps - step) / 3600
         named = f"Memory: {memory:.2f} GB   " if memory else ""
         named += "".join(f"{name}: {value:.4f}   " for name, value in stats.items())
         logging.info(
@@ -114,70 +111,52 @@ class RunLog:
             step,
             hours,
         )
-        stats = dict(
-            samples_per_sec=samples_per_sec,
-            data_wait=data_wait,
-            **({"memory_gb": memory} if memory else {}),
-            **stats,
-        )
-        self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, **stats))
-        for name, value in dict(loss=loss, learning_rate=lr, **stats).items():
+        figures = dict(samples_per_sec=samples_per_sec, data_wait=data_wait)
+        if memory:
+            figures["memory_gb"] = memory
+        figures |= stats
+        self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, **figures))
+        for name, value in dict(loss=loss, learning_rate=lr, **figures).items():
             self.board.add_scalar(f"train/{name}", value, step)
 
     def validation(self, step: int, epoch: int, results: dict, highest: dict) -> None:
-        """results: {set: {"Accuracy-Flip", "Accuracy-Std", "XNorm"}}; highest: {set: best accuracy
-        so far}.
+        """Log a verification.
+
+        results: {set: {"Accuracy-Flip", "Accuracy-Std", "XNorm"}}; highest: {set: best accuracy}.
         """
         if not self.active:
             return
+        rows = {}
         for name, figures in results.items():
+            accuracy, deviation = figures["Accuracy-Flip"], figures["Accuracy-Std"]
             logging.info("[%s][%d]XNorm: %f", name, step, figures["XNorm"])
-            logging.info(
-                "[%s][%d]Accuracy-Flip: %.5f+-%.5f",
-                name,
-                step,
-                figures["Accuracy-Flip"],
-                figures["Accuracy-Std"],
-            )
+            logging.info("[%s][%d]Accuracy-Flip: %.5f+-%.5f", name, step, accuracy, deviation)
             logging.info("[%s][%d]Accuracy-Highest: %.5f", name, step, highest[name])
-            for tag, value in (
-                ("Accuracy_Flip", figures["Accuracy-Flip"]),
-                ("Accuracy_Highest", highest[name]),
-                ("XNorm", figures["XNorm"]),
-            ):
-                self.board.add_scalar(f"val/{printable(name)}/{tag}", value, step)
-        self.write(
-            dict(
-                step=step,
-                epoch=epoch,
-                validation={
-                    name: dict(figures, **{"Accuracy-Highest": highest[name]})
-                    for name, figures in results.items()
-                },
-            )
-        )
+            tag = f"val/{printable(name)}"
+            self.board.add_scalar(f"{tag}/Accuracy_Flip", accuracy, step)
+            self.board.add_scalar(f"{tag}/Accuracy_Highest", highest[name], step)
+            self.board.add_scalar(f"{tag}/XNorm", figures["XNorm"], step)
+            rows[name] = figures | {"Accuracy-Highest": highest[name]}
+        self.write(dict(step=step, epoch=epoch, validation=rows))
 
     def benchmarks(self, step: int, epoch: int, results: dict) -> None:
-        """results: {"ijb": {set: figures}, "tinyface": {set: figures}}; the figures of a 1:N search
-        are a dict of their own.
+        """results: {"ijb": {set: figures}, "tinyface": {set: figures}}.
+
+        The figures of a 1:N search are a dict of their own.
         """
         if not self.active:
             return
-        for kind, name, key, value in (
-            (kind, name, *item)
-            for kind, sets in results.items()
-            for name, figures in sets.items()
-            for item in flat(figures)
-        ):
-            self.board.add_scalar(f"{BOARD_NAMES[kind]}/{printable(name)}/{key}", value, step)
-            if key.endswith(SHOWN):
-                logging.info("[%s][%d]%s: %.5f", name, step, key, value)
+        for kind, sets in results.items():
+            for name, figures in sets.items():
+                for key, value in flat(figures):
+                    tag = f"{BOARD_NAMES[kind]}/{printable(name)}/{key}"
+                    self.board.add_scalar(tag, value, step)
+                    if key.endswith(SHOWN):
+                        logging.info("[%s][%d]%s: %.5f", name, step, key, value)
         self.write(dict(step=step, epoch=epoch, **results))
 
     def has_benchmarks(self, step: int) -> bool:
-        """Whether the figures of IJB and TinyFace at this step were logged, by this run or the one
-        it resumes.
-        """
+        """Whether IJB's and TinyFace's figures at this step were logged, also before a resume."""
         rows = map(json.loads, self.path.read_text().splitlines()) if self.path.exists() else ()
         return any(row["step"] == step and row.keys() & BOARD_NAMES.keys() for row in rows)
 
@@ -200,9 +179,7 @@ def flat(figures: dict):
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Drop rows after ``step``, which a resumed run writes again, and a last line that a kill cut
-    off.
-    """
+    """Drop rows after ``step``, which a resumed run writes again, and a last line cut off."""
     if not path.exists():
         return
     kept = []

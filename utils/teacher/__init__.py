@@ -1,1 +1,1 @@
-"""Teachers: any published face network as it lies on disk, on the hub or in ONNX, and its features."""
+"""Teachers: any published face network (a file, the hub, ONNX), and its features on disk."""

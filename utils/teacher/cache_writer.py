@@ -1,7 +1,6 @@
 """Writes the teacher features of a training set part by part, and goes on where it was killed."""
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -11,15 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
-from utils.files import replacing
+from utils.files import write_json
 from utils.teacher.cache import (
     AGAIN,
-    DONE,
-    MISSING,
-    REPLACED,
     check_array,
     differences,
-    read_json,
+    load_manifest,
     read_manifest,
     row_bytes,
 )
@@ -27,15 +23,21 @@ from utils.teacher.cache import (
 # images a rank computes before it writes and marks them: 2 MB of 512 dimensions, a minute of work
 # at most
 PART = 1024
+# of an image in progress.partial; REPLACED: its record is damaged, the features are those of the
+# next good one
+MISSING, DONE, REPLACED = 0, 1, 2
+# what the same weights may have been called, and where they may have lain
+NAMES_OF_WEIGHTS = ("name", "file", "repository")
 
 
 class CacheWriter:
-    """A cache in the making; the ranks write different parts of it, each marked once it is on the
-    disk.
+    """A cache in the making.
 
-    Rank 0 makes one with ``main=True``, which prepares the folder or finds what is there; then the
-    other ranks. ``complete``: nothing is left to do. Errors: InputError if the folder holds another
-    cache, another process is making one there, or the disk has no room or cannot be written to.
+    The ranks write different parts of it, each marked once it is on the disk. Rank 0 makes a writer
+    with ``main=True``, which prepares the folder or finds what is there; then the other ranks.
+    ``complete``: nothing is left to do.
+    Raises InputError if the folder holds another cache, another process is making one there, or the
+    disk has no room or cannot be written to.
     """
 
     def __init__(self, path: str | Path, manifest: dict, main: bool):
@@ -45,6 +47,7 @@ class CacheWriter:
         self.row = row_bytes(manifest["embedding_size"])
         self.features = self.path / "features.npy.partial"
         self.description = self.path / "manifest.json.partial"
+        self.status_file = self.path / "progress.partial"
         self.progress = None
         self.complete = main and self._finished()
         if self.complete:
@@ -52,9 +55,7 @@ class CacheWriter:
         try:
             if main:
                 self.path.mkdir(parents=True, exist_ok=True)
-            self.progress = os.open(
-                self.path / "progress.partial", os.O_RDWR | (os.O_CREAT if main else 0)
-            )
+            self.progress = os.open(self.status_file, os.O_RDWR | (os.O_CREAT if main else 0))
         except OSError as error:
             raise InputError(
                 f"cannot write to {self.path} ({error.strerror}); choose another "
@@ -69,30 +70,18 @@ class CacheWriter:
         self.start = check_array(self._array(), self.images, manifest["embedding_size"])
 
     def _finished(self) -> bool:
-        """Whether this very cache is already there. Errors: InputError if another one is."""
+        """Whether this very cache is already there. Raises InputError if another one is."""
         if not (self.path / "manifest.json").is_file():
             return False
-        found = read_manifest(self.path)
-        found.pop("replaced")
-        self._refuse_other(found)
+        manifest = read_manifest(self.path)
+        manifest.pop("replaced")
+        self._refuse_other(manifest)
         check_array(self.path / "features.npy", self.images, self.manifest["embedding_size"])
         self._remove_leftovers()
         return True
 
-    def _refuse_other(self, found: dict) -> None:
-        # the same weights may have been called otherwise, or lie elsewhere now
-        found, wanted = (
-            dict(
-                manifest,
-                teacher={
-                    key: value
-                    for key, value in manifest["teacher"].items()
-                    if key not in ("name", "file", "repository")
-                },
-            )
-            for manifest in (found, self.manifest)
-        )
-        if differing := differences(found, wanted):
+    def _refuse_other(self, manifest: dict) -> None:
+        if differing := differences(without_names(manifest), without_names(self.manifest)):
             raise InputError(
                 f"{self.path} holds features of something else: {differing}; choose "
                 "another folder, or remove this one"
@@ -113,9 +102,9 @@ class CacheWriter:
             ) from error
 
     def _go_on(self) -> None:
-        self._refuse_other(read_json(self.description))
+        self._refuse_other(load_manifest(self.description))
         if len(self._status()) != self.images:
-            raise InputError(f"{self.path / 'progress.partial'} is damaged; {AGAIN}")
+            raise InputError(f"{self.status_file} is damaged; {AGAIN}")
 
     def _begin(self) -> None:
         """Lay out the files; the description comes last, so that a folder with it is sound."""
@@ -124,30 +113,25 @@ class CacheWriter:
                 f"{self.path} holds a features.npy without a manifest, which is no "
                 "cache of this project; choose another folder"
             )
-        size, free = self.images * self.row, shutil.disk_usage(self.path).free
+        size = self.images * self.row
+        free = shutil.disk_usage(self.path).free
         if size > free:
             raise InputError(
                 f"{self.path}: the features of {self.images} images take "
                 f"{size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk; choose another "
                 "folder"
             )
+        shape = (self.images, 2, self.manifest["embedding_size"])
+        header = dict(descr="<f2", fortran_order=False, shape=shape)
         try:
             with open(self.features, "wb") as file:
-                np.lib.format.write_array_header_1_0(
-                    file,
-                    dict(
-                        descr="<f2",
-                        fortran_order=False,
-                        shape=(self.images, 2, self.manifest["embedding_size"]),
-                    ),
-                )
+                np.lib.format.write_array_header_1_0(file, header)
                 file.truncate(file.tell() + size)
             os.truncate(self.progress, 0)
             os.truncate(self.progress, self.images)
-            with replacing(self.description) as file:
-                file.write((json.dumps(self.manifest, indent=2) + "\n").encode())
+            write_json(self.description, self.manifest)
         except OSError as error:
-            for leftover in (self.features, self.path / "progress.partial"):
+            for leftover in (self.features, self.status_file):
                 leftover.unlink(missing_ok=True)
             raise InputError(
                 f"cannot lay out a cache of {size / 1e9:.1f} GB in {self.path} "
@@ -155,8 +139,9 @@ class CacheWriter:
             ) from error
 
     def _array(self) -> Path:
-        """The file of the features: a run that ended between giving it its name and writing the
-        manifest left the final one.
+        """The file of the features.
+
+        A run that ended between giving it its name and writing the manifest left the final one.
         """
         return self.features if self.features.exists() else self.path / "features.npy"
 
@@ -164,7 +149,7 @@ class CacheWriter:
         return np.frombuffer(os.pread(self.progress, self.images + 1, 0), np.uint8)
 
     def _remove_leftovers(self) -> None:
-        for leftover in (self.description, self.path / "progress.partial"):
+        for leftover in (self.description, self.status_file):
             leftover.unlink(missing_ok=True)
 
     def missing(self) -> list[range]:
@@ -181,14 +166,31 @@ class CacheWriter:
         return np.flatnonzero(self._status() == REPLACED).tolist()
 
     def write(self, part: range, features: np.ndarray, replaced: Sequence[int] = ()) -> None:
-        """Put the (n, 2, D) features of a part on the disk, then mark it. replaced: its images
-        whose records are damaged.
+        """Put the (n, 2, D) features of a part on the disk, then mark it.
 
-        Errors: InputError if a feature is not finite in float16, naming its image's index, or if
+        replaced: its images whose records are damaged.
+        Raises InputError if a feature is not finite in float16, naming its image's index, or if
         the disk is full; what was marked before stays.
         """
         with np.errstate(over="ignore"):
             values = np.ascontiguousarray(features, np.float16)
+        self._check(part, values)
+        status = np.full(len(part), DONE, np.uint8)
+        status[[index - part.start for index in replaced]] = REPLACED
+        try:
+            with open(self._array(), "r+b") as file:
+                file.seek(self.start + part.start * self.row)
+                file.write(values.data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.pwrite(self.progress, status.tobytes(), part.start)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self._array()} ({error.strerror}); what is done is "
+                "kept: make room and start the same command again"
+            ) from error
+
+    def _check(self, part: range, values: np.ndarray) -> None:
         if values.nbytes != len(part) * self.row:
             raise InputError(
                 f"the teacher gave features of shape {values.shape} for {len(part)} "
@@ -206,35 +208,24 @@ class CacheWriter:
                 f"the features of image index {part.start + empty[0]} are zero in "
                 f"float16, as are those of {len(empty) - 1} more"
             )
-        status = np.full(len(part), DONE, np.uint8)
-        status[[index - part.start for index in replaced]] = REPLACED
-        try:
-            with open(self._array(), "r+b") as file:
-                file.seek(self.start + part.start * self.row)
-                file.write(values.data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.pwrite(self.progress, status.tobytes(), part.start)
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self._array()} ({error.strerror}); what is done is "
-                "kept: make room and start the same command again"
-            ) from error
 
     def finish(self, name_of) -> None:
-        """Wait for the other ranks' parts, then give the files their names and write the manifest;
-        rank 0 only. name_of: index -> record.
+        """Wait for the other ranks' parts, give the files their names, write the manifest.
+
+        Rank 0 only. name_of: index -> record.
         """
         while self.missing():
             # and not in a collective: a rank may be hours behind, which is longer than those wait
             time.sleep(0.2)
         if self.features.exists():
             os.replace(self.features, self.path / "features.npy")
-        names = {index: name_of(index) for index in self.replaced()}
-        with replacing(self.path / "manifest.json") as file:
-            file.write(
-                (
-                    json.dumps(dict(self.manifest, replaced=sorted(names.items())), indent=2) + "\n"
-                ).encode()
-            )
+        replaced = [(index, name_of(index)) for index in self.replaced()]
+        write_json(self.path / "manifest.json", dict(self.manifest, replaced=replaced))
         self._remove_leftovers()
+
+
+def without_names(manifest: dict) -> dict:
+    teacher = {
+        key: value for key, value in manifest["teacher"].items() if key not in NAMES_OF_WEIGHTS
+    }
+    return dict(manifest, teacher=teacher)

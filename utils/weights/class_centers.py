@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import InputError
-from utils.weights.match import bare
+from utils.weights.match import bare, is_matrix
 from utils.weights.read import advice, read_file
 from utils.weights.recognise import looks_like, networks_in
 
@@ -38,18 +38,17 @@ def read_kernel(
     ``head.kernel`` (D, C) (AdaFace's .ckpt), ``weight`` (C, D) (arcface_torch) or a bare (C, D)
     tensor; or what arcface_torch's and CVLFace's ranks wrote, a file each with their share of
     ``weight``: the folder, or a pattern such as "folder/checkpoint_gpu_*.pt".
-    Errors: as ``read_tensors``, and InputError for other contents or shapes, and for shares that
+    Raises InputError as ``read_tensors``, and for other contents or shapes, and for shares that
     are missing or not as Partial FC deals classes out.
     """
-    files = find_shares(path, what)
-    kernel = (
-        join_shares(files, what, num_classes)
-        if files
-        else find_centers(read_file(path, what, hint), f"{what}: {path}")
-    )
+    shares = find_shares(path, what)
+    if shares:
+        kernel = join_shares(shares, what, num_classes)
+    else:
+        kernel = find_centers(read_file(path, what, hint), f"{what}: {path}")
     if tuple(kernel.shape) != (embedding_size, num_classes):
         mend = ""
-        if not files and rank_of(Path(path).name)[0] in RANK_FILES:
+        if not shares and rank_of(Path(path).name)[0] in RANK_FILES:
             mend = (
                 f"; {Path(path).name} looks like one rank's share: name its folder, "
                 f"{Path(path).parent}"
@@ -60,9 +59,8 @@ def read_kernel(
                 f"embedding_size={kernel.shape[0]}"
             )
         raise InputError(
-            f"{what}: {path} holds class centres {tuple(kernel.shape)}, but "
-            "(embedding_size, num_classes) "
-            f"of this run is {(embedding_size, num_classes)}{mend}"
+            f"{what}: {path} holds class centres {tuple(kernel.shape)}, but (embedding_size, "
+            f"num_classes) of this run is {(embedding_size, num_classes)}{mend}"
         )
     if not torch.isfinite(kernel).all():
         raise InputError(
@@ -75,83 +73,81 @@ def read_kernel(
 def find_centers(content, subject: str) -> torch.Tensor:
     """The (D, C) class centres among a file's contents; which axis is which is told by the key.
 
-    Errors: InputError if there are none.
+    Raises InputError if there are none.
     """
-    if isinstance(content, torch.Tensor) and content.dim() == 2:
-        return content.t()  # arcface_torch's rank_0_softmax_weight.pt
+    if is_matrix(content):
+        # arcface_torch's rank_0_softmax_weight.pt
+        return content.t()
     if not isinstance(content, dict):
         raise InputError(f"{subject} holds a {type(content).__name__}, not class centres")
-    state = next(
-        (
-            content[key]
-            for key in ("state_dict_softmax_fc", "state_dict")
-            if isinstance(content.get(key), dict)
-        ),
-        content,
-    )
+    state = content
+    for key in ("state_dict", "state_dict_softmax_fc"):
+        if isinstance(content.get(key), dict):
+            state = content[key]
     state = {bare(str(key)): value for key, value in state.items()}
     for key, classes_first in CENTER_KEYS.items():
-        if isinstance(state.get(key), torch.Tensor) and state[key].dim() == 2:
+        if is_matrix(state.get(key)):
             return state[key].t() if classes_first else state[key]
     network = next(networks_in(content), None)
-    look = looks_like(content)
+    likeness = looks_like(content)
     if network:
-        look = (
+        likeness = (
             f"{network.name}, a network: train/class_centers.py computes the class centres of one"
         )
     raise InputError(
         f"{subject} has no class centres ({', '.join(CENTER_KEYS)}); its keys are "
-        f"{', '.join(list(state)[:5])}{advice(look)}"
+        f"{', '.join(list(state)[:5])}{advice(likeness)}"
     )
 
 
 def find_shares(path: str | Path, what: str) -> dict[int, Path]:
     """{rank: file} where ``path`` is a folder or a pattern; {} where it is a file's.
 
-    Errors: InputError if no files are found, or of several kinds.
+    Raises InputError if no files are found, or of several kinds.
     """
     if not str(path):
         return {}
     path = Path(path)
     if path.is_dir():
-        found = [file for file in path.iterdir() if rank_of(file.name)[0] in RANK_FILES]
+        files = [file for file in path.iterdir() if rank_of(file.name)[0] in RANK_FILES]
         missing = (
             f"holds no {', '.join(RANK_FILES)}: name the header's file, or a pattern such as "
             f"{path / RANK_FILES[0]}"
         )
     elif any(letter in path.name for letter in "*?[") and not path.exists():
-        found, missing = (
-            [file for file in path.parent.glob(path.name) if re.search(r"\d", file.name)],
-            ("matches no file with a rank in its name"),
-        )
+        files = [file for file in path.parent.glob(path.name) if re.search(r"\d", file.name)]
+        missing = "matches no file with a rank in its name"
     else:
         return {}
-    kinds = sorted({rank_of(file.name)[0] for file in found})
-    if len(kinds) != 1:
+    if not files:
+        raise InputError(f"{what}: {path} {missing}")
+    pattern, *others = sorted({rank_of(file.name)[0] for file in files})
+    if others:
         raise InputError(
-            f"{what}: {path} "
-            f"{'matches' if kinds else missing}{' files of several kinds: name one, ' if kinds else ''}{' or '.join(kinds)}"
+            f"{what}: {path} matches files of several kinds: name one, "
+            f"{' or '.join([pattern, *others])}"
         )
-    if "_mom." in kinds[0]:
+    if "_mom." in pattern:
         raise InputError(
             f"{what}: {path} are momenta of the optimizer, the class centres are in "
-            f"{kinds[0].replace('_mom.', '.')}"
+            f"{pattern.replace('_mom.', '.')}"
         )
-    return {rank_of(file.name)[1]: file for file in found}
+    return {rank_of(file.name)[1]: file for file in files}
 
 
 def rank_of(name: str) -> tuple[str, int]:
-    """("checkpoint_gpu_*.pt", 3) of "checkpoint_gpu_3.pt": the last number is the rank; (name, 0)
-    without one.
+    """("checkpoint_gpu_*.pt", 3) of "checkpoint_gpu_3.pt": the last number is the rank.
+
+    (name, 0) of a name without one.
     """
-    found = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
-    return (f"{found[1]}*{found[3]}", int(found[2])) if found else (name, 0)
+    parts = re.fullmatch(r"(.*?)(\d+)(\D*)", name)
+    return (f"{parts[1]}*{parts[3]}", int(parts[2])) if parts else (name, 0)
 
 
 def join_shares(files: dict[int, Path], what: str, num_classes: int) -> torch.Tensor:
     """The (D, C) class centres of all ranks.
 
-    Errors: InputError if a rank is missing, or has another number of classes than Partial FC gives
+    Raises InputError if a rank is missing, or has another number of classes than Partial FC gives
     it.
     """
     missing = sorted(set(range(max(files) + 1)) - files.keys())
@@ -159,20 +155,22 @@ def join_shares(files: dict[int, Path], what: str, num_classes: int) -> torch.Te
         raise InputError(
             f"{what}: no file of rank {', '.join(map(str, missing))} beside {files[max(files)]}"
         )
+    each, rest = divmod(num_classes, len(files))
     shares = []
     for rank, file in sorted(files.items()):
-        shares.append(find_centers(read_file(file, what), f"{what}: {file}"))
+        share = find_centers(read_file(file, what), f"{what}: {file}")
+        shares.append(share)
         # the first ranks take one of the rest each
-        expected = num_classes // len(files) + (rank < num_classes % len(files))
-        if shares[-1].shape[1] != expected:
+        expected = each + (rank < rest)
+        if share.shape[1] != expected:
             raise InputError(
-                f"{what}: {file} holds {shares[-1].shape[1]} classes, but rank {rank} "
-                f"of {len(files)} has {expected} of num_classes={num_classes}: "
-                "files of other ranks are missing, or they are of another training set"
+                f"{what}: {file} holds {share.shape[1]} classes, but rank {rank} of {len(files)} "
+                f"has {expected} of num_classes={num_classes}: files of other ranks are missing, "
+                "or they are of another training set"
             )
-        if shares[-1].shape[0] != shares[0].shape[0]:
+        if share.shape[0] != shares[0].shape[0]:
             raise InputError(
-                f"{what}: {file} holds {shares[-1].shape[0]}-d class centres, "
+                f"{what}: {file} holds {share.shape[0]}-d class centres, "
                 f"{files[0].name} {shares[0].shape[0]}-d ones"
             )
     return torch.cat(shares, dim=1)

@@ -61,7 +61,7 @@ FIRST_BYTES = (
 )
 
 
-def bytes_look_like(path: str | Path, wanted: str) -> str:
+def bytes_look_like(path: str | Path, expected_kind: str) -> str:
     """What an unreadable file is by its first bytes, in words.
 
     "" if it is nothing known, or the kind it should be: then it is damaged.
@@ -70,9 +70,9 @@ def bytes_look_like(path: str | Path, wanted: str) -> str:
         return program
     with open(path, "rb") as file:
         start = file.read(64)
-    for pattern, kind, words in FIRST_BYTES:
-        if kind != wanted and pattern.match(start):
-            return words
+    for pattern, kind, description in FIRST_BYTES:
+        if kind != expected_kind and pattern.match(start):
+            return description
     return ""
 
 
@@ -84,13 +84,13 @@ def program_in(path: str | Path) -> str:
     except (*UNREADABLE, zipfile.BadZipFile):
         return ""
     if "constants.pkl" in names:
-        kind, line, needs = "TorchScript model", FROM_TORCHSCRIPT, ""
+        kind, export, needs = "TorchScript model", FROM_TORCHSCRIPT, ""
     elif "archive_format" in names or any(name.startswith("models/") for name in names):
-        kind, line, needs = "torch.export program", FROM_EXPORTED, ", which needs onnxscript"
+        kind, export, needs = "torch.export program", FROM_EXPORTED, ", which needs onnxscript"
     else:
         return ""
+    command = f'python -c "import torch; {export.format(path=str(path))}"'
     return (
-        f'a {kind}, which is code: export it to ONNX where it runs (python -c "import torch; '
-        f'{line.format(path=str(path))}"{needs}) and name the .onnx file, as a teacher by '
-        "teacher=onnx:PATH"
+        f"a {kind}, which is code: export it to ONNX where it runs ({command}{needs}) and name the "
+        ".onnx file, as a teacher by teacher=onnx:PATH"
     )

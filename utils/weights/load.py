@@ -8,14 +8,15 @@ import torch
 
 from backbones import NAMES, build_backbone
 from utils.errors import InputError
-from utils.teacher.hub import Stated
-from utils.weights.colours import choose_order, own_order, see_rgb, stated_beside
+from utils.weights.color_order import choose_order, own_order, published_beside, see_rgb
+from utils.weights.cvlface import PublishedConfig
 from utils.weights.match import (
     COUNTER,
-    Found,
+    Match,
     choose,
-    complete,
+    is_matrix,
     linear_key,
+    matches_in,
     prefixes_of,
     shape_of,
     states_of,
@@ -26,7 +27,7 @@ from utils.weights.read import advice, read_tensors, split_mark
 from utils.weights.recognise import Network, looks_like, networks_in, shapes_of
 
 
-class Weights(NamedTuple):
+class WeightFile(NamedTuple):
     """A file of weights that was read. what: it was wanted for. average: #ema asks for."""
 
     path: Path
@@ -45,25 +46,29 @@ class Loaded(NamedTuple):
 
     place: the entry and prefix of the weights in the file, in words, "" if it holds nothing else.
     color_space: the order of the images they were trained on; own_color_space: the same as the
-    file has it, "" if it does not tell. stated: what CVLFace's configuration says of them.
+    file has it, "" if it does not tell. published: what CVLFace's configuration says of them.
     """
 
     place: str
     color_space: str
     own_color_space: str
-    stated: Stated | None
+    published: PublishedConfig | None
+
+    @property
+    def source(self) -> str:
+        return f"weights of {self.place}" if self.place else ""
 
     def describe(self) -> str:
-        return f"{self.color_space} images" + (f", weights of {self.place}" if self.place else "")
+        return f"{self.color_space} images" + (f", {self.source}" if self.place else "")
 
 
-def read_weights(path: str | Path, what: str, hint: str = "") -> Weights:
+def read_weights(path: str | Path, what: str, hint: str = "") -> WeightFile:
     """A file of weights, of which #ema behind the path means the exponential average.
 
     Raises InputError as ``read_tensors``.
     """
     file, average = split_mark(path) if str(path) else (path, False)
-    return Weights(file, read_tensors(file, what, hint), average, what)
+    return WeightFile(file, read_tensors(file, what, hint), average, what)
 
 
 def load_backbone(
@@ -77,93 +82,99 @@ def load_backbone(
     return load_into(network, read_weights(path, what, hint), color_space)
 
 
+def load_network(
+    name: str, embedding_size: int, use_se: bool, weights: WeightFile, **options
+) -> tuple[torch.nn.Module, Loaded]:
+    """One of our networks with the weights of a file. options: of ``load_into``."""
+    network = empty_backbone(name, embedding_size, use_se)
+    return network, load_into(network, weights, **options)
+
+
 def load_into(
     network: torch.nn.Module,
-    weights: Weights,
+    weights: WeightFile,
     color_space: str = "auto",
     key: str = "network",
-    stated: Stated | None = None,
+    published: PublishedConfig | None = None,
 ) -> Loaded:
     """Give a network its weights from a file's content; one trained on BGR images takes RGB then.
 
-    key: "network" or "teacher", which messages name. stated: what CVLFace's configuration says,
-    where it has been read; it is looked for beside a file with CVLFace's keys.
+    key: "network" or "teacher", which messages name. published: CVLFace's configuration, where it
+    has been read; it is looked for beside a file with CVLFace's keys.
     Raises InputError that names the first differing keys or shapes and which network they look
     like; if several networks fit; if the colour order is neither known nor set.
     """
-    expected = network.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in expected.items()}
-    found = find(weights, shapes, key)
-    stated = stated or stated_beside(weights.path, found, weights.what)
-    own = own_order(found, weights.content, shapes[linear_key(shapes)][0], stated)
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    match = find_match(weights, shapes, key)
+    published = published or published_beside(weights.path, match, weights.what)
+    own = own_order(match, weights.content, shapes[linear_key(shapes)][0], published)
     source = ""
-    if stated:
-        source = f"{stated.path}, which states {own}"
+    if published:
+        source = f"{published.path}, which states {own}"
     elif own == "BGR":
         source = f"AdaFace's files, which are {own}"
     order = choose_order(own, color_space, weights.subject, source, key)
     counters = {
         name: torch.zeros(shape, dtype=torch.int64)
         for name, shape in shapes.items()
-        if name not in found.weights
+        if name not in match.weights
     }
-    network.load_state_dict(found.weights | counters)
+    network.load_state_dict(match.weights | counters)
     if order == "BGR":
         see_rgb(network)
-    return Loaded(found.where(), order, own, stated)
+    return Loaded(match.where(), order, own, published)
 
 
-def find(weights: Weights, shapes: dict, key: str) -> Found:
+def find_match(weights: WeightFile, shapes: dict, key: str) -> Match:
     """Where the weights of a network of these {key: shape} are.
 
     Raises InputError as ``load_into``.
     """
-    places = complete(weights.content, shapes)
-    found = choose(places, weights.average, weights.subject)
-    if found is None:
-        nearest = nearest_to(weights.content, shapes)
-        look = advice(looks_like(weights.content, key))
-        raise InputError(f"{weights.subject} does not fit: {differences(nearest, shapes)}{look}")
-    if names := strangers(found, places, shapes):
+    matches = matches_in(weights.content, shapes)
+    match = choose(matches, weights.average, weights.subject)
+    if match is None:
+        reason = mismatch(nearest_to(weights.content, shapes), shapes)
+        hint = advice(looks_like(weights.content, key))
+        raise InputError(f"{weights.subject} does not fit: {reason}{hint}")
+    if names := strangers(match, matches, shapes):
         # a larger network may hold all of a smaller one
         is_larger = any(
-            other.found.where() == found.where() and len(other.found.weights) > len(found.weights)
+            other.match.where() == match.where() and len(other.match.weights) > len(match.weights)
             for other in networks_in(weights.content)
         )
-        look = advice(looks_like(weights.content, key)) if is_larger else ""
-        where = f" beside the network {found.where()}" if found.where() else ""
+        hint = advice(looks_like(weights.content, key)) if is_larger else ""
+        where = f" beside the network {match.where()}" if match.where() else ""
         raise InputError(
-            f"{weights.subject} does not fit: {listed(names, 'unexpected keys')}{where}{look}"
+            f"{weights.subject} does not fit: {listed(names, 'unexpected keys')}{where}{hint}"
         )
-    return found
+    return match
 
 
-def nearest_to(content: dict, shapes: dict) -> Found:
+def nearest_to(content: dict, shapes: dict) -> Match:
     """The place of a file's content that has most of a network's keys."""
     states = list(states_of(content)) or [("", {str(key): value for key, value in content.items()})]
-    known = next((network.found for network in networks_in(content)), None)
+    known = next((network.match for network in networks_in(content)), None)
     if known:
         states = [(entry, state) for entry, state in states if entry == known.entry]
-    anchors = [linear_key(shapes), next(iter(shapes))]
-    found = [
-        take(entry, state, prefix, shapes)
-        for entry, state in states
-        for prefix in {"", known.prefix if known else "", *guesses(state, anchors)}
-    ]
-    return max(found, key=lambda place: (len(place.weights), -len(place.prefix)))
+    prefixes = {"", known.prefix if known else ""}
+    candidates = []
+    for entry, state in states:
+        guesses = {
+            prefix
+            for key in (linear_key(shapes), next(iter(shapes)))
+            for prefix in prefixes_of(state, key)
+        }
+        candidates += [take(entry, state, prefix, shapes) for prefix in prefixes | guesses]
+    return max(candidates, key=lambda match: (len(match.weights), -len(match.prefix)))
 
 
-def guesses(state: dict, keys: list[str]) -> list[str]:
-    return [prefix for key in keys for prefix in prefixes_of(state, key)]
-
-
-def differences(place: Found, shapes: dict) -> str:
+def mismatch(match: Match, shapes: dict) -> str:
     """What keeps weights from being a network's, in words."""
-    missing = [key for key in shapes if key not in place.weights and not key.endswith(COUNTER)]
-    unexpected = [key.removeprefix(place.prefix) for key in place.beside]
+    missing = [key for key in shapes if key not in match.weights and not key.endswith(COUNTER)]
+    unexpected = [key.removeprefix(match.prefix) for key in match.beside]
     shaped = [
         f"{key} is {shape_of(value)} instead of {shapes[key]}"
-        for key, value in place.weights.items()
+        for key, value in match.weights.items()
         if shape_of(value) != shapes[key]
     ]
     kinds = {
@@ -178,26 +189,25 @@ def listed(names: list[str], kind: str) -> str:
     return f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def recognise(weights: Weights) -> Network:
+def recognise(weights: WeightFile) -> Network:
     """The network of ours that a file holds. Raises InputError if there is none, or several."""
     networks = list(networks_in(weights.content))
-    places = [network.found for network in networks]
-    found = choose(places, weights.average, weights.subject)
-    if found is None:
-        look = advice(looks_like(weights.content))
+    match = choose([network.match for network in networks], weights.average, weights.subject)
+    if match is None:
+        hint = advice(looks_like(weights.content))
         raise InputError(
-            f"{weights.subject} holds no network that can be built here ({', '.join(NAMES)}){look}"
+            f"{weights.subject} holds no network that can be built here ({', '.join(NAMES)}){hint}"
         )
-    return networks[next(number for number, place in enumerate(places) if place is found)]
+    return next(network for network in networks if network.match is match)
 
 
 def embedding_size_in(content: dict, name: str, use_se: bool) -> int:
     """The dimensions of a network's features in a file; 0 if its linear layer is not there."""
-    key = linear_key(shapes_of(name, 1, use_se))
+    key = linear_key(shapes_of(name, use_se, 1))
     for _, state in states_of(content):
         for prefix in prefixes_of(state, key):
             value = state[prefix + key]
-            if isinstance(value, torch.Tensor) and value.dim() == 2:
+            if is_matrix(value):
                 return len(value)
     return 0
 

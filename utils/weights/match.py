@@ -26,7 +26,7 @@ HEAD = re.compile(
 HARMLESS = {"n_averaged"}
 
 
-class Found(NamedTuple):
+class Match(NamedTuple):
     """A network's weights in a file.
 
     entry: the keys of the dicts that they lie in, with dots between ("" at the top). prefix: of
@@ -49,8 +49,9 @@ class Found(NamedTuple):
         return bare(self.prefix)
 
     def where(self) -> str:
-        """ "state_dict under model.", "" for a plain file."""
-        return " ".join(filter(None, (self.entry, self.prefix and f"under {self.prefix}")))
+        """Entry and prefix in words, as "state_dict under model."; "" for a plain file."""
+        under = f"under {self.prefix}" if self.prefix else ""
+        return f"{self.entry} {under}".strip()
 
 
 def bare(name: str) -> str:
@@ -75,6 +76,10 @@ def prefixes_of(state: dict, key: str) -> list[str]:
     return [name[: -len(key)] for name in state if name == key or name.endswith(f".{key}")]
 
 
+def is_matrix(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 2
+
+
 def shape_of(value):
     """A tensor's shape as a tuple; the type's name of anything else."""
     return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -85,12 +90,12 @@ def linear_key(shapes: dict) -> str:
     return next(key for key, shape in shapes.items() if len(shape) == 2)
 
 
-def take(entry: str, state: dict, prefix: str, shapes: dict) -> Found:
+def take(entry: str, state: dict, prefix: str, shapes: dict) -> Match:
     """What a state has of a network's keys under a prefix."""
     weights = {key: state[prefix + key] for key in shapes if prefix + key in state}
     taken = {prefix + key for key in weights}
     beside = {key: value for key, value in state.items() if key not in taken}
-    return Found(entry, prefix, weights, beside)
+    return Match(entry, prefix, weights, beside)
 
 
 def is_complete(state: dict, prefix: str, shapes: dict) -> bool:
@@ -101,7 +106,7 @@ def is_complete(state: dict, prefix: str, shapes: dict) -> bool:
     )
 
 
-def complete(content, shapes: dict) -> list[Found]:
+def matches_in(content, shapes: dict) -> list[Match]:
     """Every place of a file's content where all weights of a network of these {key: shape} are."""
     key = linear_key(shapes)
     return [
@@ -112,60 +117,66 @@ def complete(content, shapes: dict) -> list[Found]:
     ]
 
 
-def choose(places: list[Found], average: bool, subject: str) -> Found | None:
-    """The place that is meant; None if there is none.
+def choose(matches: list[Match], average: bool, subject: str) -> Match | None:
+    """The match that is meant; None if there is none.
 
     Plain weights come before an average of them, unless ``average`` asks for that.
     subject: the message's first words.
-    Raises InputError if there is no average, or if several places are left that differ.
+    Raises InputError if there is no average, or if several matches are left that differ.
     """
-    averages = [place for place in places if place.is_average]
-    plain = [place for place in places if not place.is_average]
-    if average and places and not averages:
-        found = ", ".join(place.where() or "its plain keys" for place in plain)
+    averages = [match for match in matches if match.is_average]
+    plain = [match for match in matches if not match.is_average]
+    if average and plain and not averages:
         raise InputError(
             f"{subject} holds no exponential average of the weights (an entry or a prefix named "
-            f"ema), only {found}: leave #ema out"
+            f"ema), only {places(plain)}: leave #ema out"
         )
-    left = averages if average else plain or averages
-    if not left:
+    candidates = averages if average else plain or averages
+    if not candidates:
         return None
-    if not all(same(left[0].weights, other.weights) for other in left[1:]):
-        names = ", ".join(place.where() or "its plain keys" for place in left)
+    first, *others = candidates
+    if not all(same(first.weights, other.weights) for other in others):
         raise InputError(
-            f"{subject} holds {len(left)} networks of this kind with different weights ({names}): "
-            "which is meant cannot be told; save the one that is meant in a file of its own"
+            f"{subject} holds {len(candidates)} networks of this kind with different weights "
+            f"({places(candidates)}): which is meant cannot be told; save the one that is meant in "
+            "a file of its own"
         )
-    return left[0]
+    return first
+
+
+def places(matches: list[Match]) -> str:
+    return ", ".join(match.where() or "its plain keys" for match in matches)
 
 
 def same(weights: dict, others: dict) -> bool:
-    keys, others_keys = (
-        {key for key in found if not key.endswith(COUNTER)} for found in (weights, others)
-    )
+    """Whether two networks have the same weights; the counters do not matter."""
+    keys = {key for key in weights if not key.endswith(COUNTER)}
+    others_keys = {key for key in others if not key.endswith(COUNTER)}
     return keys == others_keys and all(torch.equal(weights[key], others[key]) for key in keys)
 
 
-def strangers(found: Found, places: list[Found], shapes: dict) -> list[str]:
+def strangers(match: Match, matches: list[Match], shapes: dict) -> list[str]:
     """The keys beside a network that keep its file from being taken.
 
     Class centres, other places of the same network and plain values may be there.
     """
     size = shapes[linear_key(shapes)][0]
-    siblings = [place for place in places if place.entry == found.entry]
-    known = {place.prefix + key for place in siblings for key in place.weights} | HARMLESS
+    siblings = [other for other in matches if other.entry == match.entry]
+    known = {other.prefix + key for other in siblings for key in other.weights} | HARMLESS
     rest = {
         key: value
-        for key, value in found.beside.items()
+        for key, value in match.beside.items()
         if isinstance(value, torch.Tensor) and key not in known
     }
-    groups = {key: head_of(key, found.prefix) for key in rest}
-    centres = {
+    groups = {}
+    for key in rest:
+        groups.setdefault(head_of(key, match.prefix), []).append(key)
+    heads = {
         group
-        for group in set(groups.values())
-        if group and is_head(group, [rest[key] for key in rest if groups[key] == group], size)
+        for group, keys in groups.items()
+        if group and is_head(group, [rest[key] for key in keys], size)
     }
-    return sorted(key for key in rest if groups[key] not in centres)
+    return sorted(key for group, keys in groups.items() if group not in heads for key in keys)
 
 
 def head_of(key: str, prefix: str) -> str:

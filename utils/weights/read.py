@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from utils.errors import InputError, first_line
 from utils.files import utf8_path
+from utils.safe_pickle import Ignored, load_torch, refused_name
 from utils.weights.kinds import UNREADABLE, bytes_look_like, program_in
 from utils.weights.recognise import looks_like
 
@@ -37,26 +38,27 @@ def read_tensors(path: str | Path, what: str, hint: str = "") -> dict:
     """
     content = read_file(path, what, hint)
     if not isinstance(content, dict):
-        kind, look = type(content).__name__, advice(looks_like(content))
-        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{look}")
+        kind, hint = type(content).__name__, advice(looks_like(content))
+        raise InputError(f"{what}: {path} holds a {kind}, not a dict of tensors{hint}")
     return content
 
 
 def read_file(path: str | Path, what: str, hint: str = ""):
     """As ``read_tensors``, whatever the file holds: a dict, a tensor, a list."""
+    hint = f"; {hint}" if hint else ""
     if not str(path):
-        raise InputError(f"{what}: no path is set" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{what}: no path is set{hint}")
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{what}: no file at {path.absolute()}" + (f"; {hint}" if hint else ""))
+        raise InputError(f"{what}: no file at {path.absolute()}{hint}")
     kind = "safetensors" if path.suffix == ".safetensors" else "checkpoint"
     try:
         return load_file(utf8_path(path)) if kind == "safetensors" else load_pickled(path)
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        name = refused_name(error)
         reason = "it holds more than tensors, or is no checkpoint"
         if name:
-            reason = f"it asks to load {name[1]}, which is code and no tensor"
+            reason = f"it asks to load {name}, which is code and no tensor"
         look = advice(bytes_look_like(path, kind))
         raise InputError(f"{what}: {path} was refused: {reason}{look}") from error
     except UNREADABLE as error:
@@ -66,8 +68,8 @@ def read_file(path: str | Path, what: str, hint: str = ""):
         raise InputError(f"{what}: {path} is no readable checkpoint ({reason}){look}") from error
 
 
-def advice(look: str) -> str:
-    return f"; it looks like {look}" if look else ""
+def advice(likeness: str) -> str:
+    return f"; it looks like {likeness}" if likeness else ""
 
 
 def load_pickled(path: Path):
@@ -79,25 +81,12 @@ def load_pickled(path: Path):
         # else by torch before 1.6: plain weights only
         zipped = file.read(4) == b"PK\x03\x04"
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    stand_ins = [
-        (dict if name.endswith(".AttributeDict") else StandIn, name)
+    stand_ins = {
+        name: dict if name.endswith(".AttributeDict") else Ignored
         for name in names
         if FRAMEWORK.match(name)
-    ]
-    with torch.serialization.safe_globals(stand_ins):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-class StandIn:
-    """Takes whatever a pickle gives to an object of the framework, keeps and does nothing."""
-
-    __slots__ = ()
-
-    def __new__(cls, *_arguments):
-        return super().__new__(cls)
-
-    def __setstate__(self, state):
-        pass
+    }
+    return load_torch(path, stand_ins)
 
 
 def sha256(*paths: str | Path) -> str:

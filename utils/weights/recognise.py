@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 
 from backbones import NAMES, build_backbone
-from utils.weights.match import Found, is_complete, linear_key, prefixes_of, states_of, take
+from utils.weights.match import (
+    Match,
+    is_complete,
+    is_matrix,
+    linear_key,
+    prefixes_of,
+    states_of,
+    take,
+)
 
 # by the prefix of their keys
 PUBLISHERS = {"model.": "an AdaFace", "model.net.": "a CVLFace", "net.": "a CVLFace"}
@@ -25,7 +33,7 @@ class Network(NamedTuple):
     name: str
     use_se: bool
     embedding_size: int
-    found: Found
+    match: Match
 
     @property
     def full_name(self) -> str:
@@ -36,7 +44,7 @@ class Network(NamedTuple):
 def networks_in(content) -> Iterator[Network]:
     """The networks of ours that lie in a file's content, whatever entry and prefix they have."""
     for entry, state in states_of(content):
-        keys = dict.fromkeys(linear_key(shapes_of(name, 1, False)) for name in NAMES)
+        keys = dict.fromkeys(linear_key(shapes_of(name, False, 1)) for name in NAMES)
         for key in keys:
             for prefix in prefixes_of(state, key):
                 if network := network_at(entry, state, prefix, state[prefix + key]):
@@ -48,21 +56,22 @@ def network_at(entry: str, state: dict, prefix: str, linear) -> Network | None:
 
     linear: the weights of its linear layer.
     """
-    size = len(linear) if isinstance(linear, torch.Tensor) and linear.dim() == 2 else 0
-    variants = [
-        (name, use_se, shapes_of(name, size, use_se))
-        for name in (NAMES if size else ())
-        for use_se in ((False, True) if name.startswith("iresnet") else (False,))
+    if not is_matrix(linear) or not len(linear):
+        return None
+    size = len(linear)
+    variants = [(name, False) for name in NAMES]
+    variants += [(name, True) for name in NAMES if name.startswith("iresnet")]
+    fitting = [
+        variant for variant in variants if is_complete(state, prefix, shapes_of(*variant, size))
     ]
-    fitting = [variant for variant in variants if is_complete(state, prefix, variant[2])]
     if not fitting:
         return None
-    name, use_se, shapes = max(fitting, key=lambda variant: len(variant[2]))
-    return Network(name, use_se, size, take(entry, state, prefix, shapes))
+    name, use_se = max(fitting, key=lambda variant: len(shapes_of(*variant, size)))
+    return Network(name, use_se, size, take(entry, state, prefix, shapes_of(name, use_se, size)))
 
 
 @lru_cache
-def shapes_of(name: str, size: int, use_se: bool) -> dict:
+def shapes_of(name: str, use_se: bool, size: int) -> dict:
     """{key: shape} of a network's weights."""
     with torch.device("meta"):
         weights = build_backbone(name, size, use_se=use_se).state_dict()
@@ -72,11 +81,10 @@ def shapes_of(name: str, size: int, use_se: bool) -> dict:
 def looks_like(content, key: str = "network") -> str:
     """What a file's content that does not fit is, and the setting that fits, in words.
 
-    "" if it is nothing known.
-    key: "network" or "teacher", which the setting is of.
+    "" if it is nothing known. key: "network" or "teacher", which the setting is of.
     """
     if isinstance(content, torch.Tensor):
-        return HEADER if content.dim() == 2 else ""
+        return HEADER if is_matrix(content) else ""
     if not isinstance(content, dict):
         return ""
     if content.keys() >= RUN_STATE:
@@ -86,14 +94,14 @@ def looks_like(content, key: str = "network") -> str:
         )
     network = next(networks_in(content), None)
     if network is None:
-        centres = [content[name] for name in ("kernel", "weight") if name in content]
-        alone = any(isinstance(value, torch.Tensor) and value.dim() == 2 for value in centres)
-        return HEADER if alone or "state_dict_softmax_fc" in content else ""
+        has_centers = any(is_matrix(content.get(name)) for name in ("kernel", "weight"))
+        return HEADER if has_centers or "state_dict_softmax_fc" in content else ""
     name, size, use_se = network.name, network.embedding_size, network.use_se
-    words = f"{name}{' with SE=True' if use_se else ''}, embedding_size={size}"
-    publisher = PUBLISHERS.get(network.found.publishers_prefix)
+    description = f"{name}{' with SE=True' if use_se else ''}, embedding_size={size}"
+    publisher = PUBLISHERS.get(network.match.publishers_prefix)
     if name.startswith("ir") and name[2:].isdigit() and publisher:
-        words = f"{publisher} IR-{name[2:]} checkpoint ({words})"
+        description = f"{publisher} IR-{name[2:]} checkpoint ({description})"
     if key == "teacher":
-        return f"{words}: set teacher={network.full_name}"
-    return f"{words}: set network={name}{' SE=True' if use_se else ''} embedding_size={size}"
+        return f"{description}: set teacher={network.full_name}"
+    se = " SE=True" if use_se else ""
+    return f"{description}: set network={name}{se} embedding_size={size}"

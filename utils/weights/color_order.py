@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from utils.errors import InputError
-from utils.teacher.hub import Stated, read_configuration
-from utils.weights.match import Found, bare
+from utils.weights.cvlface import PublishedConfig, read_configuration
+from utils.weights.match import Match, bare, is_matrix
 
 ORDERS = ("auto", "RGB", "BGR")
 # of AdaFace's releases, whose networks see BGR images
@@ -30,33 +30,32 @@ LIGHTNING = {
 log = logging.getLogger(__name__)
 
 
-def own_order(found: Found, content: dict, size: int, stated: Stated | None) -> str:
+def own_order(match: Match, content: dict, size: int, published: PublishedConfig | None) -> str:
     """The order that weights were trained on: "RGB", "BGR", "" where they may be of either.
 
-    content: of the file. size: of the embedding. stated: what a configuration of CVLFace's says.
+    content: of the file. size: of the embedding. published: what CVLFace's configuration says.
     """
-    if stated:
-        return stated.color_space
-    prefix = found.publishers_prefix
-    if IR_KEY not in found.weights or prefix not in (ADAFACE_PREFIX, ""):
+    if published:
+        return published.color_space
+    prefix = match.publishers_prefix
+    if IR_KEY not in match.weights or prefix not in (ADAFACE_PREFIX, ""):
         return "RGB"
-    if has_adafaces_head(found, size) or prefix and not LIGHTNING.isdisjoint(content):
+    if has_adafaces_head(match, size):
         return "BGR"
-    return "" if prefix else "RGB"
+    if not prefix:
+        return "RGB"
+    return "" if LIGHTNING.isdisjoint(content) else "BGR"
 
 
-def has_adafaces_head(found: Found, size: int) -> bool:
+def has_adafaces_head(match: Match, size: int) -> bool:
     """Whether class centres lie beside the network as AdaFace keeps them: head.kernel (D, C)."""
-    kernels = [value for key, value in found.beside.items() if bare(key) == "head.kernel"]
-    return any(
-        isinstance(value, torch.Tensor) and value.dim() == 2 and len(value) == size
-        for value in kernels
-    )
+    kernels = [value for key, value in match.beside.items() if bare(key) == "head.kernel"]
+    return any(is_matrix(value) and len(value) == size for value in kernels)
 
 
-def stated_beside(path: Path, found: Found, what: str) -> Stated | None:
-    """What CVLFace's configuration says that lies in the folder of one of its files of weights."""
-    if found.publishers_prefix not in CVLFACE_PREFIXES:
+def published_beside(path: Path, match: Match, what: str) -> PublishedConfig | None:
+    """CVLFace's configuration in the folder of one of its files of weights."""
+    if match.publishers_prefix not in CVLFACE_PREFIXES:
         return None
     folder = path.parent.parent if path.parent.name == "pretrained_model" else path.parent
     return read_configuration(folder, what)

@@ -19,7 +19,7 @@ from eval.embed import embed
 from eval.sets.ijb import load_ijb
 from eval.sets.tinyface import load_tinyface
 from tests.commands import ROOT, run
-from tests.runs.test_training import everything, rows
+from tests.runs.outputs import everything, rows
 from utils.weights.load import load_backbone
 
 FULL, BATCH, STANDALONE = (
@@ -30,7 +30,7 @@ FULL, BATCH, STANDALONE = (
 HOW = ["--device", "cpu", "network=mobilefacenet", "embedding_size=32"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,6 @@ def test_an_unreadable_image_is_an_error_with_its_name(data, checkpoints, tmp_pa
 
 
 # --- many checkpoints
-# --------------------------------------------------
 
 
 def test_each_run_is_evaluated_as_its_own_configuration_says(data, checkpoints, tmp_path):
@@ -431,7 +430,6 @@ def test_a_bad_checkpoint_among_shared_ones_is_named_at_the_end(data, checkpoint
 
 
 # --- during training
-# --------------------------------------------------
 
 
 def training(data, output, *more):

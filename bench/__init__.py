@@ -1,0 +1,1 @@
+"""How fast and how large: this against the plain way, as ratios of one run."""
