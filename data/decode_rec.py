@@ -147,7 +147,8 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
         (order >= shard.first) & (order < shard.first + shard.count)
         for shard, order in zip(shards, orders, strict=True)
     ]
-    firsts = np.cumsum([0, *(shard.count for shard in shards)])
+    counts = [shard.count for shard in shards]
+    firsts = np.cumsum([0, *counts[:-1]])
     images = np.concatenate(
         [
             first + order[is_image] - shard.first

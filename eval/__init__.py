@@ -1,0 +1,1 @@
+"""Evaluation: protocols, features, test sets, reports, and the two commands."""

@@ -58,10 +58,10 @@ def evaluate(
     detector scores; ``templates``, ``medias``: (N,) ids (whole numbers of any type), a media id
     counting within its template; ``p1``, ``p2``: (P,) template ids of the pairs; ``label``: (P,) 1
     for the same person, else 0. Returns percent under ``Norm:True_Det:True_tpr_at_fpr_0.0001`` and
-    so on, the score to reach under ``…_thresh_at_fpr_0.0001`` (infinite where the TPR is 0 because
-    an impostor pair scores highest). Raises InputError, naming what is wrong, for unequal lengths,
-    a feature that is zero or not finite, a pair of a template without images, a template whose
-    images cancel out, labels other than 0 and 1, no genuine or no impostor pair.
+    so on, the score to reach under ``..._thresh_at_fpr_0.0001`` (infinite where the TPR is 0
+    because an impostor pair scores highest). Raises InputError, naming what is wrong, for unequal
+    lengths, a feature that is zero or not finite, a pair of a template without images, a template
+    whose images cancel out, labels other than 0 and 1, no genuine or no impostor pair.
     """
     check_pair_labels(label, len(p1))
     results = {}

@@ -231,8 +231,9 @@ def search(
 
 
 def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:
-    """Cumulative match characteristic, (up_to,): the fraction of probes whose mate is at rank 1, …
-    up_to or better.
+    """Cumulative match characteristic (up_to,).
+
+    The fraction of probes whose mate is at rank 1, ... up_to or better.
     """
     return np.bincount(np.minimum(ranks, up_to + 1), minlength=up_to + 1)[
         1 : up_to + 1

@@ -53,8 +53,9 @@ def environment(ranks=1, **extra) -> dict:
 
 
 def run(script, *arguments, ranks=1, expect=0, timeout=LIMIT, restarts=0, **extra) -> str:
-    """Run to the end and return stdout and stderr together; the exit status must be ``expect`` (or,
-    for "error", not 0).
+    """Run to the end and return stdout and stderr together.
+
+    The exit status must be ``expect`` (or, for "error", not 0).
     """
     done = subprocess.run(
         command(script, *arguments, ranks=ranks, restarts=restarts),

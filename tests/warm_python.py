@@ -229,7 +229,9 @@ def become(arguments: list[str], environment: dict[str, str], folder: str) -> No
         return
     path = os.path.abspath(arguments[0])
     sys.path[0], sys.argv = os.path.dirname(path), arguments
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    main = types.ModuleType("__main__")
+    # multiprocessing's name for the script of the parent, as it sets it when it is imported
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
     main.__file__ = path
     with open(path, "rb") as script:
         code = compile(script.read(), path, "exec")

@@ -1,0 +1,1 @@
+"""What training, evaluation, data tools and deployment share."""

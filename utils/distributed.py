@@ -27,9 +27,11 @@ def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
     """Choose this process's device and join the other ranks (nccl on CUDA, gloo on CPUs).
 
     timeout: the longest wait of a collective, after which the waiting ranks die without a word;
-    utils/run/hang_watch.py speaks earlier. device: "auto" (a CUDA GPU if there is one), "cpu", "cuda",
-    "cuda:N" or "mps". Under torchrun each rank takes cuda:LOCAL_RANK. Errors: InputError if a GPU
-    is asked for and there is none, or fewer than ranks on this machine; for several ranks on MPS.
+    utils/run/hang_watch.py speaks earlier.
+    device: "auto" (a CUDA GPU if there is one), "cpu", "cuda", "cuda:N" or "mps". Under torchrun
+    each rank takes cuda:LOCAL_RANK.
+    Raises InputError if a GPU is asked for and there is none, or fewer than ranks on this machine,
+    and for several ranks on MPS.
     """
     if device == "mps":
         check_mps()
@@ -89,12 +91,12 @@ def check_mps() -> None:
 
 
 def meeting_place() -> dict:
-    """Where the ranks meet after torchrun has restarted them: nothing (its usual store), or a fresh
-    part of that store.
+    """Where the ranks meet after torchrun has restarted them.
 
-    torchrun keeps one store for all restarts of a launch (pytorch issue 135712), in which the addresses of the ranks that have died are still found. On several
-    machines, which may have restarted differently often, launch/environment.sh has it make a new
-    store each time instead.
+    Nothing (its usual store), or a fresh part of that store: torchrun keeps one store for all
+    restarts of a launch (pytorch issue 135712), in which the addresses of the ranks that have died
+    are still found. On several machines, which may have restarted differently often,
+    launch/environment.sh has it make a new store each time instead.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if (

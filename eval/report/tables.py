@@ -6,6 +6,7 @@ A "result" is the dict of ``Evaluator.evaluate_checkpoint``; flat, its keys are 
 """
 
 import re
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -73,30 +74,32 @@ def format_results(results: dict) -> str:
 def format_table(table: Table) -> str:
     lines = [(table.corner, table.columns), *table.rows.items()]
     # a place for the mark, so that decimals stand below each other
-    if any(MARK in cell for _, cells in lines for cell in cells):
+    if table.is_marked():
         lines = [
             (name, [cell if cell.endswith(MARK) else f"{cell} " for cell in cells])
             for name, cells in lines
         ]
-    width = max(len(name) for name, _ in lines)
+    name_width = max(len(name) for name, _ in lines)
     widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines), strict=True)]
-    return "\n".join(
-        (
-            f"{name:{width}}"
-            + "".join(f"  {cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
-        ).rstrip()
-        for name, cells in lines
-    )
+    text = []
+    for name, cells in lines:
+        aligned = [f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)]
+        text.append(f"{name:{name_width}}{''.join(aligned)}".rstrip())
+    return "\n".join(text)
 
 
 def tabulate(results: dict) -> list[Table]:
     """All tables of a result; a figure whose false accept rate the data cannot resolve ends in
     MARK.
     """
-    tables = [pair_table(results["verification"])] if results["verification"] else []
+    tables = []
+    if results["verification"]:
+        tables.append(pair_table(results["verification"]))
     for name, figures in results["ijb"].items():
         tables += ijb_tables(name, figures)
-    return tables + ([tinyface_table(results["tinyface"])] if results["tinyface"] else [])
+    if results["tinyface"]:
+        tables.append(tinyface_table(results["tinyface"]))
+    return tables
 
 
 def pair_table(sets: dict) -> Table:
@@ -114,18 +117,19 @@ def ijb_tables(name: str, figures: dict) -> list[Table]:
     """1:1 as weighting x FPR, then, if there are galleries, 1:N as gallery x rank and FPIR."""
     # a result of eval.ijb alone has no counts: nothing is marked
     impostors = figures.get("impostor_pairs")
-    size = (
-        ""
-        if impostors is None
-        else (f"{figures['genuine_pairs']:,.0f} genuine and {impostors:,.0f} impostor pairs")
-    )
+    size = ""
+    if impostors is not None:
+        size = f"{figures['genuine_pairs']:,.0f} genuine and {impostors:,.0f} impostor pairs"
     tpr, thresholds = {}, {}
-    for rows, what, form in ((tpr, "tpr", "{:.2f}"), (thresholds, "thresh", "{:.4f}")):
-        for key, value in figures.items():
-            if match := re.fullmatch(rf"(.+)_{what}_at_fpr_(.+)", key):
-                rows.setdefault(match[1], {})[float(match[2])] = form.format(value) + mark(
-                    float(match[2]), impostors
-                )
+    for key, value in figures.items():
+        match = re.fullmatch(r"(.+)_(tpr|thresh)_at_fpr_(.+)", key)
+        if match is None:
+            continue
+        variant, fpr = match[1], float(match[3])
+        is_tpr = match[2] == "tpr"
+        cell = f"{value:.2f}" if is_tpr else f"{value:.4f}"
+        rows = tpr if is_tpr else thresholds
+        rows.setdefault(variant, {})[fpr] = cell + mark(fpr, impostors)
     galleries = {
         key.removeprefix("1N_"): inner for key, inner in figures.items() if key.startswith("1N_")
     }
@@ -147,9 +151,7 @@ def identification_tables(name: str, galleries: dict) -> list[Table]:
     ranks, rates, thresholds = {}, {}, {}
     for gallery, figures in galleries.items():
         non_mated = figures["non_mated"]
-        ranks[gallery] = {
-            rank: f"{100 * value:.2f}" for rank, value in numbered(figures, "top").items()
-        }
+        ranks[gallery] = percentages(figures, "top", 100)
         rates[gallery] = {
             far: f"{100 * value:.2f}{mark(far, non_mated)}"
             for far, value in numbered(figures, "tpir_at_fpir_").items()
@@ -158,10 +160,8 @@ def identification_tables(name: str, galleries: dict) -> list[Table]:
             far: f"{value:.4f}{mark(far, non_mated)}"
             for far, value in numbered(figures, "threshold_at_fpir_").items()
         }
-    (rank_columns, rank_rows), (rate_columns, rate_rows) = (
-        grid(ranks, "rank-{:.0f}".format),
-        grid(rates, lambda far: f"TPIR@{short(far)}"),
-    )
+    rank_columns, rank_rows = grid(ranks, "rank-{:.0f}".format)
+    rate_columns, rate_rows = grid(rates, lambda far: f"TPIR@{short(far)}")
     sizes = "; ".join(
         f"{gallery}: {figures['mated']:,.0f} probes with and "
         f"{figures['non_mated']:,.0f} without a mate"
@@ -185,13 +185,9 @@ def identification_tables(name: str, galleries: dict) -> list[Table]:
 
 
 def tinyface_table(sets: dict) -> Table:
-    rows = {
-        name: {rank: f"{value:.2f}" for rank, value in numbered(figures, "rank-").items()}
-        for name, figures in sets.items()
-    }
-    return Table(
-        "TinyFace: identification rate in %", "TinyFace (%)", *grid(rows, "rank-{:.0f}".format)
-    )
+    rows = {name: percentages(figures, "rank-") for name, figures in sets.items()}
+    cells = grid(rows, "rank-{:.0f}".format)
+    return Table("TinyFace: identification rate in %", "TinyFace (%)", *cells)
 
 
 def numbered(figures: dict, prefix: str) -> dict[float, float]:
@@ -203,14 +199,9 @@ def numbered(figures: dict, prefix: str) -> dict[float, float]:
     }
 
 
-def grid(rows: dict[str, dict[float, str]], head=None) -> tuple[list[str], dict[str, list[str]]]:
-    """Columns for all numbers that occur, ascending, and the cells of each row, empty where it
-    lacks one.
-    """
-    numbers = sorted({number for cells in rows.values() for number in cells})
-    return [(head or short)(number) for number in numbers], {
-        name: [cells.get(number, "") for number in numbers] for name, cells in rows.items()
-    }
+def percentages(figures: dict, prefix: str, factor: float = 1) -> dict[float, str]:
+    """{number: figure times ``factor`` with two decimals} of the keys as in ``numbered``."""
+    return {number: f"{factor * value:.2f}" for number, value in numbered(figures, prefix).items()}
 
 
 def mark(rate: float, impostors: float | None) -> str:
@@ -221,6 +212,19 @@ def short(rate: float) -> str:
     """1e-4 for 0.0001, as papers write it."""
     mantissa, exponent = f"{rate:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}" if int(exponent) else f"{rate:g}"
+
+
+def grid(
+    rows: dict[str, dict[float, str]], head: Callable[[float], str] = short
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Columns for all numbers that occur, ascending, and the cells of each row, empty where it
+    lacks one. head: of a column.
+    """
+    numbers = sorted({number for cells in rows.values() for number in cells})
+    cells_of_rows = {
+        name: [cells.get(number, "") for number in numbers] for name, cells in rows.items()
+    }
+    return list(map(head, numbers)), cells_of_rows
 
 
 # --- single figures of many checkpoints, by their dotted keys
@@ -241,13 +245,13 @@ def flatten(results: dict) -> dict[str, float]:
 
 def headlines(keys) -> dict[str, str]:
     """{key: label} of the figures that summaries show, by kind and set."""
-    found = [
+    labelled = [
         (KINDS.index(kind_of(key)), match[1], number, key, match.expand(label))
         for key in keys
         for number, (pattern, label) in enumerate(HEADLINES)
         if (match := re.fullmatch(pattern, key))
     ]
-    return {key: label for *_, key, label in sorted(found)}
+    return {key: label for *_, key, label in sorted(labelled)}
 
 
 def is_key(text: str) -> bool:
@@ -297,14 +301,10 @@ def show(key: str, figures: dict[str, float]) -> str:
 
 def mark_of(key: str, figures: dict[str, float]) -> str:
     match = re.fullmatch(r"(ijb\..+\.)[^.]+_at_fpi?r_(.+)", key)
-    return (
-        mark(
-            float(match[2]),
-            figures.get(match[1] + ("non_mated" if "_at_fpir_" in key else "impostor_pairs")),
-        )
-        if match
-        else ""
-    )
+    if match is None:
+        return ""
+    count = "non_mated" if "_at_fpir_" in key else "impostor_pairs"
+    return mark(float(match[2]), figures.get(match[1] + count))
 
 
 def find_metric(name: str, keys) -> str:
@@ -317,27 +317,30 @@ def find_metric(name: str, keys) -> str:
     labels = headlines(keys)
     if name in keys:
         return name
-    found = [key for key, label in labels.items() if label == name] or [
-        key for key in keys if key.endswith(name) and key[-len(name) - 1] in "._:"
-    ]
-    found = found or [key for key in labels if key.split(".", 1)[1].startswith(f"{name}.")]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise InputError(f"--sort-by {name!r} is ambiguous: {listing(found)}")
-    lower = {
-        candidate.lower(): key
-        for key in keys
-        for candidate in (key, *key.split("."), label_of(key))
-    }
-    near = list(
-        dict.fromkeys(lower[match] for match in get_close_matches(name.lower(), lower, 5, 0.4))
+    meant = (
+        [key for key, label in labels.items() if label == name]
+        or [key for key in keys if key.endswith(name) and key[-len(name) - 1] in "._:"]
+        or [key for key in labels if key.split(".", 1)[1].startswith(f"{name}.")]
     )
-    raise InputError(
-        f"--sort-by {name!r}: no such figure; "
-        + (f"the nearest: {listing(near)}" if near else f"there are: {listing(list(keys))}")
-    )
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise InputError(f"--sort-by {name!r} is ambiguous: {listing(meant)}")
+    near = nearest_keys(name, keys)
+    advice = f"the nearest: {listing(near)}" if near else f"there are: {listing(list(keys))}"
+    raise InputError(f"--sort-by {name!r}: no such figure; {advice}")
+
+
+def nearest_keys(name: str, keys) -> list[str]:
+    """The keys that are, or whose parts or labels are, spelled much like a name."""
+    key_of = {}
+    for key in keys:
+        for spelling in (key, *key.split("."), label_of(key)):
+            key_of[spelling.lower()] = key
+    matches = get_close_matches(name.lower(), key_of, 5, 0.4)
+    return list(dict.fromkeys(key_of[match] for match in matches))
 
 
 def listing(keys: list[str], most: int = 8) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more

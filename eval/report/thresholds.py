@@ -39,33 +39,27 @@ def write_thresholds(
     color_space: of the images that the network was trained on, as it was measured.
     A false accept rate stands there if the set has enough impostor pairs to show it.
     """
-    shown = [exhibit for exhibit in exhibits if isinstance(exhibit, PairExhibit) and exhibit.rocs]
-    sets = {
-        exhibit.set_name: list_thresholds(next(iter(exhibit.rocs.values()))) for exhibit in shown
-    }
-    write_json(
-        path,
-        dict(
-            score="cosine",
-            checkpoint=checkpoint.name,
-            sha256=sha256,
-            color_space=color_space,
-            sets=sets,
-        ),
+    sets = {}
+    for exhibit in exhibits:
+        if isinstance(exhibit, PairExhibit) and exhibit.rocs:
+            sets[exhibit.set_name] = list_thresholds(next(iter(exhibit.rocs.values())))
+    content = dict(
+        score="cosine",
+        checkpoint=checkpoint.name,
+        sha256=sha256,
+        color_space=color_space,
+        sets=sets,
     )
+    write_json(path, content)
 
 
 def list_thresholds(roc: Roc) -> dict:
-    found = {f"{far:g}": threshold_at(roc, far) for far in FARS if resolves(far, roc.impostor)}
-    return dict(
-        genuine_pairs=roc.genuine,
-        impostor_pairs=roc.impostor,
-        at_far={
-            far: dict(cosine=cosine, tar=tar)
-            for far, (cosine, tar) in found.items()
-            if math.isfinite(cosine)
-        },
-    )
+    at_far = {}
+    for far in FARS:
+        cosine, tar = threshold_at(roc, far)
+        if resolves(far, roc.impostor) and math.isfinite(cosine):
+            at_far[f"{far:g}"] = dict(cosine=cosine, tar=tar)
+    return dict(genuine_pairs=roc.genuine, impostor_pairs=roc.impostor, at_far=at_far)
 
 
 def threshold_at(roc: Roc, far: float) -> tuple[float, float]:
@@ -92,20 +86,18 @@ def read_threshold(
             f"--report: no {path.absolute()}; eval/run_full_eval.py --report-dir "
             "writes it, or name the cosine with --threshold"
         )
-    sets, of, color_space = read(path)
-    if of not in digests:
+    sets, digest, color_space = read(path)
+    if digest not in digests:
         raise InputError(
             f"--report: {path} was measured with another network (SHA-256 "
-            f"{of[:12]}...): evaluate this one with eval/run_full_eval.py --report-dir, "
+            f"{digest[:12]}...): evaluate this one with eval/run_full_eval.py --report-dir, "
             "or name the cosine with --threshold"
         )
-    if color_space and digests[of] and digests[of] != color_space:
+    if color_space and digests[digest] and digests[digest] != color_space:
         raise InputError(
             f"--report: {path} was measured as a network trained on {color_space} images, this one "
-            "is "
-            f"taken for one of {digests[of]} images: evaluate it again with --color-space "
-            f"{digests[of]}, "
-            f"or compare with --color-space {color_space}"
+            f"is taken for one of {digests[digest]} images: evaluate it again with --color-space "
+            f"{digests[digest]}, or compare with --color-space {color_space}"
         )
     if name is None and len(sets) != 1:
         raise InputError(
@@ -117,11 +109,10 @@ def read_threshold(
     rates = {float(rate): point for rate, point in sets[name].items()}
     chosen = next((rate for rate in rates if math.isclose(rate, far, rel_tol=1e-6)), None)
     if chosen is None:
+        present = ", ".join(f"{rate:g}" for rate in rates) or "none"
         raise InputError(
-            f"--far: {path} has no threshold of {name} at {far:g}, only at "
-            f"{', '.join(f'{rate:g}' for rate in rates) or 'none'}: "
-            "a rate needs as many impostor pairs as show it, and genuine ones that "
-            "score above them"
+            f"--far: {path} has no threshold of {name} at {far:g}, only at {present}: a rate needs "
+            "as many impostor pairs as show it, and genuine ones that score above them"
         )
     return Threshold(name, chosen, rates[chosen]["cosine"], rates[chosen]["tar"])
 

@@ -269,5 +269,3 @@ def unpack(value, where: str):
             f"{where} is a numpy array of {value.values.name}; numbers and strings are expected"
         )
     return value.values
-
-

@@ -13,7 +13,7 @@ import torch
 
 from tests.dataset.test_dataset import jpeg, write_set
 from utils.dataset import loader
-from utils.dataset.loader import open_loader
+from utils.dataset.loader import PREFETCH, open_loader
 from utils.dataset.order import EpochBatches
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import end_workers, next_batch
@@ -86,7 +86,7 @@ def test_a_batch_in_use_is_not_written_to(dataset):
         batch = next_batch(found)
         before = batch.images.clone()
         while loader._iterator._worker_result_queue.qsize() < min(
-            loader.PREFETCH, len(batches) - 1 - indices[0]
+            PREFETCH, len(batches) - 1 - indices[0]
         ):
             time.sleep(0.001)
         assert torch.equal(batch.images, before)

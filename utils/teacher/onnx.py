@@ -130,7 +130,12 @@ class OnnxNetwork(nn.Module):
     def first_that_runs(
         self, signature: Signature
     ) -> tuple[tuple[int, int, int], dict[str, tuple]]:
-        """The first layout that the graph computes with, and {output: shape} for one image."""
+        """The layout that the graph computes with, and {output: shape} for one image.
+
+        Of several that run, the first that gives a row for the image: older versions of
+        onnxruntime compute with empty maps where newer ones refuse the wrong layout.
+        """
+        ran, reason = [], None
         for layout in signature.layouts:
             self.layout = layout
             array = self.to_graph(torch.zeros(1, *IMAGE))
@@ -139,12 +144,15 @@ class OnnxNetwork(nn.Module):
             except failures() as error:
                 reason = error
                 continue
-            return layout, {
-                name: value.shape for name, value in zip(signature.outputs, values, strict=True)
-            }
-        raise InputError(
-            f"{self.what}: onnxruntime cannot run {self.path} ({first_line(reason, 200)})"
-        ) from reason
+            shapes = [value.shape for value in values]
+            ran.append((layout, dict(zip(signature.outputs, shapes, strict=True))))
+            if any(shape[:1] == (1,) for shape in shapes):
+                return ran[-1]
+        if not ran:
+            raise InputError(
+                f"{self.what}: onnxruntime cannot run {self.path} ({first_line(reason, 200)})"
+            ) from reason
+        return ran[0]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.device != self.device:
