@@ -43,7 +43,7 @@ from utils.files import scratch, take_lock
 from utils.jpeg import ends_early
 from utils.recordio.files import IMAGE_SIZE, find_folders, has_records, stem
 from utils.recordio.format import unpack
-from utils.recordio.index import read_index
+from utils.recordio.idx_file import read_index
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.reader import RecordFile
 

@@ -8,7 +8,7 @@ import mmap
 import numpy as np
 
 
-def scratch(count: int, kind: type = np.int64) -> np.ndarray:
+def mapped_zeros(count: int, kind: type = np.int64) -> np.ndarray:
     """(count,) zeros whose memory is returned to the system when they are dropped, and which take
     none where nothing is written.
     """
@@ -18,9 +18,9 @@ def scratch(count: int, kind: type = np.int64) -> np.ndarray:
     )
 
 
-def counted(count: int, kind: type = np.int64) -> np.ndarray:
+def mapped_range(count: int, kind: type = np.int64) -> np.ndarray:
     """0, 1, ... count - 1 in such memory."""
-    values = scratch(count, kind)
+    values = mapped_zeros(count, kind)
     for first in range(0, count, 1 << 20):
         values[first : first + (1 << 20)] = np.arange(first, min(first + (1 << 20), count))
     return values

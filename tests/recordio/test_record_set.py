@@ -1,5 +1,5 @@
-"""utils.record_set and utils.record_index: several record files as one set, and an index that all
-processes of a machine share.
+"""utils.recordio: several record files as one set, and an index that all processes of a machine
+share.
 """
 
 import json
@@ -21,7 +21,8 @@ from utils.dataset.records import MXFaceDataset
 from utils.errors import InputError
 from utils.recordio import index as record_index
 from utils.recordio.format import IRHeader, frame, pack, unpack
-from utils.recordio.index import in_memory, open_index, order_of, read_index
+from utils.recordio.idx_file import read_index
+from utils.recordio.index import in_memory, open_index, order_of
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface
 

@@ -9,7 +9,7 @@ from utils.errors import InputError, RecordError
 from utils.recordio.backends import open_backend
 from utils.recordio.files import stem
 from utils.recordio.format import MAGIC_BYTES, IRHeader, unpack
-from utils.recordio.index import rebuild
+from utils.recordio.idx_file import rebuild_hint
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.reader import Glance
 
@@ -54,8 +54,8 @@ class ImageRecords:
             raise InputError(
                 f"{self.index.idx_path} is not the index of {self.path}: no record begins at "
                 f"{len(wrong)} of {len(positions)} offsets that were looked at (the first: key "
-                f"{keys[wrong[0]]}, offset {offsets[wrong[0]]}); {rebuild(self.index.idx_path)}, "
-                "or copy both again"
+                f"{keys[wrong[0]]}, offset {offsets[wrong[0]]}); "
+                f"{rebuild_hint(self.index.idx_path)}, or copy both again"
             )
 
     def _images(self) -> tuple[bool, int, int]:
@@ -116,7 +116,7 @@ class ImageRecords:
                 end - 1,
                 first_identity - 1,
                 self.path,
-                rebuild(self.index.idx_path),
+                rebuild_hint(self.index.idx_path),
             )
         return images
 
