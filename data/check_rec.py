@@ -32,14 +32,14 @@ from tqdm import tqdm
 from data.contact_sheet import draw_sheet, training_set_rows
 from utils.dataset.base import FaceImages, decode_into
 from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
+from utils.dataset.labels import from_1, one_class
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import cores
-from utils.errors import InputError, run
+from utils.errors import InputError, RecordError, run
 from utils.files import write_json
 from utils.jpeg import ends_early
 from utils.process_pool import in_parallel
 from utils.recordio.files import IMAGE_SIZE, has_records, split_paths
-from utils.recordio.format import RecordError
 
 # records that a process reads at a time
 PIECE = 1024
@@ -70,7 +70,7 @@ class Contents(NamedTuple):
 class Records(MXFaceDataset):
     """A record set whose labels are not looked at when it is opened: here they are a finding."""
 
-    def _check_last_label(self, *_) -> None:
+    def _check_last_labels(self) -> None:
         pass
 
 
@@ -216,7 +216,7 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
         ),
         gaps=find_gaps(dataset, gaps),
         single=finding(
-            "class only" + "".join(f": {dataset.one_class(label)}" for label in single),
+            "class only" + "".join(f": {one_class(dataset, label)}" for label in single),
             single.tolist(),
             len(single),
         ),
@@ -251,7 +251,7 @@ def run_from_1(labels: np.ndarray, dataset: FaceImages) -> str:
     """What to add about labels where class 0 is missing and one is too large."""
     count = dataset.num_classes
     if len(labels) and labels.min() >= 1 and labels.max() == count:
-        return f" (labels run from {labels.min():g} to {count}; {dataset.from_1(count)})"
+        return f" (labels run from {labels.min():g} to {count}; {from_1(dataset, count)})"
     return ""
 
 

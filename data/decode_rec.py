@@ -44,7 +44,7 @@ from utils.files import take_lock, temporary_folder
 from utils.jpeg import ends_early
 from utils.recordio.files import IMAGE_SIZE, find_folders, has_records, stem
 from utils.recordio.format import unpack
-from utils.recordio.index import read_index
+from utils.recordio.idx_file import read_index
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.reader import RecordFile
 
@@ -143,7 +143,7 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
     Returns how many images are JPEGs that end early. Raises InputError naming a damaged image, or a
     record that reads back otherwise.
     """
-    shards = dataset.shards()
+    shards = dataset.record_files()
     images, first = [], 0
     for shard in shards:
         order, is_image = order_in_file(shard)

@@ -38,12 +38,12 @@ from tqdm import tqdm
 from data.pair_list import read_pairs
 from utils.dataset.base import first_label
 from utils.dataset.folder import list_identities
-from utils.errors import InputError, run
+from utils.errors import InputError, RecordError, run
 from utils.files import replacing
 from utils.images import decode_bgr
 from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
-from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface, write_property
 

@@ -1,6 +1,4 @@
-"""What the reading processes of training and of evaluation share: a DataLoader's workers, how they
-start, fail and end.
-"""
+"""A DataLoader's workers, in training and in evaluation: how they start, fail and end."""
 
 import os
 import signal
@@ -19,12 +17,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 def cores() -> int:
     """The cores this process may use; more reading processes than these only compete."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def start_worker(worker_id: int) -> None:
-    """``worker_init_fn`` of the DataLoader: one core each, and deaf to signals that reach the whole
-    process group, for the step in progress needs them.
+    """``worker_init_fn`` of the DataLoader: one core each, and deaf to STOP_SIGNALS.
+
+    These reach the whole process group, and the step in progress needs its workers.
     """
     cv2.setNumThreads(0)
     for number in STOP_SIGNALS:
@@ -86,8 +87,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def end_workers(batches) -> None:
-    """End the processes behind a DataLoader's iterator by its own word: they ignore SIGTERM, by
-    which the interpreter would end them at exit.
+    """End the processes behind a DataLoader's iterator.
+
+    They ignore SIGTERM, by which the interpreter would end them at exit.
     """
     if hasattr(batches, "_shutdown_workers"):
         batches._shutdown_workers()
