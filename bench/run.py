@@ -24,6 +24,7 @@ import torch
 
 from bench import data_path, evaluation, header, training
 from bench.processes import Process, run_tool
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import write_json
 
@@ -61,11 +62,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument("--only", default="", choices=tuple(PARTS), help="one part")
     parser.add_argument(

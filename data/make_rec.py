@@ -36,6 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.pair_list import read_pairs
+from utils.command_line import command_parser
 from utils.dataset.base import first_label
 from utils.dataset.folder import list_identities
 from utils.errors import InputError, RecordError, run
@@ -74,9 +75,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, allow_abbrev=True)
     parser.add_argument(
         "--images",
         required=True,
