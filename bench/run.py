@@ -12,7 +12,6 @@ way can do without; "allowed": how many times that ours may take.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,8 +24,9 @@ import torch
 
 from bench import data_path, evaluation, header, training
 from bench.processes import Process, run_tool
+from utils.command_line import command_parser
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
@@ -58,16 +58,11 @@ def main() -> None:
                 rows += rows_of(Path(folder), device, arguments)
     print("\n" + table(rows))
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+        write_json(arguments.json, [row._asdict() for row in rows])
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument("--only", default="", choices=tuple(PARTS), help="one part")
     parser.add_argument(
