@@ -35,8 +35,16 @@ from deploy.model_card import (
     write_card,
     yaml_text,
 )
+from utils.command_line import command_parser
 from utils.errors import InputError, run
-from utils.files import prepare_folder, printable, replacing, scratch, write_json, write_text
+from utils.files import (
+    prepare_folder,
+    printable,
+    replacing,
+    temporary_folder,
+    write_json,
+    write_text,
+)
 from utils.teacher.hub import check_repository, upload
 from utils.teacher.onnx_graph import NORMALISED
 from utils.weights.cvlface import OWN_DEPTHS, published_as, require_yaml
@@ -74,7 +82,7 @@ def main() -> None:
         training=training,
         figures=read_figures(report) if report else {},
     )
-    with scratch(".export-", output.parent) as folder:
+    with temporary_folder(".export-", output.parent) as folder:
         draft = folder / output.name
         write_weights(draft, model, args.checkpoint.name)
         write_card(draft / "README.md", model, card)
@@ -118,11 +126,7 @@ def write_weights(folder: Path, model: Model, checkpoint: str) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,
