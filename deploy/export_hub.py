@@ -26,7 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from safetensors.torch import save
 
-from deploy.model import Model, add_color_space, load_model
+from deploy.model import Model, add_color_space, load_to_export
 from deploy.model_card import (
     Card,
     find_report,
@@ -65,12 +65,7 @@ def main() -> None:
         check_repository(args.push)
     require_yaml("--output")
     check_output(args.output)
-    model = load_model(args.checkpoint, "--checkpoint", args.color_space)
-    if model.is_onnx:
-        raise InputError(
-            f"--checkpoint: {args.checkpoint} is an ONNX model; name the .pth, .ckpt or "
-            ".safetensors file it was made from"
-        )
+    model = load_to_export(args.checkpoint, args.color_space)
     output = args.output.absolute()
     report = args.report or find_report(args.checkpoint)
     method, training = read_training(args.checkpoint)

@@ -87,6 +87,20 @@ def load_model(path: str | Path, what: str, color_space: str = "auto") -> Model:
     return load(path, what, color_space)
 
 
+def load_to_export(path: Path, color_space: str) -> Model:
+    """The checkpoint that an export starts from.
+
+    Raises InputError as ``load_model``, and if it is an ONNX model.
+    """
+    model = load_model(path, "--checkpoint", color_space)
+    if model.is_onnx:
+        raise InputError(
+            f"--checkpoint: {path} is an ONNX model already; name the .pth, .ckpt or .safetensors "
+            "file it was made from"
+        )
+    return model
+
+
 def load_onnx(path: Path, what: str, color_space: str) -> Model:
     network = OnnxNetwork(path, what, color_space)
     about = network.about

@@ -18,13 +18,11 @@ from utils.weights.read import split_mark
 
 # values of the run's config.json that a card shows: none of them is a path
 TRAINING_KEYS = (
-    *("dataset", "num_classes", "num_image", "loss", "s", "m", "h", "t_alpha"),
-    *("adaptive_alpha", "alpha", "use_geom_margin", "geom_margin_w", "geom_margin_k"),
-    *("geom_margin_warmup_epoch", "sample_rate", "feature_weight", "header_weight"),
-    *("batch_size", "accumulate", "lr", "backbone_lr", "schedule", "schedule_power"),
-    *("milestones", "warmup_epoch", "num_epoch", "freeze", "momentum", "weight_decay"),
-    *("grad_clip", "ema", "precision", "flip", "augment", "seed"),
-)
+    "dataset num_classes num_image loss s m h t_alpha adaptive_alpha alpha use_geom_margin "
+    "geom_margin_w geom_margin_k geom_margin_warmup_epoch sample_rate feature_weight header_weight "
+    "batch_size accumulate lr backbone_lr schedule schedule_power milestones warmup_epoch "
+    "num_epoch freeze momentum weight_decay grad_clip ema precision flip augment seed"
+).split()
 LIMITS = """\
 For research on face recognition: comparing faces, and teaching smaller networks.
 
