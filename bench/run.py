@@ -5,7 +5,7 @@ Both ways in turns, medians, the same figures from both.
     ./bench/run.sh                   on CPU cores, a few minutes
     ./bench/run.sh --cuda            on a GPU, eight minutes: training with 512 images a step
     ./bench/run.sh --cuda --dry-run  the same code on the CPU, at sizes that show nothing
-    ./bench/run.sh --only header     one part: data, header, training or evaluation
+    ./bench/run.sh --only header     one part: data, augmentation, header, training, evaluation
     ./bench/run.sh --full            evaluation at the full sizes of IJB-C and TinyFace
 
 It ends with a table. "floor": what the ratio is meant to reach; "limit": time or memory of what no
@@ -13,7 +13,6 @@ way can do without; "allowed": how many times that ours may take.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -24,11 +23,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from bench import data_path, evaluation, header, training
+from bench import augmentation, data_path, evaluation, header, training
 from bench.processes import Process, run_tool
+from utils.command_line import command_parser
 from utils.dataset.workers import cores
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 
 class Sizes(NamedTuple):
@@ -54,17 +54,7 @@ ON_CPU = Sizes(4096, header.B, 64, steps=1, rounds=4, repeats=4, workers=1)
 # a header step of milliseconds, and a second or more a call; two of 16 cores are left to training
 # and its copies to the GPU
 ON_GPU = Sizes(32_768, 1024, 512, steps=20, rounds=3, repeats=2, workers=min(cores(), 14))
-DRY = Sizes(
-    data_path.BATCH,
-    4,
-    4,
-    steps=1,
-    rounds=1,
-    repeats=1,
-    workers=1,
-    classes=1000,
-    teacher="iresnet18",
-)
+DRY = Sizes(data_path.BATCH, 4, 4, 1, 1, 1, 1, classes=1000, teacher="iresnet18")
 CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -97,16 +87,11 @@ def main() -> None:
             rows += PARTS[part](Path(folder), arguments)
     print("\n" + table(rows))
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+        write_json(arguments.json, [row._asdict() for row in rows])
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument(
         "--dry-run", action="store_true", help="on the CPU at small sizes: does everything run?"
@@ -172,6 +157,16 @@ def data_rows(folder: Path, arguments) -> list[Row]:
     return say(rows)
 
 
+def augmentation_rows(folder: Path, arguments) -> list[Row]:
+    options = dict(device=arguments.device)
+    rounds = 1 if arguments.dry_run else 7
+    calls = in_turns("bench.augmentation", options, rounds, limit=False)
+    check_equal("augmentation", calls, "mean", 1e-5)
+    images = augmentation.BATCH * augmentation.BATCHES
+    plain, ours = (1e6 * median(calls[f"{way}.step"]) / images for way in ("Plain", "Ours"))
+    return say([Row(f"augmentation, B={augmentation.BATCH}", "us/image", plain, ours, floor=3)])
+
+
 def header_rows(folder: Path, arguments) -> list[Row]:
     batch, classes = arguments.size.header_batch, arguments.size.classes
     rows = []
@@ -225,6 +220,8 @@ def training_rows(folder: Path, arguments) -> list[Row]:
         teacher=size.teacher,
         # minutes of a CPU
         compiled=not arguments.dry_run,
+        # so few images in bf16 may be anywhere
+        precision="fp32" if arguments.dry_run else "auto",
     )
     if arguments.cuda:
         live_floor, cached_floor = 4, 8
@@ -262,35 +259,10 @@ def training_rows(folder: Path, arguments) -> list[Row]:
         rows.append(row)
         best = calls["Ours.matrix_rate"][-1]["teraflops"]
         work = training.gigaflops(batch, True, size.teacher)
-        say_rates("plain, live teacher", batch, work, plain, best, calls["Plain.step"])
+        training.say_rates("plain, live teacher", batch, work, plain, best, calls["Plain.step"])
         work = training.gigaflops(batch, live, size.teacher)
-        say_rates(f"ours, {what}", batch, work, ours, best, calls["Ours.step"])
+        training.say_rates(f"ours, {what}", batch, work, ours, best, calls["Ours.step"])
     return say(rows)
-
-
-def say_rates(
-    what: str, batch: int, work: float, seconds: float, best: float, calls: list[dict]
-) -> None:
-    """What ``seconds`` a step mean.
-
-    work: 1e9 operations of the networks; best: TFLOP/s of a bf16 matrix product.
-    """
-    rate = work / seconds / 1e3
-    waiting = calls[-1]["waiting"]
-    print(
-        f"  {what}: {batch / seconds:,.0f} images/s, {rate:.2f} TFLOP/s in the networks = "
-        f"{100 * rate / best:.1f} % of the bf16 matrix rate ({best:.1f}), "
-        f"{100 * waiting:.1f} % of the time waiting for data, {memory(calls)}",
-        flush=True,
-    )
-
-
-def memory(calls: list[dict]) -> str:
-    on_device = max(call["peak"] for call in calls)
-    if on_device:
-        return f"peak {on_device / 1e9:.2f} GB of GPU memory"
-    beyond = max(call["bytes"] for call in calls)
-    return f"peak {beyond / 1e9:.2f} GB beyond what is there before the first step"
 
 
 def evaluation_rows(folder: Path, arguments) -> list[Row]:
@@ -311,6 +283,7 @@ def evaluation_rows(folder: Path, arguments) -> list[Row]:
 
 PARTS = {
     "data": data_rows,
+    "augmentation": augmentation_rows,
     "header": header_rows,
     "training": training_rows,
     "evaluation": evaluation_rows,

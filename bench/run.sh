@@ -4,7 +4,7 @@
 #   ./bench/run.sh                     on CPU cores
 #   ./bench/run.sh --cuda              on a GPU, eight minutes
 #   ./bench/run.sh --cuda --dry-run    the same code on the CPU, at small sizes
-#   ./bench/run.sh --only header       one part: data, header, training, evaluation
+#   ./bench/run.sh --only header       one part: data, augmentation, header, training, evaluation
 #   ./bench/run.sh --full              evaluation at the full sizes of IJB-C and TinyFace
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"

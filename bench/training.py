@@ -72,9 +72,34 @@ def gigaflops(batch: int, live: bool, network: str) -> float:
     return operations / 2 * batch / 1e9
 
 
+def say_rates(
+    what: str, batch: int, work: float, seconds: float, best: float, calls: list[dict]
+) -> None:
+    """What ``seconds`` a step mean.
+
+    work: 1e9 operations of the networks; best: TFLOP/s of a bf16 matrix product.
+    """
+    rate = work / seconds / 1e3
+    waiting = calls[-1]["waiting"]
+    print(
+        f"  {what}: {batch / seconds:,.0f} images/s, {rate:.2f} TFLOP/s in the networks = "
+        f"{100 * rate / best:.1f} % of the bf16 matrix rate ({best:.1f}), "
+        f"{100 * waiting:.1f} % of the time waiting for data, {memory(calls)}",
+        flush=True,
+    )
+
+
+def memory(calls: list[dict]) -> str:
+    on_device = max(call["peak"] for call in calls)
+    if on_device:
+        return f"peak {on_device / 1e9:.2f} GB of GPU memory"
+    beyond = max(call["bytes"] for call in calls)
+    return f"peak {beyond / 1e9:.2f} GB beyond what is there before the first step"
+
+
 class Way:
     """``steps``: training steps a call; the first call, in which everything compiles, is not
-    counted by those who ask. compiled, graphs: of ours.
+    counted by those who ask. compiled, precision, graphs: of ours.
     """
 
     def __init__(
@@ -88,6 +113,7 @@ class Way:
         teacher: str = "iresnet50",
         live: bool = True,
         compiled: bool = True,
+        precision: str = "auto",
         graphs: bool = False,
     ):
         self.folder = Path(folder)
@@ -99,6 +125,7 @@ class Way:
         self.teacher_name = teacher
         self.live = live
         self.compiled = compiled
+        self.precision = precision
         self.graphs = graphs
         # as the engine trains, and plain scripts do
         torch.backends.cudnn.benchmark = True
@@ -192,6 +219,7 @@ class Ours(Way):
             f"batch_size={self.batch}",
             f"num_workers={self.workers}",
             f"compile={self.compiled}",
+            f"precision={self.precision}",
             f"cuda_graphs={self.graphs}",
             f"device={self.device.type}",
             teacher,

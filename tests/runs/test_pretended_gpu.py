@@ -34,7 +34,7 @@ from train import (
     train_AMLDistill,
     train_standalone,
 )
-from utils import distributed
+from utils import augment, distributed
 
 IMAGES, CLASSES, SIZE, BATCH, PAIRS = 12, 5, 16, 4, 10
 SCRIPTS = {
@@ -106,6 +106,15 @@ def gpu(monkeypatch):
     monkeypatch.setattr(engine.Engine, "train_step", strict_step)
     monkeypatch.setattr(progress.Progress, "is_due", strict_unless_due)
     monkeypatch.setattr(run_state.RunState, "save", lambda state: None)
+
+    make_resizing = augment.resizing.__wrapped__
+
+    def resizing(size, device):
+        with gpu.without_waiting(strict=False):
+            return make_resizing(size, device)
+
+    # once a run, and kept
+    monkeypatch.setattr(augment, "resizing", resizing)
     # the tests' own answer to signals stays
     monkeypatch.setattr(start_up.signal, "signal", lambda *_arguments: None)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
