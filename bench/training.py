@@ -99,7 +99,7 @@ def memory(calls: list[dict]) -> str:
 
 class Way:
     """``steps``: training steps a call; the first call, in which everything compiles, is not
-    counted by those who ask. compiled, precision, graphs: of ours.
+    counted by those who ask. compiled, graphs: of ours.
     """
 
     def __init__(
@@ -113,7 +113,6 @@ class Way:
         teacher: str = "iresnet50",
         live: bool = True,
         compiled: bool = True,
-        precision: str = "auto",
         graphs: bool = False,
     ):
         self.folder = Path(folder)
@@ -125,7 +124,6 @@ class Way:
         self.teacher_name = teacher
         self.live = live
         self.compiled = compiled
-        self.precision = precision
         self.graphs = graphs
         # as the engine trains, and plain scripts do
         torch.backends.cudnn.benchmark = True
@@ -219,7 +217,6 @@ class Ours(Way):
             f"batch_size={self.batch}",
             f"num_workers={self.workers}",
             f"compile={self.compiled}",
-            f"precision={self.precision}",
             f"cuda_graphs={self.graphs}",
             f"device={self.device.type}",
             teacher,

@@ -26,7 +26,7 @@ SPECIFIED = """
     tinyface_flip milestones precision channels_last compile num_workers seed grad_clip
     accumulate shuffle flip augment pretrained_backbone_path pretrained_header_path rec_backend
     log_every state_every keep_states max_bad_records device sample_rate teacher_embeddings
-    color_space
+    color_space cuda_graphs header_precision
 """.split()
 
 

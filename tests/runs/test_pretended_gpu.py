@@ -4,8 +4,9 @@ The training scripts themselves run, with every tensor of the step on "cuda:0": 
 host, a type that does not fit or a shape that depends on values ends them, and so does whatever
 makes the host wait for the GPU between two log lines. Nothing is computed. So this cannot see wrong
 numbers, memory, speed, streams and their order, kernels that a GPU does not have, autograd's own
-threads, torch.compile and CUDA graphs, NCCL, pinned memory, fp16's loss scaler (which reads once a
-step whether a gradient was infinite), reading and saving: these run beside it or are left out.
+threads, torch.compile and CUDA graphs, NCCL, pinned memory, reading and saving: these run beside it
+or are left out. Two ways of training do wait: precision=fp16, whose loss scaler reads once a step
+whether a gradient was infinite, and centers_device=cpu, which copies blocks of centres.
 """
 
 import logging
@@ -91,6 +92,8 @@ def gpu(monkeypatch):
 
     def strict_step(self, batches):
         gpu.reads.strict = True
+        # all batches have one shape
+        assert torch.backends.cudnn.benchmark
         return train_step(self, batches)
 
     def strict_unless_due(self, step, epoch_ended):
@@ -189,10 +192,15 @@ def test_a_step_that_reads_its_loss_is_refused(gpu, files, monkeypatch, tmp_path
 def test_embedding_fetches_features_once_a_part(gpu, monkeypatch):
     monkeypatch.setattr(embed, "ON_DEVICE", 8)
     network = gpu.on_it(build_backbone("mobilefacenet", SIZE).to)(GPU)
+    # the last batch has two
     images = torch.zeros(18, 112, 112, 3, dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    benchmarks = []
+    network.register_forward_hook(lambda *_: benchmarks.append(torch.backends.cudnn.benchmark))
     features, mirrored = embed.embed(network, images, BATCH, precision="bf16")
     assert features.shape == mirrored.shape == (18, SIZE)
     assert gpu.reads.fetched == 3
+    assert benchmarks == [False] * 5 and torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(
