@@ -131,7 +131,7 @@ def of_header() -> list[Kernel]:
 
 
 def seconds(kernels: list[Kernel], card: Card, way: int) -> float:
-    """The least time of the kernels one after another."""
+    """The least time of the kernels one after another; way: of Kernel.bytes."""
     return sum(
         max(x.operations / getattr(card, x.kind), x.bytes[way] / card.memory) for x in kernels
     )
@@ -146,41 +146,46 @@ def main() -> None:
     torch.set_num_threads(1)
     students = {name: of_network(name, True) for name in ("mobilefacenet", "mbf", "iresnet50")}
     teacher, header = of_network("iresnet50", False), of_header()
-    print(f"{'':36}  TFLOP   GB: eager, compiled, fused   kernels: eager, compiled")
+    print_row("forward and backward", "TFLOP", "GB", "compiled", "fused", "kernels", "compiled")
     for name, part in (*students.items(), ("iresnet50, teacher", teacher), ("header", header)):
-        cells = [sum(x.operations for x in part) / 1e12]
-        cells += [sum(x.bytes[way] for x in part) / 1e9 for way in range(3)]
-        counts = [launches(part, way) for way in range(2)]
-        print(
-            f"{name:36}" + "".join(f"{x:8.2f}" for x in cells) + "".join(f"{x:8}" for x in counts)
-        )
+        moved = [sum(x.bytes[way] for x in part) / 1e9 for way in range(3)]
+        operations = sum(x.operations for x in part) / 1e12
+        print_row(name, operations, *moved, launches(part, 0), launches(part, 1))
     steps = {f"{name} + header": [part] for name, part in students.items()}
-    steps["the first + live teacher"] = [students["mobilefacenet"], teacher]
-    print(
-        f"\n{'ms of a step; hours of 26 epochs':36} eager, compiled, fused   launches of: "
-        "eager, compiled, graph   hours"
-    )
+    steps["mobilefacenet, live teacher"] = [students["mobilefacenet"], teacher]
     for card_name, card in CARDS.items():
+        print_row(
+            f"\n{card_name}: ms of a step",
+            "eager",
+            "compiled",
+            "fused",
+            *["launches"] * 3,
+            "hours",
+            "compiled",
+        )
         for name, networks in steps.items():
-            print_step(f"{card_name}, {name}", networks, header, card)
-        for kind in ("fp32", "tf32"):
-            fast = card._replace(fp32=getattr(card, kind))
-            print(f"{f'{card_name}, header in {kind}':36}{1e3 * seconds(header, fast, 0):8.1f}")
+            print_row(name, *figures_of_step(networks, header, card))
+        in_tf32 = card._replace(fp32=card.tf32)
+        print_row("header", 1e3 * seconds(header, card, 0))
+        print_row("header in tf32", 1e3 * seconds(header, in_tf32, 0))
 
 
-def print_step(name: str, networks: list, header: list[Kernel], card: Card) -> None:
-    """The header is never compiled."""
-    own = seconds(header, card, 0)
+def figures_of_step(networks: list, header: list[Kernel], card: Card) -> list[float]:
+    """Milliseconds of the GPU and of starting its kernels, each way, and hours of 26 epochs.
+
+    The header is never compiled. The host starts kernels while the GPU computes.
+    """
+    own, own_start = seconds(header, card, 0), launches(header, 0) * LAUNCH[0]
     times = [own + sum(seconds(x, card, way) for x in networks) for way in range(3)]
-    starts = [
-        launches(header, 0) * LAUNCH[0] + sum(launches(x, way) for x in networks) * LAUNCH[way]
-        for way in range(3)
-    ]
-    # the host starts kernels while the GPU computes
+    counts = [sum(launches(x, way) for x in networks) for way in range(3)]
+    starts = [own_start + n * each for n, each in zip(counts, LAUNCH, strict=True)]
     hours = [STEPS * max(times[way], starts[way]) / 3600 for way in range(2)]
-    hours.append(STEPS * max(times[1], starts[2]) / 3600)
-    cells = [1e3 * x for x in times + starts]
-    print(f"{name:36}" + "".join(f"{x:8.1f}" for x in cells) + "".join(f"{x:8.2f}" for x in hours))
+    return [1e3 * x for x in times + starts] + hours
+
+
+def print_row(name: str, *cells) -> None:
+    shown = (f"{x:9.2f}" if isinstance(x, float) else f"{x:>9}" for x in cells)
+    print(f"{name:32}" + "".join(shown))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 scripts.
 """
 
+import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -23,6 +25,17 @@ def one_thread():
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A training script may run in the tests' process: their signals and log stay their own."""
+    monkeypatch.setattr(signal, "signal", lambda *_arguments: None)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="module")

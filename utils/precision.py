@@ -10,6 +10,9 @@ from utils.errors import InputError
 # autocast's dtype; None: no autocast
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# PyTorch's words for how float32 matrices are multiplied on a GPU
+PRODUCTS = {"fp32": "ieee", "tf32": "tf32"}
+
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which networks on ``device`` compute in "fp32", "bf16" or "fp16"."""
@@ -48,7 +51,7 @@ def float32_products(precision: str) -> Iterator[None]:
     """
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    matmul.fp32_precision = PRODUCTS[precision]
     try:
         yield
     finally:

@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from bench import data_path, header, processes, roofline, run, training
 from bench.processes import Process
@@ -84,10 +85,13 @@ class InThisProcess(Process):
 
 
 @pytest.mark.processes
-def test_the_dry_run_goes_through_all_parts(monkeypatch, tmp_path, capsys, one_thread):
+def test_the_dry_run_goes_through_all_parts(
+    monkeypatch, tmp_path, capsys, one_thread, in_this_process
+):
     monkeypatch.setattr(run, "Process", InThisProcess)
     # of data_path.py, which holds its process to one core
     monkeypatch.setattr(data_path.os, "sched_setaffinity", lambda *_arguments: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     # what the loader of either way is given
     monkeypatch.setattr(run, "DRY", run.DRY._replace(workers=0))
     monkeypatch.setattr(run, "cores", lambda: 0)

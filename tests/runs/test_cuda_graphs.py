@@ -4,7 +4,6 @@ No GPU is needed: networks play graphs that keep outputs and gradients in one pl
 before they run again.
 """
 
-import logging
 import sys
 from functools import partial
 
@@ -19,6 +18,7 @@ from train import start_up, train_AdaDistill, train_standalone
 from utils.errors import InputError
 
 SIZE = 16
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 class Replayed(torch.nn.Module):
@@ -56,17 +56,6 @@ class InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """A run takes over signals and the root logger, which are the tests' own."""
-    monkeypatch.setattr(start_up.signal, "signal", lambda *_arguments: None)
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 @pytest.fixture

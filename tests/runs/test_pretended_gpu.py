@@ -9,7 +9,6 @@ or are left out. Two ways of training do wait: precision=fp16, whose loss scaler
 whether a gradient was infinite, and centers_device=cpu, which copies blocks of centres.
 """
 
-import logging
 import pickle
 import sys
 
@@ -30,7 +29,6 @@ from train import (
     gradients,
     progress,
     run_state,
-    start_up,
     train_AdaDistill,
     train_AMLDistill,
     train_standalone,
@@ -43,8 +41,11 @@ SCRIPTS = {
     "AMLDistill": train_AMLDistill,
     "AdaDistill": train_AdaDistill,
 }
-# no pinned memory without a GPU
 pytestmark = [
+    pytest.mark.usefixtures("in_this_process"),
+    # bf16 must be on
+    pytest.mark.filterwarnings("error:.*Disabling autocast"),
+    # no pinned memory without a GPU
     pytest.mark.filterwarnings("ignore:'pin_memory'"),
     # whether centres have changed is seen at their address
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
@@ -109,7 +110,6 @@ def gpu(monkeypatch):
     monkeypatch.setattr(engine.Engine, "train_step", strict_step)
     monkeypatch.setattr(progress.Progress, "is_due", strict_unless_due)
     monkeypatch.setattr(run_state.RunState, "save", lambda state: None)
-
     make_resizing = augment.resizing.__wrapped__
 
     def resizing(size, device):
@@ -118,24 +118,12 @@ def gpu(monkeypatch):
 
     # once a run, and kept
     monkeypatch.setattr(augment, "resizing", resizing)
-    # the tests' own answer to signals stays
-    monkeypatch.setattr(start_up.signal, "signal", lambda *_arguments: None)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: True)
     monkeypatch.setattr(distributed, "init", lambda *_arguments: GPU)
     # from the features, which have no numbers
     no_figures = dict.fromkeys(("Accuracy-Flip", "Accuracy-Std", "XNorm"), 0.0)
     monkeypatch.setattr(verification, "figures", lambda *_arguments: no_figures)
     return gpu
-
-
-@pytest.fixture(autouse=True)
-def logs():
-    """A run takes over the root logger, which is the tests' again afterwards."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def train(method: str, files, monkeypatch, tmp_path, *options) -> None:
