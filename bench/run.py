@@ -209,7 +209,14 @@ def training_rows(folder: Path, arguments) -> list[Row]:
     size = arguments.size
     batch, steps = size.batch, size.steps
     images = batch * steps * (size.rounds * size.repeats + 2)
-    training.prepare(folder / "training", images, arguments.device, size.classes, size.teacher)
+    training.prepare(
+        folder / "training",
+        images,
+        arguments.device,
+        size.workers,
+        size.classes,
+        size.teacher,
+    )
     options = dict(
         folder=str(folder / "training"),
         device=arguments.device,

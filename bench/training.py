@@ -26,7 +26,9 @@ from utils.inputs import to_input
 D, C = 512, 85_742
 
 
-def prepare(folder: Path, images: int, device: str, classes: int, network: str) -> None:
+def prepare(
+    folder: Path, images: int, device: str, workers: int, classes: int, network: str
+) -> None:
     """A set, a teacher with random weights, and its features: they teach nothing and cost as much
     as any.
     """
@@ -48,6 +50,7 @@ def prepare(folder: Path, images: int, device: str, classes: int, network: str) 
         f"teacher={network}",
         f"pretrained_teacher_path={folder}/teacher.pth",
         f"device={device}",
+        f"num_workers={workers}",
         "--output",
         folder / "cache",
     )

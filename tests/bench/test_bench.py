@@ -84,11 +84,19 @@ class InThisProcess(Process):
         return json.loads(json.dumps(processes.measured(getattr(self.way, method))))
 
 
+def run_in_this_process(script: str, *arguments) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+
+
 @pytest.mark.processes
 def test_the_dry_run_goes_through_all_parts(
     monkeypatch, tmp_path, capsys, one_thread, in_this_process
 ):
     monkeypatch.setattr(run, "Process", InThisProcess)
+    for place in (run, training):
+        monkeypatch.setattr(place, "run_tool", run_in_this_process)
     # of data_path.py, which holds its process to one core
     monkeypatch.setattr(data_path.os, "sched_setaffinity", lambda *_arguments: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
