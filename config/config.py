@@ -70,6 +70,11 @@ config.geom_margin_w = 1.0
 config.geom_margin_k = 3.0
 # epochs until the geometry margin counts fully; 0: at once
 config.geom_margin_warmup_epoch = 1.0
+# weight of the loss above; 0: leave it out, the class centres stay as they are
+config.header_weight = 1.0
+# AMLDistill and AdaDistill add feature_weight x mean(1 - cos(student's feature, teacher's)); 32 to
+# 64 weighs as much as the loss above
+config.feature_weight = 0.0
 # share of the classes in each softmax, those of the batch always among them (Partial FC)
 config.sample_rate = 1.0
 # where class centres and their momentum lie: "auto" (with the network), "cpu" (the host's memory,

@@ -202,12 +202,18 @@ def check_training(values: dict, method: str) -> None:
                     f"{key}={values[key]} cannot be used with device=mps: "
                     f"set {key}={allowed[-1]}, or another device"
                 )
-    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"], method)
+    check_options(**of_header(values), method=method)
     if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
             "teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, "
             "or set teacher_embeddings="
         )
+
+
+def of_header(values: dict) -> dict:
+    """What ``check_options`` looks at."""
+    keys = ("loss", "use_geom_margin", "sample_rate", "header_weight", "feature_weight")
+    return {key: values[key] for key in keys}
 
 
 def check_student_and_loss(values: dict) -> None:
@@ -221,7 +227,7 @@ def check_student_and_loss(values: dict) -> None:
         )
     if values["SE"] and not network.startswith("iresnet"):
         raise InputError(f"SE=True needs an iresnet, not network={network}")
-    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"])
+    check_options(**of_header(values))
 
 
 def check_schedule(values: dict, overrides: dict) -> None:
