@@ -116,6 +116,13 @@ config.schedule = "step"
 config.schedule_power = 1.0
 # a list of factors, one an epoch, instead of warm-up and schedule
 config.lr_func = None
+# factor on that of the network; the class centres learn at the whole rate
+config.backbone_lr = 1.0
+# epochs at the start in which the class centres learn alone (fine-tuning on few people)
+config.freeze = 0
+# decay of an average of the network's weights that is kept beside it, measured and saved as
+# <step>ema.pth; 0: none
+config.ema = 0.0
 config.momentum = 0.9
 config.weight_decay = 5e-4
 # largest gradient norm of the backbone; 0: unbounded

@@ -98,7 +98,7 @@ def load_checkpoint(path: Path, what: str, color_space: str) -> Model:
     network, loaded = load_network(
         known.name, known.embedding_size, known.use_se, weights, color_space=color_space
     )
-    step = re.match(r"(\d+)backbone\b", path.name)
+    step = re.match(r"(\d+)(backbone|ema)\b", path.name)
     digest = digest_of(path)
     return Model(
         weights.path,
