@@ -137,7 +137,8 @@ class Engine:
         """One optimizer step; its loss and statistics, still on the device."""
         cfg = self.cfg
         fraction = self.feed.fraction(self.position)
-        self.lr = learning_rate(cfg, self.position.epoch, fraction)
+        processes = distributed.world_size()
+        self.lr = learning_rate(cfg, self.position.epoch, fraction, processes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cfg.backbone_lr
         total = 0.0

@@ -90,8 +90,7 @@ class RunState:
         """Whether every rank writes its share of the header, rather than rank 0 all of it."""
         centers = self.engine.header.centers
         size = centers.num_classes * centers.weight.shape[1] * centers.weight.element_size()
-        form = self.engine.cfg.header_format
-        return form == "shards" or form == "auto" and size > LARGE_HEADER
+        return in_shards(self.engine.cfg.header_format, size)
 
     def save_shards(self) -> None:
         # torch.distributed.checkpoint takes a second to import
@@ -210,6 +209,11 @@ class RunState:
         torch.set_rng_state(host)
         if device is not None and own.type == kind:
             getattr(torch, own.type).set_rng_state(device)
+
+
+def in_shards(header_format: str, size: int) -> bool:
+    """size: bytes of all class centres."""
+    return header_format == "shards" or header_format == "auto" and size > LARGE_HEADER
 
 
 def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -> None:
