@@ -60,10 +60,10 @@ class Average:
         """Take in the weights of another step."""
         if not self.decay:
             return
-        weights = list(self.backbone.parameters())
-        torch._foreach_lerp_(list(self.network.parameters()), weights, 1 - self.decay)
-        for own, buffer in zip(self.network.buffers(), self.backbone.buffers(), strict=True):
-            own.copy_(buffer)
+        average, student = self.network, self.backbone
+        weights = list(student.parameters())
+        torch._foreach_lerp_(list(average.parameters()), weights, 1 - self.decay)
+        torch._foreach_copy_(list(average.buffers()), list(student.buffers()))
 
     def restart(self) -> None:
         """Begin at the weights as they are."""
