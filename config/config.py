@@ -72,8 +72,8 @@ config.geom_margin_k = 3.0
 config.geom_margin_warmup_epoch = 1.0
 # weight of the loss above; 0: leave it out, the class centres stay as they are
 config.header_weight = 1.0
-# AMLDistill and AdaDistill add feature_weight x mean(1 - cos(student's feature, teacher's)); 32 to
-# 64 weighs as much as the loss above
+# AMLDistill and AdaDistill add feature_weight x mean(1 - cos(student's feature, teacher's)); 32 and
+# 64 are strong
 config.feature_weight = 0.0
 # share of the classes in each softmax, those of the batch always among them (Partial FC)
 config.sample_rate = 1.0

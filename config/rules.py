@@ -202,7 +202,7 @@ def check_training(values: dict, method: str) -> None:
                     f"{key}={values[key]} cannot be used with device=mps: "
                     f"set {key}={allowed[-1]}, or another device"
                 )
-    check_options(**of_header(values), method=method)
+    check_options(**header_options(values), method=method)
     check_freeze(values["freeze"], values["header_weight"], method)
     if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
@@ -220,8 +220,8 @@ def check_freeze(freeze: int, header_weight: float, method: str) -> None:
         )
 
 
-def of_header(values: dict) -> dict:
-    """What ``check_options`` looks at."""
+def header_options(values: dict) -> dict:
+    """What ``check_options`` takes, but for the method."""
     keys = ("loss", "use_geom_margin", "sample_rate", "header_weight", "feature_weight")
     return {key: values[key] for key in keys}
 
@@ -237,7 +237,7 @@ def check_student_and_loss(values: dict) -> None:
         )
     if values["SE"] and not network.startswith("iresnet"):
         raise InputError(f"SE=True needs an iresnet, not network={network}")
-    check_options(**of_header(values))
+    check_options(**header_options(values))
 
 
 def check_schedule(values: dict, overrides: dict) -> None:
