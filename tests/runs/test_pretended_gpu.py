@@ -158,8 +158,11 @@ def train(method: str, files, monkeypatch, tmp_path, *options) -> None:
         ("standalone", ["loss=AdaFace", "sample_rate=0.5", "batch_size=2", "accumulate=2"]),
         ("AMLDistill", ["loss=CosFace", "precision=bf16", "augment=True"]),
         ("AMLDistill", ["loss=ArcFace", "precision=bf16", LIVE, *GEOMETRY]),
-        ("AdaDistill", ["loss=ArcFace", "precision=bf16", LIVE, "val_targets=pairs"]),
-        ("AdaDistill", ["loss=AdaFace", "centers_precision=bf16", CACHED, *GEOMETRY]),
+        (
+            "AdaDistill",
+            ["loss=ArcFace", "precision=bf16", LIVE, "val_targets=pairs", "feature_weight=1"],
+        ),
+        ("AdaDistill", ["loss=AdaFace", "centers_precision=bf16", "ema=0.9", CACHED, *GEOMETRY]),
     ],
 )
 def test_the_host_waits_for_the_gpu_at_log_lines_only(
