@@ -2,6 +2,7 @@
 whatever the method and the loss, also where some of them hold no class."""
 
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from tests.rounding import U, feature_gradient, logit
+from utils import distributed
 
 pytestmark = pytest.mark.processes
 
@@ -38,7 +40,6 @@ def train_header(method, loss, classes, out, sample_rate=1.0, **options):
     With sample_rate < 1 learned centres move as the engine moves them, with two forward passes to
     some of the steps, else by PyTorch's optimizer.
     """
-    from utils import distributed
     from utils.losses import build_header
 
     torch.manual_seed(0)
@@ -253,7 +254,6 @@ def test_a_failed_run_keeps_its_exit_status(tmp_path):
 
 
 if __name__ == "__main__":
-    from utils import distributed
     from utils.losses import build_header
 
     distributed.init("cpu")
@@ -282,3 +282,22 @@ if __name__ == "__main__":
     if distributed.rank() == 0:
         (folder / "sampled.txt").write_text("finite" if torch.isfinite(loss) else "not finite")
     distributed.shutdown()
+
+
+def test_a_collective_is_over_when_no_other_thread_holds_its_tensors():
+    """As gloo's thread does, a moment longer than the collective takes."""
+    tensor, ended, let_go = torch.zeros(3), threading.Event(), []
+
+    def hold(held: list) -> None:
+        ended.wait()
+        let_go.append(True)
+        held.clear()
+
+    alone = sys.getrefcount(tensor)
+    with distributed.settled(tensor):
+        thread = threading.Thread(target=hold, args=([tensor],))
+        thread.start()
+        assert sys.getrefcount(tensor) > alone
+        ended.set()
+    assert let_go and sys.getrefcount(tensor) == alone
+    thread.join()
