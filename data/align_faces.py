@@ -58,9 +58,7 @@ MIN_SIZE = 40
 
 
 class Task(NamedTuple):
-    """One file: its path below the photographs, that of its crop, and its faces where they are
-    known (None: to be detected).
-    """
+    """A file's path, that of its crop, and its faces if they are known (None: to be detected)."""
 
     photo: str
     crop: str
@@ -277,66 +275,48 @@ def write_report(path: Path, results: list[Result]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__)
-    parser.add_argument(
-        "--photos",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="one sub-folder of photographs per person",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="new folder for the crops and report.csv",
-    )
-    parser.add_argument("--detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
-    parser.add_argument(
+    add = parser.add_argument
+    folder = dict(type=Path, required=True, metavar="DIR")
+    number = dict(type=int, metavar="N")
+    add("--photos", **folder, help="one sub-folder of photographs per person")
+    add("--output", **folder, help="new folder for the crops and report.csv")
+    add("--detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
+    add(
         "--detector-size",
-        type=int,
+        **number,
         default=LONGEST,
-        metavar="N",
-        help="pixels to which longer photographs are shrunk to look for faces; "
-        "more finds smaller ones (%(default)s)",
+        help="pixels to which longer photographs are shrunk to look for faces; more finds smaller "
+        "ones (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--points",
         type=Path,
         metavar="FILE.csv",
         help="five points of each face, instead of a detector",
     )
-    parser.add_argument(
+    add(
         "--min-score",
         type=float,
         default=MIN_SCORE,
         metavar="S",
         help="detector's score of a face that counts (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--min-size",
         type=float,
         default=MIN_SIZE,
         metavar="N",
         help="side of the square, in the photograph's pixels, that becomes the crop (%(default)s)",
     )
-    parser.add_argument(
+    add(
         "--several",
         choices=("drop", "largest"),
         default="drop",
         help="what to do with a photograph of several faces (%(default)s)",
     )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        default=95,
-        metavar="N",
-        help="of the JPEG files, 1 ... 100 (%(default)s)",
-    )
-    parser.add_argument("--png", action="store_true", help="write PNG files instead")
-    parser.add_argument(
-        "--workers", type=int, default=cores(), metavar="N", help="processes (%(default)s)"
-    )
+    add("--quality", **number, default=95, help="of the JPEG files, 1 ... 100 (%(default)s)")
+    add("--png", action="store_true", help="write PNG files instead")
+    add("--workers", **number, default=cores(), help="processes (%(default)s)")
     args = parser.parse_args()
     if not 1 <= args.quality <= 100 or args.workers < 1 or args.detector_size < 32:
         raise InputError(

@@ -282,9 +282,7 @@ def group_equal(digests: np.ndarray, indices: np.ndarray) -> list[np.ndarray]:
 
 
 def describe_sizes(sizes: np.ndarray) -> dict:
-    """Images of the classes that have any: least, median, mean, most, and how many classes have 1,
-    2 to 4, 5 to 9, ... of them.
-    """
+    """Images of the classes that have any: least, median, mean, most, and their histogram."""
     present = sizes[sizes > 0]
     if not len(present):
         return dict(classes=0)

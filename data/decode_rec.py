@@ -85,10 +85,8 @@ def main() -> None:
             ) from error
     if ended_early:
         log.warning(
-            "%d images are JPEGs that end early, and their rest is grey, in the copy as in %s; "
-            "data/check_rec.py lists them",
-            ended_early,
-            source,
+            f"{ended_early} images are JPEGs that end early, and their rest is grey, in the copy "
+            f"as in {source}; data/check_rec.py lists them"
         )
     print(
         f"{output}: {len(dataset)} decoded images of {dataset.num_classes} identities, read back "
@@ -214,9 +212,7 @@ def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterato
 
 
 def compare(rec: Path, sums: np.ndarray) -> None:
-    """Raises InputError if a record of the written file, in the order of the file, has another
-    CRC-32 than the one that was written.
-    """
+    """Raises InputError if a record, in the order of the file, has not the CRC-32 of ``sums``."""
     keys, offsets = read_index(str(rec.with_suffix(".idx")))
     with open(rec, "rb") as file:
         # so that it is read back from the disk itself

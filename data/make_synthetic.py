@@ -60,12 +60,26 @@ PAIR_SETS = {
     "lowres": (3, "frontal", "small"),
 }
 FOLDS = 10
+# flags: default, least, most, help
+NUMBERS = {
+    "identities": (200, 2, 10**6, "people in the training set (%(default)s)"),
+    "images": (20, 1, 10**5, "images of each (%(default)s)"),
+    "pairs": (600, 2 * FOLDS, 10**9, "pairs in each pair set, a multiple of 20 (%(default)s)"),
+    "ijb_subjects": (40, 0, 1000, "people in the IJB-like set; 0: no such set (%(default)s)"),
+    "tinyface_identities": (
+        60,
+        0,
+        10**5,
+        "people in the TinyFace-like set; 0: no such set (%(default)s)",
+    ),
+    "seed": (0, 0, 2**32 - 1, "another seed, other people (%(default)s)"),
+    "nuisance": (1.0, 0, 3, "how much photographs of one person differ, 0 .. 3 (%(default)s)"),
+    "workers": (os.cpu_count(), 1, 1024, "processes (%(default)s: all cores)"),
+}
 
 
 def write_training_set(output: Path, studio, identities: int, images: int) -> int:
-    """Write ``train.rec``, ``train.idx`` and ``property``, labels 0 .. identities - 1; returns the
-    number of images.
-    """
+    """Write train.rec, train.idx and property, labels from 0; returns the number of images."""
     photographs = [
         Photograph(TRAIN, identity, number)
         for identity in range(identities)
@@ -78,9 +92,7 @@ def write_training_set(output: Path, studio, identities: int, images: int) -> in
 
 
 def list_pairs(name: str, pairs: int) -> tuple[list[Photograph], list[bool]]:
-    """The 2 * pairs photographs of a pair set (left, right, left, ...) and who is the same; a fold
-    is its same half, then its different half.
-    """
+    """Photographs (left, right, left, ...) and who is the same; a fold has its same half first."""
     split, left, right = PAIR_SETS[name]
     half = pairs // FOLDS // 2
     # of one fold; they are in no other
@@ -88,23 +100,17 @@ def list_pairs(name: str, pairs: int) -> tuple[list[Photograph], list[bool]]:
     photographs, issame = [], []
     for first in range(0, FOLDS * people, people):
         for k in range(half):
-            photographs += [
-                Photograph(split, first + k, 1, left),
-                Photograph(split, first + k, 2, right),
-            ]
+            photographs.append(Photograph(split, first + k, 1, left))
+            photographs.append(Photograph(split, first + k, 2, right))
         for k in range(half):
-            photographs += [
-                Photograph(split, first + k, 3, left),
-                Photograph(split, first + (k + 1) % people, 4, right),
-            ]
+            photographs.append(Photograph(split, first + k, 3, left))
+            photographs.append(Photograph(split, first + (k + 1) % people, 4, right))
         issame += [True] * half + [False] * half
     return photographs, issame
 
 
 def write_pair_set(output: Path, studio, name: str, pairs: int) -> int:
-    """Write ``<name>.bin``, a pickle of (2 * pairs JPEG bytes, pairs booleans) as lfw.bin is;
-    returns the number of images.
-    """
+    """Write (2 * pairs JPEGs, pairs booleans) as lfw.bin has them; returns the number of images."""
     photographs, issame = list_pairs(name, pairs)
     faces = list(studio(photographs, f"{name}.bin"))
     with replacing(output / f"{name}.bin") as file:
@@ -113,9 +119,7 @@ def write_pair_set(output: Path, studio, name: str, pairs: int) -> int:
 
 
 def sheet_rows(args: argparse.Namespace) -> list[Row]:
-    """What contact_sheet.png shows: a row per training identity, first without nuisance, then two
-    rows of pairs of each set, then the benchmarks.
-    """
+    """Rows of contact_sheet.png: training identities, first without nuisance; pairs; benchmarks."""
     rows = []
     with open_studio(1, args.seed, args.nuisance) as studio:
         for identity in range(min(args.identities, 8)):
@@ -132,40 +136,34 @@ def sheet_rows(args: argparse.Namespace) -> list[Row]:
         return rows + sample_rows(studio, args.seed, args.ijb_subjects, args.tinyface_identities)
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse numbers that cannot work, and a folder that holds sets of another origin."""
-    for name, low, high in (
-        ("identities", 2, 10**6),
-        ("images", 1, 10**5),
-        ("seed", 0, 2**32 - 1),
-        ("workers", 1, 1024),
-        ("nuisance", 0, 3),
-        ("ijb_subjects", 0, 1000),
-        ("tinyface_identities", 0, 10**5),
-    ):
-        value = getattr(args, name)
-        if not low <= value <= high:
-            raise InputError(f"--{name.replace('_', '-')} must lie in {low} .. {high}, got {value}")
-    if args.ijb_subjects == 1:
-        raise InputError(
-            "--ijb-subjects must be 0 (leave the set out) or at least 2 (one for each "
-            "gallery), got 1"
-        )
     if args.pairs < 2 * FOLDS or args.pairs % (2 * FOLDS):
         raise InputError(
             f"--pairs must be a positive multiple of {2 * FOLDS} ({FOLDS} folds, half "
             f"same and half different), got {args.pairs}"
+        )
+    for name, (_, low, high, _) in NUMBERS.items():
+        value = getattr(args, name)
+        if not low <= value <= high:
+            raise InputError(f"{flag(name)} must lie in {low} .. {high}, got {value}")
+    if args.ijb_subjects == 1:
+        raise InputError(
+            "--ijb-subjects must be 0 (leave the set out) or at least 2 (one for each "
+            "gallery), got 1"
         )
     if (args.output / "train.rec").exists() and not (args.output / "synthetic.json").exists():
         raise InputError(
             f"--output {args.output} holds a train.rec that this script did not "
             "write; choose another folder"
         )
-    check_folders(
-        args.output,
-        (IJB_FOLDERS if args.ijb_subjects else ())
-        + (TINYFACE_FOLDERS if args.tinyface_identities else ()),
-    )
+    folders = IJB_FOLDERS if args.ijb_subjects else ()
+    folders += TINYFACE_FOLDERS if args.tinyface_identities else ()
+    check_folders(args.output, folders)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -173,46 +171,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ROOT / "data" / "synthetic",
-        help="folder to write (%(default)s)",
-    )
-    parser.add_argument(
-        "--identities", type=int, default=200, help="people in the training set (%(default)s)"
-    )
-    parser.add_argument("--images", type=int, default=20, help="images of each (%(default)s)")
-    parser.add_argument(
-        "--pairs",
-        type=int,
-        default=600,
-        help="pairs in each pair set, a multiple of 20 (%(default)s)",
-    )
-    parser.add_argument(
-        "--ijb-subjects",
-        type=int,
-        default=40,
-        help="people in the IJB-like set; 0: no such set (%(default)s)",
-    )
-    parser.add_argument(
-        "--tinyface-identities",
-        type=int,
-        default=60,
-        help="people in the TinyFace-like set; 0: no such set (%(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="another seed, other people (%(default)s)"
-    )
-    parser.add_argument(
-        "--nuisance",
-        type=float,
-        default=1.0,
-        help="how much photographs of one person differ, 0 .. 3 (%(default)s)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes (%(default)s: all cores)"
-    )
+    folder = ROOT / "data" / "synthetic"
+    parser.add_argument("--output", type=Path, default=folder, help="folder to write (%(default)s)")
+    for name, (default, _, _, description) in NUMBERS.items():
+        parser.add_argument(flag(name), type=type(default), default=default, help=description)
     return parser.parse_args()
 
 

@@ -1,6 +1,4 @@
-"""torchrun, without the report that it prints below a message the training script has already
-given.
-"""
+"""torchrun without the report that it prints below a message of the training script."""
 
 import logging
 import signal
@@ -20,22 +18,19 @@ if __name__ == "__main__":
         rank, failure = failed.get_first_failure()
         # killed: it could say nothing itself
         if failure.exitcode < 0:
-            print(
-                f"error: the training process of rank {rank} was ended by "
-                f"{signal.Signals(-failure.exitcode).name}; go on with --resume",
-                file=sys.stderr,
+            name = signal.Signals(-failure.exitcode).name
+            sys.exit(
+                f"error: the training process of rank {rank} was ended by {name}; go on with "
+                "--resume"
             )
         sys.exit(1)
     except (RendezvousConnectionError, RendezvousTimeoutError) as missed:
         reason = missed.__cause__ or missed
-        print(
-            "error: the machines did not meet "
-            f"({(str(reason) or type(reason).__name__).splitlines()[0]}); start the run script on "
-            "all NNODES of them within ten "
-            "minutes, with the same MASTER_ADDR, MASTER_PORT and RDZV_ID, NODE_RANK=0 on the "
-            "machine that MASTER_ADDR names, and MASTER_PORT open there",
-            file=sys.stderr,
+        line = (str(reason) or type(reason).__name__).splitlines()[0]
+        sys.exit(
+            f"error: the machines did not meet ({line}); start the run script on all NNODES of "
+            "them within ten minutes, with the same MASTER_ADDR, MASTER_PORT and RDZV_ID, "
+            "NODE_RANK=0 on the machine that MASTER_ADDR names, and MASTER_PORT open there"
         )
-        sys.exit(1)
     except SignalException as stopped:
         sys.exit(128 + int(stopped.sigval))

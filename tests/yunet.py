@@ -14,7 +14,8 @@ from utils.align import TEMPLATE
 
 CELL = 8
 ZOOM = 2.0
-POINTS = ZOOM * (TEMPLATE.astype(np.float64) - 56)  # pixels from the corner of the square
+# pixels from the corner of the square
+POINTS = ZOOM * (TEMPLATE.astype(np.float64) - 56)
 STRIDES = (8, 16, 32)
 
 

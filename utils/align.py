@@ -1,6 +1,4 @@
-"""Face alignment by five points, as ArcFace's networks were trained on: a similarity onto one
-template of 112 x 112 pixels.
-"""
+"""Face alignment as for ArcFace's networks: a similarity, five points onto a 112x112 template."""
 
 import cv2
 import numpy as np
@@ -62,11 +60,5 @@ def align(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     ``image``: (H, W, 3) uint8. ``points``: (5, 2) as (x, y) in its pixels, in the template's order.
     Returns (112, 112, 3) uint8. Raises InputError as ``similarity`` does.
     """
-    return cv2.warpAffine(
-        image,
-        similarity(points),
-        (SIZE, SIZE),
-        flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=0,
-    )
+    # linear interpolation and black are OpenCV's defaults
+    return cv2.warpAffine(image, similarity(points), (SIZE, SIZE))

@@ -69,9 +69,7 @@ def crop(images: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
 
 
 def lower_resolution(images: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
-    """Scale down to 20 to 100 % of the side and back, by an interpolation drawn for each way.
-    numbers: (n, 3).
-    """
+    """Scale to 20 to 100 % of the side and back, by drawn interpolations. numbers: (n, 3)."""
     size = images.shape[-1]
     sides = np.rint(size * (SMALLEST + (1 - SMALLEST) * numbers[:, 0])).astype(np.int64)
     down, up = (numbers[:, 1:] * len(INTERPOLATIONS)).astype(np.int64).T

@@ -114,9 +114,7 @@ def file_names() -> tuple[str, str]:
 
 
 def default_file() -> Path:
-    """The first of ``file_names()`` that lies in deploy/; if neither does, where the first
-    should.
-    """
+    """The first of ``file_names()`` that lies in deploy/, else where the first should."""
     places = [FOLDER / name for name in file_names()]
     return next((place for place in places if place.is_file()), places[0])
 

@@ -85,11 +85,9 @@ def check_mps() -> None:
             "(and accumulate for larger steps), or device=cpu"
         )
     if not torch.backends.mps.is_available():
-        reason = (
-            "PyTorch finds no Apple GPU here"
-            if torch.backends.mps.is_built()
-            else (f"this PyTorch ({torch.__version__}) was built without it")
-        )
+        reason = "PyTorch finds no Apple GPU here"
+        if not torch.backends.mps.is_built():
+            reason = f"this PyTorch ({torch.__version__}) was built without it"
         raise InputError(
             f"device=mps asks for an Apple GPU, but {reason}; set device=cpu, or "
             "device=cuda for an NVIDIA GPU"
@@ -111,14 +109,17 @@ def meeting_place() -> dict:
         or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     ):
         return {}
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=TIMEOUT
-    )
     return dict(
-        store=dist.PrefixStore(f"restart {restarts}", store),
+        store=dist.PrefixStore(f"restart {restarts}", join_store(TIMEOUT)),
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+
+def join_store(timeout: timedelta) -> dist.TCPStore:
+    """The store that torchrun keeps for a launch."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timeout)
 
 
 def shutdown() -> None:
@@ -143,9 +144,7 @@ def shutdown() -> None:
 
 @contextmanager
 def alone():
-    """Within, this process takes itself for the only rank: each does work of its own, and no
-    collective runs.
-    """
+    """Within, this process is the only rank to itself: work of its own, and no collective runs."""
     global _alone
     _alone = True
     try:
@@ -205,14 +204,10 @@ def once_per_node(function):
     The others wait as long as it takes.
     """
     group = patient_group()
-    value = all_succeed(lambda: function() if place_on_node()[0] == 0 else None, group)
-    node = os.environ.get("GROUP_RANK", "0")
-    values = all_gather_object((node, place_on_node()[0], value), group)
-    return next(
-        value
-        for its_node, local_rank, value in values
-        if (its_node, local_rank) == (node, 0) or len(values) == 1
-    )
+    local_rank, _ = place_on_node()
+    value = all_succeed(lambda: function() if local_rank == 0 else None, group)
+    # torchrun counts the ranks of a machine one after the other
+    return all_gather_object(value, group)[rank() - local_rank]
 
 
 def barrier() -> None:
@@ -244,9 +239,7 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_object(value, group=None) -> list:
-    """Every rank's small picklable value, in rank order, on every rank. ``group``: None, or a
-    ``patient_group()``.
-    """
+    """Every rank's small picklable value, in rank order. group: None, or a ``patient_group()``."""
     if world_size() == 1:
         return [value]
     begin()
@@ -286,9 +279,7 @@ def all_succeed(function, group=None):
 
 
 def main_computes(function):
-    """Rank 0's value of ``function()``, a small picklable one, on every rank; its InputError
-    too.
-    """
+    """Rank 0's value of ``function()``, a small picklable one, or its InputError, on every rank."""
     return all_gather_object(all_succeed(lambda: function() if is_main() else None))[0]
 
 
@@ -308,9 +299,7 @@ def gather_equal(tensor: torch.Tensor, group=None) -> torch.Tensor:
 
 
 def all_gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Concatenate along the first axis, in rank order; ranks may give different numbers of rows,
-    none included.
-    """
+    """Concatenate along the first axis, in rank order; a rank gives any number of rows, or none."""
     if world_size() == 1:
         return tensor
     counts = all_gather(torch.tensor([tensor.shape[0]], device=tensor.device)).tolist()
@@ -345,9 +334,7 @@ class _GatherFeatures(torch.autograd.Function):
 
 
 def gather_features(tensor: torch.Tensor) -> torch.Tensor:
-    """(b, D) of this rank -> (b * world, D) of all ranks, differentiable (see
-    ``_GatherFeatures``).
-    """
+    """(b, D) of this rank -> (b * world, D) of all ranks, differentiable (``_GatherFeatures``)."""
     return tensor if world_size() == 1 else _GatherFeatures.apply(tensor)
 
 
@@ -357,9 +344,7 @@ def is_own_row(rows: int, device: torch.device) -> torch.Tensor:
 
 
 def sync_buffers(module: torch.nn.Module) -> None:
-    """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save one
-    network.
-    """
+    """Give all ranks rank 0's buffers (BatchNorm statistics), so that all evaluate one network."""
     if world_size() > 1:
         for buffer in module.buffers():
             broadcast(buffer)

@@ -44,9 +44,7 @@ def nearest(word, known) -> str:
 
 
 def first_line(error: BaseException, most: int = 160) -> str:
-    """What another library's error says, short enough for a line of ours; its type where it says
-    nothing.
-    """
+    """What another library's error says, short enough for a line of ours; else its type."""
     return (str(error) or type(error).__name__).splitlines()[0][:most]
 
 
@@ -77,9 +75,7 @@ def print_any_name() -> None:
 
 
 def fail(message: str) -> None:
-    """Print the line and end this process; the ranks that wait for it in a collective are ended by
-    torchrun.
-    """
+    """Print the line and end this process; torchrun ends the ranks that wait for it."""
     if int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # rank 0 speaks first; where all ranks fail alike, torchrun ends this one meanwhile and the

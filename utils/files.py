@@ -16,9 +16,7 @@ from utils.errors import InputError
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "wb"):
-    """Open a temporary neighbour of ``path`` to write; it takes the name ``path`` when the block
-    ends well, else it is removed.
-    """
+    """Write a temporary neighbour of ``path``; it takes that name if the block ends well."""
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         with open(temporary, mode) as file:

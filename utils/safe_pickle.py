@@ -157,9 +157,7 @@ class PairSetUnpickler(pickle.Unpickler):
 
 
 class Admitted:
-    """A callable that a pickle can call and cannot change: the BUILD opcode writes attributes of
-    whatever it is given.
-    """
+    """A callable that a pickle cannot change: the BUILD opcode writes attributes of anything."""
 
     __slots__ = ("_function",)
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,9 +56,7 @@ DISTRACTORS = 3
 
 
 def check_folders(output: Path, folders) -> None:
-    """Raise InputError if one of ``folders`` below ``output`` was not written by this script, or if
-    the library to write them is missing.
-    """
+    """Raises InputError if a folder is not this script's, or the library to write it is missing."""
     for folder in folders:
         if os.path.lexists(output / folder) and not (output / folder / ORIGIN).is_file():
             raise InputError(
@@ -74,9 +73,7 @@ def check_folders(output: Path, folders) -> None:
 
 @contextmanager
 def replacing_folder(path: Path, made: dict):
-    """Yield a new folder to fill; it takes the name and the place of ``path`` when the block ends
-    well, else it is removed.
-    """
+    """Yield a folder to fill; it replaces ``path`` if the block ends well, else it is removed."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
     try:
@@ -95,9 +92,7 @@ def replacing_folder(path: Path, made: dict):
 
 
 class Frame(NamedTuple):
-    """Names one image of the IJB-like set: a still, or a frame of a video; with seed and nuisance
-    scale this decides every byte of it.
-    """
+    """A still, or a frame of a video; with seed and nuisance scale it decides every byte."""
 
     subject: int
     # 1 ..., each of one subject
@@ -154,9 +149,7 @@ def list_frames(seed: int, subjects: int) -> list[Frame]:
 
 
 def draw_look(frame: Frame, seed: int, nuisance: float):
-    """The circumstances of a frame: those of its media (place, light, camera, view, clothes), of
-    which pose and expression vary a little.
-    """
+    """The circumstances of a frame's media, of which pose and expression vary a little."""
     stream = [seed, IJB, frame.subject, frame.media]
     scene = draw_nuisance(np.random.default_rng([*stream, 0]), nuisance, frame.view)
     moment = draw_nuisance(np.random.default_rng([*stream, frame.number]), nuisance, frame.view)
@@ -189,9 +182,7 @@ def place_face(face: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 
 def rate_face(look, rng: np.random.Generator) -> float:
-    """What a detector might think of a face, 0.3 .. 1 and to 1/10000: little of small, turned,
-    blurred and hidden ones.
-    """
+    """A detector's score, 0.3 .. 1, to 1/10000: small, turned, blurred, hidden faces have less."""
     hidden = look.mask or look.sunglasses or look.patch
     worse = (
         0.6 * (1 - look.size / SIZE)
@@ -213,11 +204,8 @@ def write_ijb(output: Path, studio, seed: int, nuisance: float, subjects: int) -
     # subject of each template
     owner = np.repeat(np.arange(subjects), TEMPLATES)
     first, second = np.triu_indices(len(owner), 1)
-    pairs = {
-        "p1": first + 1,
-        "p2": second + 1,
-        "label": (owner[first] == owner[second]).astype(np.int64),
-    }
+    same = (owner[first] == owner[second]).astype(np.int64)
+    pairs = {"p1": first + 1, "p2": second + 1, "label": same}
     metadata = {
         "faceness_scores": np.array([shot.score for shot in shots], np.float32),
         "templates": np.array([frame.template for frame in frames]),
@@ -229,7 +217,7 @@ def write_ijb(output: Path, studio, seed: int, nuisance: float, subjects: int) -
     with replacing_folder(loose, made) as folder, replacing_folder(arrow, made) as arrow_folder:
         write_insightface_ijb(folder, frames, shots, pairs)
         write_identification_lists(folder / "meta", frames)
-        write_arrow(arrow_folder, {"image": [shot.aligned for shot in shots]}, metadata)
+        write_arrow(arrow_folder, [shot.aligned for shot in shots], metadata)
         write_identification_lists(arrow_folder / "meta", frames)
     print(
         f"{loose}: {subjects} subjects, {len(owner)} templates, {frames[-1].media} media, "
@@ -255,17 +243,12 @@ def write_insightface_ijb(
         for k, shot in enumerate(shots)
     ]
     (folder / "meta" / f"{prefix}_name_5pts_score.txt").write_text("".join(lines))
-    np.savetxt(
-        folder / "meta" / f"{prefix}_template_pair_label.txt",
-        np.stack([pairs["p1"], pairs["p2"], pairs["label"]], axis=1),
-        "%d",
-    )
+    columns = np.stack(list(pairs.values()), axis=1)
+    np.savetxt(folder / "meta" / f"{prefix}_template_pair_label.txt", columns, "%d")
 
 
 def write_identification_lists(folder: Path, frames: list[Frame]) -> None:
-    """Write the 1:N lists: gallery G1 has the even subjects, G2 the odd ones, so that each probe
-    has its mate in one and none in the other.
-    """
+    """Write the 1:N lists: even subjects in G1, odd in G2, so that one lacks a probe's mate."""
     folder.mkdir(exist_ok=True)
     lists = {"gallery_G1": [], "gallery_G2": [], "probe_mixed": []}
     for k, frame in enumerate(frames):
@@ -286,9 +269,7 @@ def file_name(k: int) -> str:
 
 
 def list_tinyface(identities: int) -> dict[str, list[Photograph]]:
-    """Photographs by folder of the official tree; the distractors' people come after the
-    ``identities`` of the others.
-    """
+    """Photographs by folder of the official tree; the distractors are people of their own."""
     people = range(identities)
     others = range(identities, (1 + DISTRACTORS) * identities)
     folders = {
@@ -297,19 +278,13 @@ def list_tinyface(identities: int) -> dict[str, list[Photograph]]:
         "Gallery_Distractor": (others, [1]),
     }
     return {
-        folder: [
-            Photograph(TINYFACE, person, number, "small")
-            for person in persons
-            for number in numbers
-        ]
+        folder: [Photograph(TINYFACE, *who, "small") for who in product(persons, numbers)]
         for folder, (persons, numbers) in folders.items()
     }
 
 
 def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities: int) -> int:
-    """Write the TinyFace-like set in both layouts (TINYFACE_FOLDERS); returns the number of
-    images.
-    """
+    """Write the TinyFace-like set in both layouts (TINYFACE_FOLDERS); the number of images."""
     listed = list_tinyface(identities)
     paths = {
         folder: [f"{folder}/{p.identity}_{p.number}.jpg" for p in photographs]
@@ -330,7 +305,7 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
             (folder / name).mkdir()
         for path, face in zip(image_paths, faces, strict=True):
             (folder / path).write_bytes(face)
-        write_arrow(arrow_folder, {"image": faces, "path": image_paths}, metadata)
+        write_arrow(arrow_folder, faces, metadata, path=image_paths)
     counts = ", ".join(f"{len(names)} {name}" for name, names in paths.items())
     print(f"{tree}: {identities} identities, {counts}")
     print(f"{arrow}: the same in CVLFace's layout")
@@ -340,36 +315,23 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
 # -- both
 
 
-def write_arrow(folder: Path, columns: dict, metadata: dict) -> None:
-    """Write CVLFace's layout: a ``save_to_disk`` folder of encoded images, ``index`` and what else
-    ``columns`` has, and ``metadata.pt``.
-    """
+def write_arrow(folder: Path, faces: list[bytes], metadata: dict, **texts: list[str]) -> None:
+    """Write CVLFace's layout: a ``save_to_disk`` folder of faces, index and texts; metadata.pt."""
     # these two take seconds to load, and the workers import this module too
     import datasets
     import torch
 
     datasets.disable_progress_bars()
-    count = len(columns["image"])
-    columns = columns | {
-        "index": list(range(count)),
-        "image": [{"bytes": face, "path": None} for face in columns["image"]],
-    }
-    kinds = {
-        "image": datasets.Image(),
-        "index": datasets.Value("int64"),
-        "path": datasets.Value("string"),
-    }
-    features = datasets.Features({name: kind for name, kind in kinds.items() if name in columns})
-    datasets.Dataset.from_dict(
-        {name: columns[name] for name in features}, features=features
-    ).save_to_disk(folder)
+    images = [{"bytes": face, "path": None} for face in faces]
+    columns = {"image": images, "index": list(range(len(faces))), **texts}
+    kinds = {"image": datasets.Image(), "index": datasets.Value("int64")}
+    kinds |= {name: datasets.Value("string") for name in texts}
+    datasets.Dataset.from_dict(columns, datasets.Features(kinds)).save_to_disk(folder)
     torch.save(metadata, folder / "metadata.pt")
 
 
 def sample_rows(studio, seed: int, subjects: int, identities: int) -> list[Row]:
-    """Rows for the contact sheet: loose crops and what alignment makes of them, TinyFace probes and
-    mates.
-    """
+    """The contact sheet's rows: loose crops, the same aligned, TinyFace probes and mates."""
     rows = []
     if subjects:
         shots = list(studio(list_frames(seed, subjects)[:COLUMNS]))

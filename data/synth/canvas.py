@@ -31,9 +31,7 @@ def cut_out(image: np.ndarray, corners: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 class Canvas:
-    """The image, its shadows, and the camera that one photograph of a person is taken with; colours
-    are RGB.
-    """
+    """The image, its shadows, and the camera of one photograph of a person; colours are RGB."""
 
     def __init__(self, who, look, rng):
         self.who = who
@@ -56,9 +54,7 @@ class Canvas:
     # -- from face coordinates to the canvas
 
     def place(self, x, y, z) -> np.ndarray:
-        """Turn points of the head by yaw and pitch, then roll, zoom and shift: crop coordinates (N,
-        2).
-        """
+        """Turn points of the head by yaw and pitch, then roll, zoom, shift: (N, 2) of the crop."""
         return np.array([x, y, z]).T @ self.camera + self.center
 
     def place_feature(self, points, relief=0.0) -> np.ndarray:
@@ -68,9 +64,7 @@ class Canvas:
         return self.place(x, y, self.who.depth * np.sqrt(np.maximum(round_off, 0.02)) + relief)
 
     def place_outline(self, points) -> np.ndarray:
-        """Place points (N, 2) of the silhouette: the skull shows its longer side as it turns, the
-        chin goes with the face.
-        """
+        """Place silhouette points (N, 2): a turn shows the skull's side, the chin goes along."""
         x, y = np.asarray(points, np.float64).T
         widen = np.hypot(self.cos, 1.1 * self.who.depth / self.who.head_width * self.sin)
         depth = self.who.depth * np.interp(y / self.who.chin, [-1, 0, 1], [0.1, 0.25, 0.75])

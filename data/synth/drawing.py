@@ -32,9 +32,7 @@ class Face(Canvas):
     """A person on a canvas: ``draw_*`` in the order of ``render``; points are face coordinates."""
 
     def draw_background(self) -> None:
-        """A vertical and horizontal colour gradient with a few shapes; neutral grey without
-        nuisance.
-        """
+        """A colour gradient down and across with a few shapes; neutral grey without nuisance."""
         rng, scale = self.rng, self.look.clutter
         corners = 128 + min(scale, 1.0) * rng.uniform(-85, 85, (2, 2, 3))
         self.canvas[...] = cv2.resize(
@@ -61,9 +59,7 @@ class Face(Canvas):
         self.fill(self.place_outline(outline), clothes)
 
     def outline(self, grow: float = 0.0) -> np.ndarray:
-        """The head's silhouette from the left temple over the top to the right, then down and
-        around the chin (2 * UPPER, 2).
-        """
+        """Its silhouette (2 * UPPER, 2): from the left temple over the top, around the chin."""
         who = self.who
         upper = np.stack(
             [-(who.head_width + grow) * np.cos(ARC), -(who.head_top + grow) * np.sin(ARC)], axis=-1

@@ -96,9 +96,7 @@ VIEWS = {
 
 
 def draw_identity(rng: np.random.Generator) -> SimpleNamespace:
-    """Draw one person: every name of IDENTITY, plus hair style, beard, and marks as arrays of (x,
-    y, radius, strength).
-    """
+    """Draw one person: IDENTITY, hair style, beard, and marks (x, y, radius, strength)."""
     who = SimpleNamespace()
     for name, (center, half) in IDENTITY.items():
         setattr(who, name, center + half * rng.uniform(-1, 1))
@@ -119,9 +117,7 @@ def draw_identity(rng: np.random.Generator) -> SimpleNamespace:
 
 
 def draw_marks(rng, count: int, radius, strength) -> np.ndarray:
-    """Draw (count, 4) marks: x and y as fractions of the face, so that they stay on every head,
-    then radius and strength.
-    """
+    """(count, 4) marks: x and y as fractions of the face, to stay on any head; radius; strength."""
     low, high = np.array([(-0.75, 0.75), (-0.45, 0.85), radius, strength]).T
     return rng.uniform(low, high, (count, 4))
 
@@ -129,9 +125,7 @@ def draw_marks(rng, count: int, radius, strength) -> np.ndarray:
 def draw_nuisance(
     rng: np.random.Generator, scale: float = 1.0, view: str = "any"
 ) -> SimpleNamespace:
-    """Draw the circumstances of one photograph. ``scale`` multiplies all ranges and chances (0 =
-    none); ``view`` is a name of VIEWS.
-    """
+    """Draw a photograph's circumstances. scale: of ranges and chances, 0: none; view: of VIEWS."""
     look = SimpleNamespace()
     for name, (neutral, half) in NUISANCE.items():
         setattr(look, name, neutral + scale * half * rng.uniform(-1, 1))
@@ -191,9 +185,7 @@ def render(who: SimpleNamespace, look: SimpleNamespace) -> np.ndarray:
 
 
 def light(image: np.ndarray, shade: np.ndarray, look: SimpleNamespace) -> np.ndarray:
-    """Multiply by the soft shadows (1 = none), the light's gradient, gain and colour; returns
-    float32, 0..255 and above.
-    """
+    """Multiply by shadows (1 = none), gradient, gain, colour; returns float32, 0..255 and above."""
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     gradient = (1 + look.light_x * ramp[None, :] + look.light_y * ramp[:, None]).clip(0.15)
     colour = np.exp(look.gain + np.array([look.temperature, look.tint, -look.temperature]))

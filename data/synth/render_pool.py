@@ -16,9 +16,7 @@ CHUNK = 16
 
 
 class Photograph(NamedTuple):
-    """Names one image of one person; with the seed and the nuisance scale this decides every byte
-    of it.
-    """
+    """Names one image of one person; with seed and nuisance scale it decides every byte of it."""
 
     split: int
     identity: int

@@ -142,13 +142,13 @@ def bilinear(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 def test_align_is_the_plain_warp(angle, scale, shift, inside):
     image = smooth(1, (150, 170))[0]
     points = moved(angle, scale, shift)
-    found = align(image, points)
-    assert found.shape == (SIZE, SIZE, 3) and found.dtype == np.uint8 and found.flags.c_contiguous
-    difference = np.abs(found - bilinear(image, similarity(points)))
+    crop = align(image, points)
+    assert crop.shape == (SIZE, SIZE, 3) and crop.dtype == np.uint8 and crop.flags.c_contiguous
+    difference = np.abs(crop - bilinear(image, similarity(points)))
     # OpenCV interpolates at 1/32 of a pixel; at the black border a pixel may weigh otherwise by as
     # much
     assert np.quantile(difference, 0.98) <= 3 and difference.max() <= 20
-    assert (found > 0).any(axis=2).all() == inside
+    assert (crop > 0).any(axis=2).all() == inside
 
 
 def test_identity_leaves_the_image():
@@ -161,10 +161,10 @@ def test_five_dots_come_to_lie_on_the_template():
     image = np.zeros((300, 300, 3), np.uint8)
     for x, y in points.astype(int):
         image[y - 2 : y + 3, x - 2 : x + 3] = 255
-    found = align(image, points)
+    crop = align(image, points)
     for x, y in np.round(TEMPLATE).astype(int):
-        assert found[y, x].min() > 100
-    assert (found.max(axis=2) > 0).mean() < 0.02
+        assert crop[y, x].min() > 100
+    assert (crop.max(axis=2) > 0).mean() < 0.02
 
 
 def test_bad_points_in_align():

@@ -97,15 +97,13 @@ def test_with_a_detector_in_two_processes_and_on_to_records(photos, tmp_path):
         "dropped: 2 unreadable, 2 no face, 1 not an image, 1 several faces, 1 low score, 1 no "
         "person\n"
     ) in output
-    for name, crop in (
+    for name, expected in (
         ("ann/a.png", CROPS[0]),
         ("ann/a.png.png", CROPS[1]),
         ("bob x/b.png", CROPS[2]),
     ):
-        found = cv2.cvtColor(
-            decode_bgr((tmp_path / "faces" / name).read_bytes()), cv2.COLOR_BGR2RGB
-        )
-        assert found.shape == (112, 112, 3) and np.abs(found.astype(int) - crop).mean() < (
+        crop = cv2.cvtColor(decode_bgr((tmp_path / "faces" / name).read_bytes()), cv2.COLOR_BGR2RGB)
+        assert crop.shape == (112, 112, 3) and np.abs(crop.astype(int) - expected).mean() < (
             6 if name == "ann/a.png" else 1
         ), "a.jpg lost more"
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "faces", "yunet.onnx"}
@@ -154,16 +152,16 @@ def test_with_points_from_elsewhere(photos, tmp_path, monkeypatch, capsys):
         "--quality",
         100,
     )
-    found = report(tmp_path / "faces")
-    assert {photo: outcome for photo, outcome in found.items() if outcome[0]} == {
+    reported = report(tmp_path / "faces")
+    assert {photo: outcome for photo, outcome in reported.items() if outcome[0]} == {
         "ann/a.jpg": ("ann/a.jpg", ""),
         "ann/two.png": ("ann/two.jpg", ""),
     }
     assert (
-        found["bob x/b.png"][1],
-        found["bob x/none.png"][1],
-        found["cid/none.png"][1],
-        found["ann/a.png"][1],
+        reported["bob x/b.png"][1],
+        reported["bob x/none.png"][1],
+        reported["cid/none.png"][1],
+        reported["ann/a.png"][1],
     ) == ("low score", "too small", "unusable points", "unusable points")
     crop = cv2.cvtColor(
         decode_bgr((tmp_path / "faces" / "ann" / "two.jpg").read_bytes()), cv2.COLOR_BGR2RGB

@@ -68,10 +68,10 @@ def test_every_finding(damaged, tmp_path, workers):
         workers,
         expect=1,
     )
-    found = json.loads((tmp_path / "check.json").read_text())
-    assert (found["images"], found["classes"]) == (13, 5)
+    findings = json.loads((tmp_path / "check.json").read_text())
+    assert (findings["images"], findings["classes"]) == (13, 5)
     listed = {
-        name: (found[name]["count"], found[name]["listed"])
+        name: (findings[name]["count"], findings[name]["listed"])
         for name in ("unreadable", "labels", "gaps", "shared", "duplicates")
     }
     assert listed["unreadable"] == (
@@ -88,7 +88,7 @@ def test_every_finding(damaged, tmp_path, workers):
         [dict(record=3, label=1.0), dict(record=12, label=1.0)],
     )
     assert listed["shared"] == (1, [own]) and listed["duplicates"] == (2, [own, other])
-    assert found["identity_sizes"] == dict(
+    assert findings["identity_sizes"] == dict(
         classes=3,
         least=3,
         median=3.0,
@@ -196,8 +196,8 @@ def test_jpegs_without_their_end_are_named(tmp_path):
     allowed = "--allow", "unreadable"
     _, error = check(folder, "--workers", 1, *allowed, "--json", tmp_path / "check.json", expect=1)
     assert "2 JPEGs that end early (no end marker: " in error
-    found = json.loads((tmp_path / "check.json").read_text())["cut"]
-    assert [entry["record"] for entry in found["listed"]] == [1, 3]
+    cut = json.loads((tmp_path / "check.json").read_text())["cut"]
+    assert [entry["record"] for entry in cut["listed"]] == [1, 3]
     check(folder, "--workers", 1, *allowed, "cut", expect=0)
 
 
@@ -232,24 +232,24 @@ def test_whatever_rec_names(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for ending in ("rec", "idx"):
         (b / f"train.{ending}").rename(b / f"faces.{ending}")
-    for words in ([a / "train.rec"], [f"rec={b / 'faces.rec'}"]):
-        assert "4 images, 2 classes" in check(*words, "--workers", 1, expect=0)[0]
-    for words in ([f"{a},{b / 'faces.rec'}"], [a, b / "faces.rec"]):
-        output, _ = check(*words, "rec_labels=separate", "--workers", 1, expect=0)
+    for arguments in ([a / "train.rec"], [f"rec={b / 'faces.rec'}"]):
+        assert "4 images, 2 classes" in check(*arguments, "--workers", 1, expect=0)[0]
+    for arguments in ([f"{a},{b / 'faces.rec'}"], [a, b / "faces.rec"]):
+        output, _ = check(*arguments, "rec_labels=separate", "--workers", 1, expect=0)
         assert "8 images, 4 classes" in output and "2 at least" in output
     assert (
         "8 images, 2 classes"
         in check(f"rec={a},{b / 'faces.rec'}", "rec_labels=shared", "--workers", 1, expect=0)[0]
     )
     (b / "property").unlink()
-    for words, message in (
+    for arguments, message in (
         ([b], f"rec={b / 'faces.rec'}"),
         ([a, b / "faces.rec"], "set rec_labels=shared"),
         ([a, a / "train.rec"], "twice"),
         ([b / "gone.rec"], f"no record file {b / 'gone.rec'}"),
         ([a, b / "faces.rec", "rec_labels=x"], "rec_labels='x' is unknown"),
     ):
-        output, error = check(*words, expect=1)
+        output, error = check(*arguments, expect=1)
         assert message in error and error.count("\n") == 1 and not output
 
 
@@ -365,11 +365,11 @@ def test_groups_and_sizes_against_plain_counting():
     values = rng.integers(0, 400, 1000)
     digests = np.array([np.void(int(value).to_bytes(16, "big")) for value in values])
     chosen = np.flatnonzero(rng.random(1000) < 0.9)
-    wanted = {}
+    expected = {}
     for index in chosen:
-        wanted.setdefault(values[index], []).append(int(index))
-    wanted = sorted(group for group in wanted.values() if len(group) > 1)
-    assert [group.tolist() for group in group_equal(digests, chosen)] == wanted
+        expected.setdefault(values[index], []).append(int(index))
+    expected = sorted(group for group in expected.values() if len(group) > 1)
+    assert [group.tolist() for group in group_equal(digests, chosen)] == expected
     assert group_equal(digests, chosen[:1]) == []
     sizes = describe_sizes(np.array([0, 1, 1, 2, 4, 5, 1000, 999, 7000]))
     assert sizes["histogram"] == {

@@ -34,8 +34,8 @@ TOOL = ROOT / "data" / "decode_rec.py"
 def records_of(folder, stem="train"):
     """[(key, offset, header and image)] in the order of the file."""
     with IndexedRecordIO(folder / f"{stem}.idx", folder / f"{stem}.rec", "r") as reader:
-        found = [(key, reader.offset(key), reader.read_idx(key)) for key in reader.keys]
-    return sorted(found, key=lambda entry: entry[1])
+        records = [(key, reader.offset(key), reader.read_idx(key)) for key in reader.keys]
+    return sorted(records, key=lambda entry: entry[1])
 
 
 def assert_same_set(copy, source):

@@ -91,8 +91,8 @@ def test_packing_and_checking(folder, people, settings):
     (people / "Åsa").mkdir()
     (people / "Åsa" / "ä.jpg").write_bytes(jpeg(77))
     output = folder / "records"
-    told = run(ROOT / "data" / "make_rec.py", "--images", people, "--output", output, **settings)
-    assert told == f"{printable(str(output))}: 9 images of 3 identities, read back and equal\n"
+    printed = run(ROOT / "data" / "make_rec.py", "--images", people, "--output", output, **settings)
+    assert printed == f"{printable(str(output))}: 9 images of 3 identities, read back and equal\n"
     lines = (output / "train.lst").read_bytes().splitlines()
     listed = {os.fsdecode(line.split(b"\t")[2]) for line in lines}
     there = {str(path.relative_to(people)) for path in people.glob("*/*")}
@@ -100,7 +100,7 @@ def test_packing_and_checking(folder, people, settings):
     bad = people / NAME / f"{NAME}bad.jpg"
     bad.write_bytes(b"no image")
     written = folder / "check.json", folder / "sheet.png"
-    told = run(
+    printed = run(
         ROOT / "data" / "check_rec.py",
         people,
         "--json",
@@ -110,20 +110,20 @@ def test_packing_and_checking(folder, people, settings):
         expect=1,
         **settings,
     )
-    assert f"record {SHOWN}/{SHOWN}bad.jpg" in told and written[1].is_file()
-    found = json.loads(written[0].read_text())["unreadable"]["listed"][0]["record"]
+    assert f"record {SHOWN}/{SHOWN}bad.jpg" in printed and written[1].is_file()
+    record = json.loads(written[0].read_text())["unreadable"]["listed"][0]["record"]
     if settings.get("PYTHONUTF8") != "0":
-        assert people / found == bad
+        assert people / record == bad
 
 
 @pytest.mark.processes
 def test_training_logs(folder, people):
     """Into such a folder, with a warning that names such a file."""
     (people / NAME / f"{NAME}9.jpg").write_bytes(b"no image")
-    words = [*TINY, f"data_path={people}", f"output={folder / 'run'}"]
+    arguments = [*TINY, f"data_path={people}", f"output={folder / 'run'}"]
     script = ROOT / "train" / "train_standalone.py"
-    told = run(script, *words, PYTHONIOENCODING="utf-8:strict")
-    assert "Traceback" not in told and "Logging error" not in told
+    printed = run(script, *arguments, PYTHONIOENCODING="utf-8:strict")
+    assert "Traceback" not in printed and "Logging error" not in printed
     log = (folder / "run" / "training.log").read_text("utf-8")
     assert f"{SHOWN}/{SHOWN}9.jpg" in log and "Finished at step" in log
     assert list((folder / "run" / "tb").glob("events.*"))
@@ -165,9 +165,9 @@ def test_onnx_models_and_detectors(folder, name):
 
     path = onnx_model(folder / f"{name}.onnx")
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32)
-    found = OnnxNetwork(path, "model")(torch.from_numpy(pixels)).numpy()
+    features = OnnxNetwork(path, "model")(torch.from_numpy(pixels)).numpy()
     # float32 products and sums of 768 numbers of size 1, against float64
-    np.testing.assert_allclose(found, reference(pixels), atol=1e-3)
+    np.testing.assert_allclose(features, reference(pixels), atol=1e-3)
     detector = Detector(write_detector(folder / f"{name}.onnx"))
     crop = np.full((112, 112, 3), 90, np.uint8)
     assert len(detector(photograph([crop], [(160, 160)]))) == 1
@@ -183,8 +183,8 @@ def test_onnx_models_with_weights_in_a_second_file(folder):
     for file in ("model.onnx", "model.onnx.data"):
         (folder.parent / file).rename(folder / file)
     pixels = np.random.default_rng(0).uniform(-1, 1, (2, 3, 112, 112)).astype(np.float32)
-    found = OnnxNetwork(folder / "model.onnx", "model")(torch.from_numpy(pixels)).numpy()
-    np.testing.assert_allclose(found, reference(pixels), atol=1e-3)
+    features = OnnxNetwork(folder / "model.onnx", "model")(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(features, reference(pixels), atol=1e-3)
 
 
 def test_a_path_for_libraries_that_take_utf8_alone(folder):

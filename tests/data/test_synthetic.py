@@ -205,7 +205,7 @@ def test_faces_are_drawn_at_any_nuisance(view):
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    "options, words",
+    "options, message",
     [
         ({"pairs": 30}, "multiple of 20"),
         ({"identities": 0}, "--identities"),
@@ -216,9 +216,9 @@ def test_faces_are_drawn_at_any_nuisance(view):
         ({"tinyface_identities": -1}, "--tinyface-identities"),
     ],
 )
-def test_bad_arguments_are_one_line(tmp_path, options, words):
+def test_bad_arguments_are_one_line(tmp_path, options, message):
     result = make(tmp_path / "set", **options)
-    assert result.returncode == 1 and words in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "set").exists()
 
 
@@ -250,7 +250,8 @@ def test_a_real_training_set_is_not_overwritten(tmp_path):
 @pytest.mark.parametrize("folder", BENCHMARKS)
 def test_a_real_benchmark_is_not_overwritten(tmp_path, folder):
     (tmp_path / "set" / folder).mkdir(parents=True)
-    (tmp_path / "set" / "synthetic.json").write_text("{}")  # other sets in this folder are ours
+    # other sets in this folder are ours
+    (tmp_path / "set" / "synthetic.json").write_text("{}")
     (tmp_path / "set" / folder / "photograph.jpg").write_bytes(b"precious")
     before = read_all(tmp_path / "set")
     result = make(tmp_path / "set")

@@ -172,7 +172,8 @@ def test_damaged_records_are_replaced_and_listed(tmp_path):
     records[7] = (7.0, b"")
     dataset = MXFaceDataset(write_set(tmp_path, records, "8,112,112\n"))
     batch = dataset.__getitems__([0, 2, 3, 5, 7, 6])
-    assert batch.labels.tolist() == [0, 4, 4, 6, 0, 6]  # the next good one, around the end
+    # the next good one, around the end
+    assert batch.labels.tolist() == [0, 4, 4, 6, 0, 6]
     assert [key for key, _ in batch.bad] == [2, 3, 5, 7]
     assert "96x100, not 112x112" in batch.bad[2][1]
     for row, index in enumerate([0, 4, 4, 6, 0, 6]):
@@ -255,9 +256,10 @@ def test_missing_and_empty_sets(tmp_path):
         FaceDatasetFolder(tmp_path / "folder")
 
 
-def training_set(*words):
+def training_set(*overrides):
     """As training, cache_teacher.py, class_centers.py and teacher_report.py open it."""
-    return build_dataset(load_config(ROOT / "config" / "config.py", ["dataset=synthetic", *words]))
+    cfg = load_config(ROOT / "config" / "config.py", ["dataset=synthetic", *overrides])
+    return build_dataset(cfg)
 
 
 @pytest.mark.parametrize("label, classes", [(0, None), (0, 12), (5, None), (5, 12), (5, 6)])
@@ -271,9 +273,9 @@ def test_a_set_of_one_class_is_refused_and_gets_no_property(label, classes, tmp_
         (folder / "property").unlink()
     before = sorted(os.listdir(folder))
     message = f"all labels are {label}: training needs two classes or more, and the identities of"
-    for words in ([], [f"num_classes={classes or 9}"]):
+    for overrides in ([], [f"num_classes={classes or 9}"]):
         with pytest.raises(InputError, match=message):
-            training_set(f"rec={folder}", *words)
+            training_set(f"rec={folder}", *overrides)
     assert sorted(os.listdir(folder)) == before
 
 
@@ -302,18 +304,18 @@ def test_labels_from_1_are_named_before_training(tmp_path, caplog):
     write_set(
         tmp_path, [(float(label), jpeg(seed)) for seed, label in enumerate(labels)], "4,112,112"
     )
-    for words in ([], ["num_classes=4"]):
-        with pytest.raises(InputError) as told:
-            training_set(f"rec={tmp_path}", *words)
+    for overrides in ([], ["num_classes=4"]):
+        with pytest.raises(InputError) as refused:
+            training_set(f"rec={tmp_path}", *overrides)
         assert (
             "labels run from 1 to 4 (record 3), but classes are counted from 0 and there are 4"
-            in str(told.value)
+            in str(refused.value)
         )
-        assert "set num_classes=5 (class 0 then stays empty)" in str(told.value)
+        assert "set num_classes=5 (class 0 then stays empty)" in str(refused.value)
     (tmp_path / "property").unlink()
-    for words in (["num_classes=5"], [], []):
+    for overrides in (["num_classes=5"], [], []):
         caplog.clear()
-        assert training_set(f"rec={tmp_path}", *words).num_classes == 5
+        assert training_set(f"rec={tmp_path}", *overrides).num_classes == 5
         assert "begin at 1: class 0 has no image and stays empty" in caplog.text
         assert "classes of" not in caplog.text.replace("images of 5 classes", "")
 
@@ -395,9 +397,9 @@ def test_identities_without_images_are_named_with_the_reason(tmp_path):
         path.write_bytes(jpeg(0))
     for number in range(4):
         (root / f"q{number}").mkdir()
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as refused:
         FaceDatasetFolder(root)
-    message = str(told.value)
+    message = str(refused.value)
     assert message.startswith(f"7 of 8 identities in {root} have no image: ")
     assert "the images of p0, p1 lie in sub-folders (s1, s2): move them up" in message
     assert "r0: only files with other suffixes (1 .jfif) than .jpg" in message

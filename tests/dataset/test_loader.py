@@ -69,11 +69,11 @@ def test_they_are_those_of_direct_reading_epoch_after_epoch(dataset, workers):
     batches = [order[first : first + 7] for first in range(0, IMAGES, 7)]
     loader = open_loader(dataset, batches, 7, workers, CPU)
     for _ in range(3):
-        found = 0
+        damaged = 0
         for indices, batch in zip(batches, loader, strict=True):
             assert_equal(batch, dataset.__getitems__(indices))
-            found += len(batch.bad)
-        assert found == 1
+            damaged += len(batch.bad)
+        assert damaged == 1
     end_workers(loader._iterator)
 
 
@@ -81,9 +81,9 @@ def test_a_batch_in_use_is_not_written_to(dataset):
     """However long it is used: the worker has all the time to go as far ahead as it may."""
     batches = [[index] for index in range(20)]
     loader = open_loader(dataset, batches, 1, 1, CPU)
-    found = iter(loader)
+    reading = iter(loader)
     for indices in batches:
-        batch = next_batch(found)
+        batch = next_batch(reading)
         before = batch.images.clone()
         while loader._iterator._worker_result_queue.qsize() < min(
             PREFETCH, len(batches) - 1 - indices[0]
@@ -91,7 +91,7 @@ def test_a_batch_in_use_is_not_written_to(dataset):
             time.sleep(0.001)
         assert torch.equal(batch.images, before)
         assert_equal(batch, dataset.__getitems__(indices))
-    end_workers(found)
+    end_workers(reading)
 
 
 def test_an_epoch_left_in_the_middle_leaves_nothing_behind(folder):
@@ -124,11 +124,11 @@ def test_an_error_of_a_worker_is_told(tmp_path):
     dataset = MXFaceDataset(
         write_set(tmp_path, [(0.0, jpeg(0)), (5.0, jpeg(1)), (1.0, jpeg(2))], "2,112,112\n")
     )
-    found = iter(open_loader(dataset, [[0], [1]], 1, 1, CPU))
-    next_batch(found)
+    batches = iter(open_loader(dataset, [[0], [1]], 1, 1, CPU))
+    next_batch(batches)
     with pytest.raises(InputError, match="^record 1 of .* has label 5, but the set has 2 classes"):
-        next_batch(found)
-    end_workers(found)
+        next_batch(batches)
+    end_workers(batches)
 
 
 def test_without_workers_nothing_is_shared(dataset):
@@ -148,7 +148,7 @@ def own_memory():
         if loader.SHARED in line
     ]
     return sum(
-        int(end, 16) - int(start, 16) for start, end in (words[0].split("-") for words in mapped)
+        int(end, 16) - int(start, 16) for start, end in (fields[0].split("-") for fields in mapped)
     )
 
 

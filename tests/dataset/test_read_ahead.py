@@ -9,7 +9,8 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also started by torchrun, below
+# also started by torchrun, below
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ from utils.recordio.format import IRHeader, pack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.reader import RecordFile
 
-IMAGES, SHARDS, BLOCK, BATCH = 1003, (400, 603), 5, 24  # 80 + 121 blocks: 4 windows
+# 80 + 121 blocks: 4 windows
+IMAGES, SHARDS, BLOCK, BATCH = 1003, (400, 603), 5, 24
 
 
 @pytest.fixture(scope="module")

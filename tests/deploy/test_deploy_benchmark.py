@@ -42,22 +42,22 @@ def test_multiply_adds(tmp_path, name, use_se, published):
     counter = FlopCounterMode(display=False)
     with counter, torch.inference_mode():
         network(torch.zeros(1, 3, 112, 112))
-    found = count_in_network(network)
-    assert found == counter.get_total_flops() // 2 and (
-        published is None or found == pytest.approx(published, rel=0.05)
+    counted = count_in_network(network)
+    assert counted == counter.get_total_flops() // 2 and (
+        published is None or counted == pytest.approx(published, rel=0.05)
     )
     if name != "iresnet50":
         model = to_onnx(network)
         onnx.save(model, tmp_path / "x.onnx")
-        assert count_in_graph(tmp_path / "x.onnx") == found
+        assert count_in_graph(tmp_path / "x.onnx") == counted
     if name == "mobilefacenet":
         quantize_dynamic(tmp_path / "x.onnx", tmp_path / "dynamic.onnx")
-        assert count_in_graph(tmp_path / "dynamic.onnx") == found
+        assert count_in_graph(tmp_path / "dynamic.onnx") == counted
         onnx.save(
             to_int8(to_onnx(network, uint8=True), np.zeros((2, 112, 112, 3), np.uint8), uint8=True),
             tmp_path / "x.onnx",
         )
-        assert count_in_graph(tmp_path / "x.onnx") == found
+        assert count_in_graph(tmp_path / "x.onnx") == counted
 
 
 @pytest.mark.processes
@@ -82,9 +82,9 @@ def test_the_table(tmp_path):
         and "images/s at 4" in output.splitlines()[1]
         and len(output.splitlines()) == 4
     )
-    found = json.loads((tmp_path / "table.json").read_text())
-    assert (found["device"], found["threads"], found["batch"]) == ("CPU", 1, 4)
-    first, second = found["models"].values()
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert (table["device"], table["threads"], table["batch"]) == ("CPU", 1, 4)
+    first, second = table["models"].values()
     assert (first["network"], first["parameters"], first["multiply_adds"]) == (
         "mobilefacenet",
         953_728,

@@ -80,8 +80,8 @@ def features(folder, crops) -> np.ndarray:
     network.load_state_dict(torch.load(folder / "7backbone.pth"))
     x = to_input(torch.from_numpy(np.stack(crops)))
     with torch.inference_mode():
-        found = (network(x) + network(x.flip(-1))).numpy().astype(np.float64)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+        features = (network(x) + network(x.flip(-1))).numpy().astype(np.float64)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def compare(monkeypatch, capsys, folder, *arguments) -> str:
@@ -289,8 +289,8 @@ def test_thresholds_of_a_report(tmp_path, folder, monkeypatch, capsys):
         "RGB",
         [exhibit],
     )
-    found = read_threshold(tmp_path, 1e-2, None, {sha256(folder / "7backbone.pth"): "RGB"})
-    assert found[:2] == ("lfw", 0.01) and found[2:] == pytest.approx(threshold_at(roc, 1e-2))
+    stored = read_threshold(tmp_path, 1e-2, None, {sha256(folder / "7backbone.pth"): "RGB"})
+    assert stored[:2] == ("lfw", 0.01) and stored[2:] == pytest.approx(threshold_at(roc, 1e-2))
     output = compare(
         monkeypatch,
         capsys,
@@ -308,8 +308,8 @@ def test_thresholds_of_a_report(tmp_path, folder, monkeypatch, capsys):
         and ": the same person\n" in output
     )
     assert (
-        f"threshold {found.cosine:.4f}: on lfw it accepts at most 1% of different people (FAR "
-        f"0.01) and {100 * found.tar:.2f}% of pairs of the same person"
+        f"threshold {stored.cosine:.4f}: on lfw it accepts at most 1% of different people (FAR "
+        f"0.01) and {100 * stored.tar:.2f}% of pairs of the same person"
     ) in output
     assert output.endswith(f"{folder / '7backbone.pth'}: mobilefacenet, RGB images\n")
     with pytest.raises(

@@ -190,11 +190,11 @@ def test_int8_weights_have_a_scale_for_each_channel(run_folder, exported):
 
 @pytest.mark.processes
 def test_models_give_the_checkpoints_features(run_folder, exported):
-    wanted = features(load_model(run_folder / "12backbone.pth", "model").network)
+    expected = features(load_model(run_folder / "12backbone.pth", "model").network)
     network = OnnxNetwork(run_folder / "12backbone.onnx")
     assert network.takes_bytes and network.embedding_size == 16
     np.testing.assert_allclose(
-        features(network), wanted, rtol=0, atol=2 * rounding.network(50) * np.abs(wanted).max()
+        features(network), expected, rtol=0, atol=2 * rounding.network(50) * np.abs(expected).max()
     )
     assert features(network, PIXELS[:1]).shape == (1, 16) and network(
         torch.zeros(0, 3, 112, 112)
@@ -204,7 +204,7 @@ def test_models_give_the_checkpoints_features(run_folder, exported):
 @pytest.mark.processes
 def test_full_and_batch_evaluation_take_models(run_folder, exported, tmp_path):
     how = ["--device", "cpu", "--val-batch-size", 8]
-    wanted = verification.test(
+    expected = verification.test(
         verification.load_bin(run_folder / "set" / "frontal.bin"),
         load_model(run_folder / "12backbone.pth", "model").network,
         8,
@@ -223,7 +223,7 @@ def test_full_and_batch_evaluation_take_models(run_folder, exported, tmp_path):
     )
     assert json.loads((tmp_path / "r.json").read_text())["verification"][
         "frontal"
-    ] == pytest.approx(wanted, rel=1e-4)
+    ] == pytest.approx(expected, rel=1e-4)
     assert (
         f"skipped lowres: no {run_folder / 'set' / 'lowres.bin'}" in output
         and ("(ONNX model, onnxruntime on 1 x cpu, RGB images)") in output
@@ -252,7 +252,7 @@ def test_full_and_batch_evaluation_take_models(run_folder, exported, tmp_path):
         ]["frontal"]
         for name in ("", "fp16.", "int8.")
     }
-    assert rows[""] == pytest.approx(wanted, rel=1e-4)
+    assert rows[""] == pytest.approx(expected, rel=1e-4)
     assert (
         rows["int8."]["Accuracy-Flip"]
         == exported[1]["12backbone.int8.onnx"]["frontal"]["Accuracy-Flip"]
@@ -272,16 +272,16 @@ def test_adafaces_bgr_release_becomes_an_rgb_model(tmp_path):
     )
     network = build_backbone("ir18", 8)
     fill.fill_state_dict(network)
-    wanted = features(network, PIXELS[..., ::-1].copy())
-    assert np.abs(features(network) - wanted).max() > 0.01 * np.abs(wanted).max()
+    expected = features(network, PIXELS[..., ::-1].copy())
+    assert np.abs(features(network) - expected).max() > 0.01 * np.abs(expected).max()
     model = load_model(path, "model")
     assert model.describe() == f"{path}: ir18, BGR images, weights of state_dict under model."
     onnx.save(to_onnx(model.network), tmp_path / "x.onnx")
     np.testing.assert_allclose(
         features(OnnxNetwork(tmp_path / "x.onnx")),
-        wanted,
+        expected,
         rtol=0,
-        atol=2 * rounding.network(20, 9 * 512) * np.abs(wanted).max(),
+        atol=2 * rounding.network(20, 9 * 512) * np.abs(expected).max(),
     )
 
 
@@ -307,13 +307,14 @@ def test_the_colour_order_may_be_said(tmp_path, monkeypatch, capsys):
         assert f"{path}: ir18, {order} images, weights of state_dict under model.\n" in export(
             "--color-space", order
         )
-        found, wanted = OnnxNetwork(tmp_path / "whose.onnx"), features(network, pixels)
-        assert (found.about["color_space"], found.about["checkpoint_color_space"]) == ("RGB", order)
+        exported, expected = OnnxNetwork(tmp_path / "whose.onnx"), features(network, pixels)
+        assert exported.about["color_space"] == "RGB"
+        assert exported.about["checkpoint_color_space"] == order
         np.testing.assert_allclose(
-            features(found),
-            wanted,
+            features(exported),
+            expected,
             rtol=0,
-            atol=2 * rounding.network(20, 9 * 512) * np.abs(wanted).max(),
+            atol=2 * rounding.network(20, 9 * 512) * np.abs(expected).max(),
         )
         assert load_model(path, "model", order).color_space == order
 
@@ -340,12 +341,12 @@ def test_old_operator_sets_an_average_and_a_foreign_config(tmp_path, monkeypatch
         "x.pth: mobilefacenet, RGB images, weights of state_dict_ema\n" in capsys.readouterr().out
     )
     assert onnx.load(tmp_path / "x.ema.onnx").opset_import[0].version == 11
-    wanted = features(plain)
+    expected = features(plain)
     np.testing.assert_allclose(
         features(OnnxNetwork(tmp_path / "x.ema.onnx")),
-        wanted,
+        expected,
         rtol=0,
-        atol=2 * rounding.network(50) * np.abs(wanted).max(),
+        atol=2 * rounding.network(50) * np.abs(expected).max(),
     )
     monkeypatch.setattr(
         sys,

@@ -50,9 +50,9 @@ def test_every_network_is_the_published_one(entry, images, outputs):
         "embedding",
         ["N", 512],
     )
-    found = onnx_session.run(None, {"input": images.numpy()})[0]
-    assert_near(found, outputs[entry])
-    assert agreement(found, outputs[entry]).least_cosine > 0.999999
+    computed = onnx_session.run(None, {"input": images.numpy()})[0]
+    assert_near(computed, outputs[entry])
+    assert agreement(computed, outputs[entry]).least_cosine > 0.999999
 
 
 @pytest.mark.parametrize("name", ["iresnet18", "ir18"])
@@ -72,12 +72,12 @@ def test_shifts_before_a_convolution_are_exact_at_the_border(name):
     x = torch.rand(3, 3, 112, 112) * 2 - 1
     model = to_onnx(network)
     with torch.inference_mode():
-        found = agreement(infer(model, x), network(x).numpy())
+        agreed = agreement(infer(model, x), network(x).numpy())
     # 20 convolutions of up to 9 * 512 terms, both ways in float32; shifts of 3 before them leave a
     # tenth of the numbers' size to tell images apart
     assert (
-        found.difference < 10 * 2 * rounding.network(20, 9 * 512) * found.largest
-        and found.least_cosine > 0.999999
+        agreed.difference < 10 * 2 * rounding.network(20, 9 * 512) * agreed.largest
+        and agreed.least_cosine > 0.999999
     )
 
 
@@ -87,18 +87,18 @@ def test_uint8_and_float16_give_the_same_features():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 112, 112, 3), np.uint8)
     x = to_input(torch.from_numpy(pixels)).numpy()
     with torch.inference_mode():
-        wanted = network(torch.from_numpy(x)).numpy()
+        expected = network(torch.from_numpy(x)).numpy()
     for uint8, given in ((False, x), (True, pixels)):
         model = to_onnx(network, uint8=uint8)
         half = to_fp16(model)
         assert (
-            agreement(infer(model, given), wanted).difference
-            < 2 * rounding.network(50) * np.abs(wanted).max()
+            agreement(infer(model, given), expected).difference
+            < 2 * rounding.network(50) * np.abs(expected).max()
         )
-        found = agreement(infer(half, given), wanted)
+        agreed = agreement(infer(half, given), expected)
         # float16 rounds weights and numbers of 50 layers by U16: an angle of sqrt(2 * 50) U16 =
         # 0.005
-        assert 1e-7 < found.difference and found.least_cosine > 0.9999
+        assert 1e-7 < agreed.difference and agreed.least_cosine > 0.9999
         assert half.ByteSize() < 0.55 * model.ByteSize()
         (name,) = session(half).get_inputs()
         assert (name.type, name.shape) == (
@@ -120,14 +120,14 @@ def test_older_operator_sets(name, use_se, opset):
     pixels = np.random.default_rng(1).integers(0, 256, (2, 112, 112, 3), np.uint8)
     x = to_input(torch.from_numpy(pixels)).numpy()
     with torch.inference_mode():
-        wanted = network(torch.from_numpy(x)).numpy()
+        expected = network(torch.from_numpy(x)).numpy()
     for uint8, given in ((False, x), (True, pixels)):
         model = to_onnx(network, uint8=uint8, opset=opset)
         assert [entry.version for entry in model.opset_import if not entry.domain] == [opset]
         assert not operators(model)["BatchNormalization"]
         onnx.checker.check_model(model, full_check=True)
-        assert agreement(infer(model, given), wanted).difference < 1e-4 * np.abs(wanted).max()
-        assert agreement(infer(to_fp16(model), given), wanted).least_cosine > 0.999
+        assert agreement(infer(model, given), expected).difference < 1e-4 * np.abs(expected).max()
+        assert agreement(infer(to_fp16(model), given), expected).least_cosine > 0.999
 
 
 def test_a_weight_that_float16_cannot_hold_is_seen():

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also started by torchrun, below
+# also started by torchrun, below
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 

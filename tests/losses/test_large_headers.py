@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also started by torchrun, below
+# also started by torchrun, below
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -174,11 +175,11 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.functions = []
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if any(name in function.overloadpacket.__name__ for name in self.NAMES):
-            self.found.append(function.overloadpacket.__name__)
+            self.functions.append(function.overloadpacket.__name__)
         return function(*arguments, **(options or {}))
 
 
@@ -196,7 +197,7 @@ def test_a_step_never_waits_for_the_gpu(method, rate, monkeypatch):
         header(features.requires_grad_(), labels, features.detach() + 1)[0].backward()
         if header.centers.learned:
             header.centers.step(LR, MOMENTUM, DECAY)
-    assert waits.found == []
+    assert waits.functions == []
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
@@ -216,11 +217,11 @@ def test_float64_is_computed_in_one_place_only(method, rate, monkeypatch):
     )
     header.centers.defer = True
     features, labels = inputs(0)
-    with DoubleNumbers() as found:
+    with DoubleNumbers() as doubles:
         header(features.requires_grad_(), labels, features.detach() + 1)[0].backward()
         if header.centers.learned:
             header.centers.step(LR, MOMENTUM, DECAY)
-    assert found.operations == []
+    assert doubles.operations == []
 
 
 class DoubleNumbers(TorchDispatchMode):

@@ -142,7 +142,8 @@ def test_missing_index_and_property_of_shards_are_rebuilt(shards, caplog):
 def test_insightface_shards(tmp_path, expected):
     """Each with a record 0 of its own, and the keys from 1."""
     reader = IndexedRecordIO(GOLDEN / "insightface.idx", GOLDEN / "insightface.rec", "r")
-    for number in range(2):  # three identities each, whose labels start at 0 again
+    # three identities each, whose labels start at 0 again
+    for number in range(2):
         groups = [
             [unpack(reader.read_idx(key))[1] for key in range(*span)]
             for span in SPANS[3 * number : 3 * number + 3]
@@ -228,8 +229,8 @@ def test_what_rec_cannot_name(shards, tmp_path):
 def test_rec_in_the_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def rec(*words, config=ROOT / "config" / "config.py"):
-        return load_config(config, ["dataset=synthetic", *words]).rec
+    def rec(*overrides, config=ROOT / "config" / "config.py"):
+        return load_config(config, ["dataset=synthetic", *overrides]).rec
 
     assert rec("rec=one") == str(tmp_path / "one") and rec() == str(ROOT / "data" / "synthetic")
     assert rec("rec=one,/two/b.rec , ~/three") == [
@@ -399,13 +400,13 @@ def test_offsets_beyond_the_file_are_refused(offset, count, tmp_path):
     lines[-count:] = [f"{line.split()[0]}\t{int(offset)}" for line in lines[-count:]]
     (folder / "train.idx").write_text("\n".join(lines))
     more = f", as do {count - 1} more" if count > 1 else ""
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as refused:
         MXFaceDataset(folder)
     assert (
         f"train.idx: offset {offset} of key {30 - count} lies beyond the {size} bytes of "
-        f"{folder / 'train.rec'}{more}; " in str(told.value)
+        f"{folder / 'train.rec'}{more}; " in str(refused.value)
     )
-    assert "delete train.idx to have it rebuilt" in str(told.value)
+    assert "delete train.idx to have it rebuilt" in str(refused.value)
     (folder / "train.idx").unlink()
     assert len(MXFaceDataset(folder)) == 30
 
@@ -463,7 +464,8 @@ def test_two_joined_files_are_numbered_anew(tmp_path, caplog):
         assert "numbered as they come" in caplog.text
         assert ("14 records hold ranges of keys and no image" in caplog.text) == layout
         caplog.clear()
-        assert len(MXFaceDataset(folder)) == 60 and not caplog.text  # the index was kept
+        # the index was kept
+        assert len(MXFaceDataset(folder)) == 60 and not caplog.text
 
 
 def edit_insightface(folder, edit):

@@ -73,13 +73,13 @@ def load(teacher, repo_id, cache):
     except InputError as error:
         return str(error)
 cache = folder + "/cache"
-found = load("ir18", "someone/faces_ir18", cache)
-torch.save(found(torch.load(folder + "/images.pth")), folder + "/features.pth")
+cached = load("ir18", "someone/faces_ir18", cache)
+torch.save(cached(torch.load(folder + "/images.pth")), folder + "/features.pth")
 own = load("ir18", "someone/faces_ir18", "")
 missing = load("cvlface_ir50", "", cache)
 half = load("ir18", "someone/half", cache)
 no_name = load("ir18", "no name/at all/x", "")
-print(json.dumps([found.path, own.path, missing, half, no_name, early]))
+print(json.dumps([cached.path, own.path, missing, half, no_name, early]))
 """
     path, own, missing, half, name, early = child(
         code, tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home")
@@ -90,13 +90,13 @@ print(json.dumps([found.path, own.path, missing, half, no_name, early]))
         and own.startswith(str(tmp_path / "home" / "hub"))
     )
     with torch.no_grad():
-        wanted = ir18(IMAGES)
+        expected = ir18(IMAGES)
     # of another process, which need not have as many threads
     torch.testing.assert_close(
         torch.load(tmp_path / "features.pth"),
-        wanted,
+        expected,
         rtol=0,
-        atol=2 * rounding.network(20, 9 * 512) * float(wanted.abs().max()),
+        atol=2 * rounding.network(20, 9 * 512) * float(expected.abs().max()),
     )
     assert missing == (
         "teacher: minchul/cvlface_adaface_ir50_webface4m is not in "

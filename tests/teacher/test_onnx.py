@@ -139,41 +139,43 @@ CONVENTIONS = {  # operators on the pixels, and what they are told to be
 
 
 @pytest.mark.parametrize("constant_nodes", [False, True], ids=["initializers", "constants"])
-@pytest.mark.parametrize("before, words", CONVENTIONS.values(), ids=CONVENTIONS)
-def test_conventions(tmp_path, caplog, before, words, constant_nodes):
+@pytest.mark.parametrize("before, normalisation", CONVENTIONS.values(), ids=CONVENTIONS)
+def test_conventions(tmp_path, caplog, before, normalisation, constant_nodes):
     path = onnx_model(tmp_path / "face.onnx", before, constant_nodes=constant_nodes)
     with caplog.at_level(logging.INFO):
         teacher = load_teacher(config(f"onnx:{path}"), SIZE)
-    found = teacher(IMAGES)
-    assert found.dtype == torch.float32 and found.shape == (2, SIZE) and not found.requires_grad
-    np.testing.assert_allclose(found.numpy(), reference(IMAGES.numpy()), **NEAR)
+    features = teacher(IMAGES)
+    assert features.dtype == torch.float32 and not features.requires_grad
+    assert features.shape == (2, SIZE)
+    np.testing.assert_allclose(features.numpy(), reference(IMAGES.numpy()), **NEAR)
     assert (
         teacher.normalisation,
         teacher.embedding_size,
         teacher.color_space,
         teacher.path,
         teacher.sha256,
-    ) == (words, SIZE, "RGB", str(path), sha256(path))
+    ) == (normalisation, SIZE, "RGB", str(path), sha256(path))
     assert caplog.messages[0].startswith(f"Teacher onnx:{path}: 12,")
     assert caplog.messages[0].endswith(
-        f" parameters, 16-d features, 112x112 RGB input, {words}, {path}, SHA-256 {sha256(path)}"
+        f" parameters, 16-d features, 112x112 RGB input, {normalisation}, {path}, "
+        f"SHA-256 {sha256(path)}"
     )
 
 
 @pytest.mark.parametrize(
-    "before, words",
+    "before, normalisation",
     [
         ((("Div", 255.0),), "x as it is (0 to 255), the graph does the rest"),
         ((("Mul", 1 / 128),), "x as it is (0 to 255), the graph does the rest"),
         ((("Sub", 0.5),), "x / 255, the graph does the rest"),
     ],
 )
-def test_one_operator_tells_as_much(tmp_path, before, words):
+def test_one_operator_tells_as_much(tmp_path, before, normalisation):
     assert (
         load_teacher(
             config(f"onnx:{onnx_model(tmp_path / 'face.onnx', before)}"), SIZE
         ).normalisation
-        == words
+        == normalisation
     )
 
 
@@ -223,19 +225,19 @@ def test_a_second_output_is_not_taken_for_the_features(tmp_path, caplog, outputs
 
 
 @pytest.mark.parametrize(
-    "before, words",
+    "before, normalisation",
     [CONVENTIONS["normalised outside"], CONVENTIONS["Sub and Mul (MXNet)"], CONVENTIONS["0 to 1"]],
     ids=["normalised outside", "Sub and Mul", "0 to 1"],
 )
 @pytest.mark.parametrize(
     "sizes", [(112, 112, 3), ("H", "W", 3), ("H", "W", "C")], ids=["fixed", "open", "all open"]
 )
-def test_channels_last(tmp_path, before, words, sizes):
+def test_channels_last(tmp_path, before, normalisation, sizes):
     """(N, 112, 112, 3) float32, as tf2onnx writes it."""
     teacher = load_teacher(
         config(f"onnx:{onnx_model(tmp_path / 'face.onnx', before, sizes=sizes, last=True)}"), SIZE
     )
-    assert teacher.normalisation == words
+    assert teacher.normalisation == normalisation
     np.testing.assert_allclose(
         teacher(IMAGES).numpy(), reference(IMAGES.numpy()), rtol=1e-4, atol=1e-4
     )

@@ -70,11 +70,11 @@ KINDS = {
 }
 
 
-def assert_same(found: torch.Tensor, wanted: torch.Tensor) -> None:
+def assert_same(features: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal up to the order in which the first convolution adds the three colours: some roundings
     of float32.
     """
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("name, file, wrap, bgr, place", KINDS.values(), ids=KINDS)
@@ -231,7 +231,7 @@ PUBLISHED_AS = {"ir": ("model.", "AdaFace IR-"), "cvlface": ("model.net.", "CVLF
 @pytest.mark.parametrize("name", TEACHERS)
 def test_the_weights_of_every_teacher_are_recognised(name):
     entry = TEACHERS[name]
-    prefix, words = PUBLISHED_AS.get(
+    prefix, likeness = PUBLISHED_AS.get(
         name.rstrip("0123456789").partition("_")[0], ("", name.removesuffix("_se"))
     )
     with torch.device("meta"):
@@ -239,7 +239,7 @@ def test_the_weights_of_every_teacher_are_recognised(name):
             build_backbone(entry.network, 512, use_se=entry.use_se).state_dict(), prefix
         )
     look = looks_like({"state_dict": published}, "teacher")
-    assert words in look and "embedding_size=512" in look, look
+    assert likeness in look and "embedding_size=512" in look, look
     assert look.endswith(f": set teacher={entry.network}{'_se' if entry.use_se else ''}")
 
 

@@ -39,7 +39,8 @@ CACHE, CENTERS, ADADISTILL, AMLDISTILL = (
     for name in ("cache_teacher", "class_centers", "train_AdaDistill", "train_AMLDistill")
 )
 IMAGES, CLASSES, SIZE = 24, 6, 32
-ROUNDING = 2.0**-11  # of float16: each number is off by at most this part of itself
+# of float16: each number is off by at most this part of itself
+ROUNDING = 2.0**-11
 # of the teacher's features, where other images are computed together
 OTHER_BATCH = 2 * rounding.network(50)
 COMMON = [
@@ -77,7 +78,7 @@ def run_several(how, *commands, ranks=1, **more):
     return run(
         Path(__file__),
         how,
-        *(json.dumps(list(map(str, words))) for words in commands),
+        *(json.dumps(list(map(str, command))) for command in commands),
         ranks=ranks,
         **more,
     )
@@ -222,10 +223,10 @@ def two_ranks(runs, faces, teacher, tmp_path_factory):
 
 def rows(folder):
     """The training rows of metrics.jsonl without what the clock says."""
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in row.items() if key not in ("samples_per_sec", "data_wait")}
-        for row in found
+        for row in rows
         if "loss" in row
     ]
 
@@ -536,7 +537,7 @@ if __name__ == "__main__":
             return train_step(self, *arguments)
 
         CacheWriter.write, Engine.train_step = write_one, train_five
-    for words in commands:
-        sys.argv = json.loads(words)
+    for command in commands:
+        sys.argv = json.loads(command)
         runpy.run_path(sys.argv[0], run_name="__main__")
     leave()

@@ -369,7 +369,8 @@ def test_only_the_same_features_go_on(dataset, tmp_path, monkeypatch):
 
 @pytest.mark.processes
 def test_two_commands_do_not_write_one_cache(dataset, tmp_path):
-    os.close(writer_of(tmp_path, dataset).progress)  # and with it this process's lock
+    # and with it this process's lock
+    os.close(writer_of(tmp_path, dataset).progress)
     code = (
         "import fcntl, sys\nfile = open(sys.argv[1], 'r+')\nfcntl.lockf(file, "
         "fcntl.LOCK_EX)\nprint('mine', flush=True)\nsys.stdin.read()"

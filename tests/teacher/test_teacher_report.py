@@ -26,15 +26,15 @@ def test_closeness_equals_loops():
     labels[:12] = (
         np.repeat(np.unique(labels), 2)[:12] if len(np.unique(labels)) == 6 else labels[:12]
     )
-    found = closeness(features, labels)
+    measured = closeness(features, labels)
     unit = features / np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     for i in range(30):
         own = unit[(labels == labels[i]) & (np.arange(30) != i)].mean(axis=0)
         others = [
             unit[labels == other].mean(axis=0) for other in np.unique(labels) if other != labels[i]
         ]
-        assert found.own[i] == pytest.approx(unit[i] @ own / np.linalg.norm(own))
-        assert found.other[i] == pytest.approx(
+        assert measured.own[i] == pytest.approx(unit[i] @ own / np.linalg.norm(own))
+        assert measured.other[i] == pytest.approx(
             max(unit[i] @ mean / np.linalg.norm(mean) for mean in others)
         )
 
@@ -86,8 +86,8 @@ def test_suspicions():
     none = Closeness(np.full(100, 0.9), np.full(100, 0.89))
     noise = np.random.default_rng(0).standard_normal(100)
     assert suspicions(good, worse) == []
-    assert ["red and blue exchanged" in words for words in suspicions(worse, good)] == [True]
-    assert ["hardly nearer" in words for words in suspicions(none, none)] == [True]
+    assert ["red and blue exchanged" in line for line in suspicions(worse, good)] == [True]
+    assert ["hardly nearer" in line for line in suspicions(none, none)] == [True]
     assert suspicions(good, Closeness(good.own + 0.006 + noise, good.other)) == [], "chance"
 
 

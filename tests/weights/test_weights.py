@@ -45,8 +45,8 @@ def others(weights, value=0.5):
     return {key: torch.full_like(tensor, value) for key, tensor in weights.items()}
 
 
-def assert_holds(found: torch.nn.Module, weights) -> None:
-    for key, value in found.state_dict().items():
+def assert_holds(student: torch.nn.Module, weights) -> None:
+    for key, value in student.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
 
@@ -86,9 +86,9 @@ ENTRIES = [
 def test_any_common_prefix(tmp_path, prefix, name):
     plain = made(name)
     path = save(prefixed(plain.state_dict(), prefix), tmp_path / "x.pth")
-    found = empty(name)
-    assert load_backbone(found, path, "test").place == f"under {prefix}"
-    assert_holds(found, plain.state_dict())
+    student = empty(name)
+    assert load_backbone(student, path, "test").place == f"under {prefix}"
+    assert_holds(student, plain.state_dict())
     known = recognise(read_weights(path, "test"))
     assert (known.name, known.embedding_size, known.match.prefix) == (name, SIZE, prefix)
 
@@ -97,18 +97,18 @@ def test_any_common_prefix(tmp_path, prefix, name):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_any_entry_beside_an_optimizer(tmp_path, weights, entry, prefix):
     content = {"epoch": 3, "best": 0.9, "optimizer": OPTIMIZER, entry: prefixed(weights, prefix)}
-    path, found = save(content, tmp_path / "x.pth"), empty()
+    path, student = save(content, tmp_path / "x.pth"), empty()
     place = f"{entry} under {prefix}" if prefix else entry
-    assert load_backbone(found, path, "test").describe() == f"RGB images, weights of {place}"
-    assert_holds(found, weights)
+    assert load_backbone(student, path, "test").describe() == f"RGB images, weights of {place}"
+    assert_holds(student, weights)
     assert recognise(read_weights(path, "test")).match.entry == entry
 
 
 def test_entries_in_entries(tmp_path, weights):
     path = save({"state": {"model": {"state_dict": prefixed(weights, "net.")}}}, tmp_path / "x.pth")
-    found = empty()
-    assert load_backbone(found, path, "test").place == "state.model.state_dict under net."
-    assert_holds(found, weights)
+    student = empty()
+    assert load_backbone(student, path, "test").place == "state.model.state_dict under net."
+    assert_holds(student, weights)
 
 
 def test_the_log_says_what_was_taken(tmp_path, caplog, weights):
@@ -133,9 +133,9 @@ BESIDE = {
 @pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
 @pytest.mark.parametrize("prefix", ["backbone.", "module."])
 def test_class_centres_may_lie_beside_a_network(tmp_path, weights, beside, prefix):
-    path, found = save(prefixed(weights, prefix, **beside), tmp_path / "x.pth"), empty()
-    load_backbone(found, path, "test")
-    assert_holds(found, weights)
+    path, student = save(prefixed(weights, prefix, **beside), tmp_path / "x.pth"), empty()
+    load_backbone(student, path, "test")
+    assert_holds(student, weights)
 
 
 def test_nothing_else_may(tmp_path, weights):
@@ -175,9 +175,9 @@ def test_the_plain_weights_are_taken_unless_the_path_ends_in_ema(tmp_path, weigh
     average = others(weights)
     path = save(wrap(weights, average), tmp_path / "x.pth")
     for name, expected in ((path, weights), (f"{path}#ema", average)):
-        found = empty()
-        assert ("ema" in load_backbone(found, name, "test").place) == (expected is average)
-        assert_holds(found, expected)
+        student = empty()
+        assert ("ema" in load_backbone(student, name, "test").place) == (expected is average)
+        assert_holds(student, expected)
         teacher = load_teacher(config("mobilefacenet", name), SIZE)
         assert_holds(teacher.network, expected)
         assert teacher.sha256 == digest_of(name)
@@ -185,25 +185,25 @@ def test_the_plain_weights_are_taken_unless_the_path_ends_in_ema(tmp_path, weigh
 
 
 def test_an_average_alone_is_taken_and_one_that_is_not_there_is_missed(tmp_path, weights):
-    path, found = save({"state_dict_ema": weights}, tmp_path / "x.pth"), empty()
+    path, student = save({"state_dict_ema": weights}, tmp_path / "x.pth"), empty()
     for name in (path, f"{path}#ema"):
-        assert load_backbone(found, name, "test").place == "state_dict_ema"
-    assert_holds(found, weights)
+        assert load_backbone(student, name, "test").place == "state_dict_ema"
+    assert_holds(student, weights)
     path = save({"state_dict": weights}, tmp_path / "y.pth")
     message = r"y.pth holds no exponential average .*only state_dict: leave #ema out"
     with pytest.raises(InputError, match=message):
-        load_backbone(found, f"{path}#ema", "test")
+        load_backbone(student, f"{path}#ema", "test")
     with pytest.raises(InputError, match=rf"test: no file at {tmp_path}/none\.pth"):
-        load_backbone(found, tmp_path / "none.pth#ema", "test")
+        load_backbone(student, tmp_path / "none.pth#ema", "test")
 
 
 def test_which_of_two_networks_is_meant_is_not_guessed(tmp_path, weights):
     path = tmp_path / "x.pth"
     message = r"holds 2 networks of this kind with different weights \(student, teacher\)"
     refused({"student": weights, "teacher": others(weights)}, message, path)
-    found = empty()
-    load_backbone(found, save({"state_dict": weights, "backbone": dict(weights)}, path), "test")
-    assert_holds(found, weights)
+    student = empty()
+    load_backbone(student, save({"state_dict": weights, "backbone": dict(weights)}, path), "test")
+    assert_holds(student, weights)
 
 
 # --- counters of old PyTorch and of converters
@@ -221,9 +221,9 @@ def test_batchnorms_counters_may_be_missing(tmp_path, name):
         key: torch.zeros_like(value) if key.endswith(COUNTER) else value
         for key, value in plain.state_dict().items()
     }
-    found = empty(name)
-    load_backbone(found, path, "test")
-    assert_holds(found, expected)
+    student = empty(name)
+    load_backbone(student, path, "test")
+    assert_holds(student, expected)
     teacher = load_teacher(config(name, path), SIZE)
     assert_holds(teacher.network, expected)
     with torch.no_grad():
@@ -294,13 +294,13 @@ def test_colour_orders(tmp_path, name, wrap, order):
     for asked, expected in (("auto", order), ("RGB", "RGB"), ("BGR", "BGR")):
         if not expected:
             continue
-        found = empty(name)
-        loaded = load_backbone(found, path, "test", color_space=asked)
+        student = empty(name)
+        loaded = load_backbone(student, path, "test", color_space=asked)
         assert (loaded.color_space, loaded.own_color_space) == (expected, order)
         # the first convolution's channels are exchanged, nothing else changes
         (key, first), *rest = plain.state_dict().items()
-        assert torch.equal(found.state_dict()[key], first.flip(1) if expected == "BGR" else first)
-        assert all(torch.equal(found.state_dict()[other], value) for other, value in rest)
+        assert torch.equal(student.state_dict()[key], first.flip(1) if expected == "BGR" else first)
+        assert all(torch.equal(student.state_dict()[other], value) for other, value in rest)
 
 
 # --- other kinds of files
@@ -325,13 +325,13 @@ def test_programs_are_to_be_exported_to_onnx(tmp_path, weights):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(code, "advice", "exec"), {})
-    found = OnnxNetwork(tmp_path / "face.onnx")
+    exported = OnnxNetwork(tmp_path / "face.onnx")
     with torch.no_grad():
         expected = plain(IMAGES)
     # onnxruntime adds in another order
     atol = 2 * rounding.network(50) * float(expected.abs().max())
-    torch.testing.assert_close(found(IMAGES), expected, rtol=0, atol=atol)
-    assert found.batch == 0
+    torch.testing.assert_close(exported(IMAGES), expected, rtol=0, atol=atol)
+    assert exported.batch == 0
     path.rename(tmp_path / "face.safetensors")
     with pytest.raises(InputError, match="is a TorchScript model"):
         load_backbone(plain, tmp_path / "face.safetensors", "checkpoint")

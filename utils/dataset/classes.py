@@ -45,18 +45,12 @@ def warn_of_empty(dataset: FaceImages, classes: set[int], all_seen: bool, ascend
     smallest = min(classes)
     if smallest and (all_seen or ascending):
         log.warning(
-            "labels of %s begin at %d: class 0 has no image and stays empty; if labels should "
-            "count from 0, make the set again",
-            dataset.root_dir,
-            smallest,
+            f"labels of {dataset.root_dir} begin at {smallest}: class 0 has no image and stays "
+            "empty; if labels should count from 0, make the set again"
         )
     empty = [number for number in range(smallest, dataset.num_classes) if number not in classes]
     if all_seen and empty:
         log.warning(
-            "%d of the %d classes of %s have no image, class %d for one; data/check_rec.py lists "
-            "them",
-            len(empty),
-            dataset.num_classes,
-            dataset.root_dir,
-            empty[0],
+            f"{len(empty)} of the {dataset.num_classes} classes of {dataset.root_dir} have no "
+            f"image, class {empty[0]} for one; data/check_rec.py lists them"
         )

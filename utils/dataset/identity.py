@@ -27,13 +27,10 @@ def records_identity(records: RecordSet) -> dict:
     if len(identities) == 1:
         return identities[0]
     lines = "\n".join(f"{each['images']} {each['sha256']}" for each in identities)
-    return dict(
-        kind="records",
-        files=len(identities),
-        images=len(records),
-        bytes=sum(each["bytes"] for each in identities),
-        sha256=hashlib.sha256(lines.encode()).hexdigest(),
-    )
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    size = sum(each["bytes"] for each in identities)
+    count = len(identities)
+    return dict(kind="records", files=count, images=len(records), bytes=size, sha256=digest)
 
 
 def file_identity(file: ImageRecords) -> dict:
@@ -50,12 +47,8 @@ def file_identity(file: ImageRecords) -> dict:
         except RecordError:
             record = b"damaged"
         digest.update(hashlib.sha256(record).digest())
-    return dict(
-        kind="records",
-        images=file.count,
-        bytes=os.path.getsize(file.path),
-        sha256=digest.hexdigest(),
-    )
+    size = os.path.getsize(file.path)
+    return dict(kind="records", images=file.count, bytes=size, sha256=digest.hexdigest())
 
 
 def folder_identity(root_dir: str, paths: np.ndarray) -> dict:
@@ -67,12 +60,8 @@ def folder_identity(root_dir: str, paths: np.ndarray) -> dict:
     digest = hashlib.sha256(b"\n".join(paths.tolist()) + sizes.tobytes())
     for at in sampled(len(files), IMAGES_HASHED):
         digest.update(hashlib.sha256(content_of(files[at])).digest())
-    return dict(
-        kind="folder",
-        images=len(files),
-        bytes=int(sizes[sizes >= 0].sum()),
-        sha256=digest.hexdigest(),
-    )
+    size = int(sizes[sizes >= 0].sum())
+    return dict(kind="folder", images=len(files), bytes=size, sha256=digest.hexdigest())
 
 
 def size_of(file: str) -> int:

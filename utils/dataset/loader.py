@@ -118,9 +118,7 @@ def attach_slot(number: int, slot: int, count: int, bad: list) -> Batch:
 
 
 def one_at_a_time():
-    """A context for one process of a machine at a time, so that each sees what those before it have
-    taken.
-    """
+    """A context for one process of a machine at a time: each sees what those before it took."""
     if os.path.isdir(SHARED):
         return take_lock(f"{SHARED}/batches-{os.getuid()}.lock")
     return nullcontext()

@@ -5,6 +5,7 @@ image, on any number of ranks.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ WINDOW = 64
 WINDOW_STREAM = 64, 0
 
 
+@dataclass(eq=False)
 class EpochBatches:
     """Batch sampler of one rank: consecutive global batches of one shuffled order, each rank a
     contiguous part; the rest of the epoch is dropped.
@@ -27,24 +29,16 @@ class EpochBatches:
     within windows of them that of the images; None: that of all images.
     """
 
-    def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        shuffle: bool = True,
-        read_ahead: ReadAhead | None = None,
-    ):
-        self.length = length
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.global_batch = batch_size * world_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.read_ahead = read_ahead
+    length: int
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    shuffle: bool = True
+    read_ahead: ReadAhead | None = None
+
+    def __post_init__(self):
+        self.global_batch = self.batch_size * self.world_size
         self.seek(0, 0)
 
     def seek(self, epoch: int, samples: int) -> None:
@@ -70,9 +64,7 @@ class EpochBatches:
         return range(first, first + len(self) * self.global_batch, self.global_batch)
 
     def _own_part(self) -> np.ndarray:
-        """(batches, batch size) of this rank alone, so that all ranks of a machine hold the order
-        of millions of images once.
-        """
+        """(batches, batch size) of this rank alone: a machine's ranks hold the whole order once."""
         order = mapped_range(self.length, np.int32 if self.length < 1 << 31 else np.int64)
         # the same numbers as permutation(length), in half the memory
         np.random.default_rng([self.seed, self.epoch]).shuffle(order)

@@ -21,9 +21,7 @@ AT_ONCE = 1 << 22
 
 
 class RecordBlocks:
-    """The images of ``files``, ``size`` at a time in the order of the files; the last block of a
-    file is as small as its rest.
-    """
+    """The images of ``files``, ``size`` a block in file order; a file's last block has its rest."""
 
     def __init__(self, files: Sequence[ImageRecords], size: int):
         self.files = files

@@ -99,9 +99,7 @@ def read_note(path: Path) -> dict:
 
 
 def make(copy: Path, source: Path, described: dict) -> None:
-    """Copy what is missing, or is not any more what was copied; no other process does so
-    meanwhile.
-    """
+    """Copy what is missing, or not any more what was copied; no other process does so meanwhile."""
     remove_outdated(copy, described)
     for name, then in read_note(copy / "complete.json").items():
         if (copy / name).is_file() and marks(copy / name) != then:
@@ -164,17 +162,14 @@ def partial(target: Path) -> Path:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy one file part by part, from where an interrupted copy was; it gets its name when all of
-    it was read back from the disk.
-    """
+    """Copy what an interrupted copy lacks; it gets its name when all was read from the disk."""
     size, sums_path = source.stat().st_size, target.with_name(f"{target.name}.sums")
     sums = sums_path.read_text().split() if sums_path.is_file() else []
+    mode = "r+b" if partial(target).is_file() else "w+b"
     said = time.monotonic()
     with (
         open(source, "rb", buffering=0) as original,
-        open(
-            partial(target), "r+b" if partial(target).is_file() else "w+b", buffering=0
-        ) as written,
+        open(partial(target), mode, buffering=0) as written,
     ):
         sums = sums[: sound_parts(written, sums, size)]
         kept = len(sums)
@@ -188,12 +183,8 @@ def copy_file(source: Path, target: Path) -> None:
                 journal.flush()
                 if time.monotonic() - said > SAY_EVERY:
                     said = time.monotonic()
-                    log.info(
-                        "%s: %.1f of %.1f GB are copied",
-                        target,
-                        (start + len(content)) / 1e9,
-                        size / 1e9,
-                    )
+                    done = start + len(content)
+                    log.info(f"{target}: {done / 1e9:.1f} of {size / 1e9:.1f} GB are copied")
         written.truncate(size)
         os.fsync(written.fileno())
         # so that it is read back from the disk itself
@@ -210,9 +201,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def sound_parts(written, sums: Sequence[str], size: int, first: int = 0) -> int:
-    """How many parts, from the beginning, hold what ``sums`` says; the ``first`` ones are known
-    to.
-    """
+    """How many parts, from the beginning, hold what ``sums`` says; the ``first`` ones do."""
     for number in range(first, min(len(sums), -(-size // PART))):
         if sha256(read_part(written, number * PART)).hexdigest() != sums[number]:
             return number
@@ -220,9 +209,7 @@ def sound_parts(written, sums: Sequence[str], size: int, first: int = 0) -> int:
 
 
 def read_part(file, start: int) -> bytes:
-    """PART bytes at ``start``, fewer at the end of the file; a network file system may give them
-    piece by piece.
-    """
+    """PART bytes, fewer at the file's end; a network file system may give them piece by piece."""
     pieces, end = [], start + PART
     while start < end and (piece := os.pread(file.fileno(), end - start, start)):
         pieces.append(piece)

@@ -72,12 +72,9 @@ class ImageRecords:
             if end == len(keys):
                 return False, 0, end
             log.warning(
-                "%s does not list record 0, which tells images from InsightFace's identity "
-                "records: the %d records from key %d on, which hold ranges of keys and no image, "
-                "are left out",
-                self.index.idx_path,
-                len(keys) - end,
-                keys[end],
+                f"{self.index.idx_path} does not list record 0, which tells images from "
+                f"InsightFace's identity records: the {len(keys) - end} records from key "
+                f"{keys[end]} on, which hold ranges of keys and no image, are left out"
             )
             return True, 0, end
         glance = self.index.glance_at(0)
@@ -102,21 +99,14 @@ class ImageRecords:
         images = self._first_identity(end)
         if images < end:
             log.warning(
-                "%s: record 0 says that images end before key %g, but the %d records from key %d "
-                "on hold ranges of keys and no image: they are left out",
-                self.path,
-                first_identity,
-                end - images,
-                keys[images],
+                f"{self.path}: record 0 says that images end before key {first_identity:g}, but "
+                f"the {end - images} records from key {keys[images]} on hold ranges of keys and no "
+                "image: they are left out"
             )
         elif end - 1 < first_identity - 1:
             log.warning(
-                "%s names %d of the %d images that record 0 of %s counts; %s",
-                self.index.idx_path,
-                end - 1,
-                first_identity - 1,
-                self.path,
-                rebuild_hint(self.index.idx_path),
+                f"{self.index.idx_path} names {end - 1} of the {first_identity - 1:.0f} images "
+                f"that record 0 of {self.path} counts; {rebuild_hint(self.index.idx_path)}"
             )
         return images
 
@@ -181,9 +171,7 @@ class ImageRecords:
         return None if glance.id < 0 else glance.label
 
     def file_order(self) -> np.ndarray | None:
-        """Numbers of the images in the order in which they lie in the file; None: as they are
-        counted.
-        """
+        """Numbers of the images in the order of the file; None: as they are counted."""
         offsets = self.index.index.offsets[self.first : self.first + self.count]
         if bool((offsets[1:] > offsets[:-1]).all()):
             return None

@@ -96,13 +96,7 @@ def open_index(
         try:
             save(path, stamp, *pairs, idx_path)
         except OSError as error:
-            log.warning(
-                "%s: %s; every process keeps the index of %s for itself (TMPDIR names another "
-                "folder)",
-                path,
-                error.strerror,
-                rec_path,
-            )
+            warn_not_shared(path, error, rec_path)
             return in_memory(*pairs, idx_path)
         return load(path, stamp)
 
@@ -122,14 +116,16 @@ def shared_folder() -> str | None:
         # whether it can be written to, and locked
         take_lock(os.path.join(folder, "lock")).close()
     except OSError as error:
-        log.warning(
-            "%s: %s; every process keeps the index of its records for itself (TMPDIR names "
-            "another folder)",
-            folder,
-            error.strerror,
-        )
+        warn_not_shared(folder, error, "its records")
         return None
     return folder
+
+
+def warn_not_shared(path: str, error: OSError, records: str) -> None:
+    log.warning(
+        f"{path}: {error.strerror}; every process keeps the index of {records} for itself "
+        "(TMPDIR names another folder)"
+    )
 
 
 def made_from(idx_path: str, rec_path: str) -> dict:
@@ -140,9 +136,7 @@ def made_from(idx_path: str, rec_path: str) -> dict:
 
 
 def marks(path: str) -> list[int] | None:
-    """What changes when a file is replaced or written to, even where its size and time are kept
-    (rsync -a): the inode and the time of change.
-    """
+    """What changes in a file even where size and time are kept (rsync -a): inode, change time."""
     if not os.path.isfile(path):
         return None
     status = os.stat(path)
@@ -292,9 +286,7 @@ def write_array(file, parts: Sequence[np.ndarray], kind: type) -> None:
 
 
 def load(path: str, stamp: dict) -> Index | None:
-    """Map the index in ``path``; None if there is none, or it was made from other files than
-    ``stamp`` says.
-    """
+    """Map the index in ``path``; None if there is none, or it is of other files than ``stamp``."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(STAMP_SIZE))

@@ -87,18 +87,14 @@ class IndexedRecordIO:
         """Log what is strange about the index, and can be lived with."""
         if self.index.repeated:
             log.warning(
-                "%s: %d lines say again what another one says; every record counts once",
-                self.idx_path,
-                self.index.repeated,
+                f"{self.idx_path}: {self.index.repeated} lines say again what another one says; "
+                "every record counts once"
             )
         beyond = int((self.index.offsets >= os.path.getsize(self.rec_path)).sum())
         if beyond:
             log.warning(
-                "%s is cut off: it ends inside a record, and %d more that %s names are not there; "
-                "copy it again",
-                self.rec_path,
-                beyond,
-                self.idx_path,
+                f"{self.rec_path} is cut off: it ends inside a record, and {beyond} more that "
+                f"{self.idx_path} names are not there; copy it again"
             )
 
     def __getstate__(self) -> dict:
@@ -123,9 +119,7 @@ class IndexedRecordIO:
 
     @property
     def keys(self) -> list[int]:
-        """All keys in the order of the index file, read anew into a list as in MXNet; for millions
-        of records see ``key_array``.
-        """
+        """All keys in the order of the index file, read anew; for millions see ``key_array``."""
         if self.writable:
             return self._keys.tolist()
         if os.path.isfile(self.idx_path):

@@ -227,9 +227,7 @@ def number_anew(
         return np.roll(keys, -1), offsets
     if images < len(offsets):
         log.warning(
-            "%s: %d records hold ranges of keys and no image (InsightFace's index of identities), "
-            "but not in its order: they are left out",
-            path,
-            len(offsets) - images,
+            f"{path}: {len(offsets) - images} records hold ranges of keys and no image "
+            "(InsightFace's index of identities), but not in its order: they are left out"
         )
     return keys[:images], offsets[~index_records]

@@ -67,9 +67,7 @@ class RecordSet:
         return [file for file, its_folder in of_file if its_folder == folder]
 
     def name_of(self, index: int) -> int | str:
-        """What messages call an image: its key; of several files the file's name, of several
-        folders its path, and the key.
-        """
+        """What messages call an image: its key; of several files, the file and the key."""
         file, at = self.locate(index)
         if len(self.files) == 1:
             return file.key(at)

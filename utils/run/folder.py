@@ -68,8 +68,7 @@ class RunFolder:
         return [
             step
             for step in self.steps("state")
-            if self.file(step, "backbone").is_file()
-            and (self.file(step, "header").is_file() or self.shards(step).is_dir())
+            if self.file(step, "backbone").is_file() and self.header(step).exists()
         ]
 
     def damage(self, step: int) -> str:

@@ -37,12 +37,7 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self.active:
-            self.store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=60),
-            )
+            self.store = distributed.join_store(timedelta(seconds=60))
             self.store.set_timeout(timedelta(seconds=SILENT))
             self.thread = threading.Thread(target=self.watch, daemon=True)
             self.thread.start()
@@ -107,12 +102,8 @@ class Watch:
         self.say_and_exit(f"{names} {state}{others}")
 
     def say_and_exit(self, what: str) -> None:
-        print(
-            f"error: no progress for {self.seconds:g} seconds (timeout): {what}; go on with "
-            "--resume",
-            file=sys.stderr,
-            flush=True,
-        )
+        since = f"no progress for {self.seconds:g} seconds (timeout)"
+        print(f"error: {since}: {what}; go on with --resume", file=sys.stderr, flush=True)
         os._exit(1)
 
     def posts(self) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """The log of a run: training.log and the console, metrics.jsonl and TensorBoard."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -18,13 +17,16 @@ from utils.files import dumps, printable, replacing, utf8_path
 BOARD_NAMES = {"ijb": "IJB", "tinyface": "TinyFace"}
 # Their figures that training.log shows.
 SHOWN = ("tpr_at_fpr_0.0001", "tpr_at_fpr_1e-05", "top1", "rank-1")
+# Where the loggers of this project begin; the entry scripts and train/ use the root.
+OWN = ("root", "backbones", "config", "data", "deploy", "eval", "train", "utils")
 
 
 def start_log(output: str | Path, append: bool) -> None:
     """Send the root logger of rank 0 to the console and <output>/training.log.
 
-    Other ranks show warnings only. training.log stays locked while the process lives. Raises
-    InputError if another process holds it: two runs would overwrite each other.
+    Other ranks, and packages that are not ours, show warnings only. training.log stays locked while
+    the process lives. Raises InputError if another process holds it: two runs would overwrite each
+    other.
     """
     root = logging.getLogger()
     root.handlers.clear()
@@ -35,23 +37,29 @@ def start_log(output: str | Path, append: bool) -> None:
         )
         try:
             fcntl.lockf(file.stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise InputError(
-                    f"output: {output} is on a file system without locks "
-                    f"({error.strerror}); choose a folder on another one with output="
-                ) from error
+        except (BlockingIOError, PermissionError) as error:
             raise InputError(
-                f"output: another process is training into {output}; wait for it, end "
-                "it, or choose another folder with output="
+                f"output: another process is training into {output}; wait for it, end it, or "
+                "choose another folder with output="
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"output: {output} is on a file system without locks ({error.strerror}); choose a "
+                "folder on another one with output="
             ) from error
         if not append:
             file.stream.truncate(0)
         handlers.append(file)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("Training: %(asctime)s-%(message)s"))
+        # else the client of the hub would tell of every request
+        handler.addFilter(is_own_or_warning)
         root.addHandler(handler)
     root.setLevel(logging.INFO if is_main() else logging.WARNING)
+
+
+def is_own_or_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in OWN
 
 
 class RunLog:
@@ -100,16 +108,9 @@ class RunLog:
         named = f"Memory: {memory:.2f} GB   " if memory else ""
         named += "".join(f"{name}: {value:.4f}   " for name, value in stats.items())
         logging.info(
-            "Speed %.1f samples/sec   Loss %.4f   LearningRate %.6f   Data: %.0f%%   "
-            "%sEpoch: %d   Global Step: %d   Required: %.0f hours",
-            samples_per_sec,
-            loss,
-            lr,
-            100 * data_wait,
-            named,
-            epoch,
-            step,
-            hours,
+            f"Speed {samples_per_sec:.1f} samples/sec   Loss {loss:.4f}   LearningRate {lr:.6f}   "
+            f"Data: {100 * data_wait:.0f}%   {named}Epoch: {epoch}   Global Step: {step}   "
+            f"Required: {hours:.0f} hours"
         )
         figures = dict(samples_per_sec=samples_per_sec, data_wait=data_wait)
         if memory:

@@ -103,9 +103,8 @@ class TeacherCache:
             )
         else:
             source = (
-                f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}, "
-                f"{teacher['color_space']} images, {teacher['normalisation']}, "
-                f"made with {teacher['precision']}"
+                f"teacher {teacher['name']}, SHA-256 {teacher['sha256']}, {teacher['color_space']} "
+                f"images, {teacher['normalisation']}, made with {teacher['precision']}"
             )
         return f"{self.path}: {self.images} x 2 x {self.embedding_size}, {source}"
 

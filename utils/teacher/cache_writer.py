@@ -117,9 +117,8 @@ class CacheWriter:
         free = shutil.disk_usage(self.path).free
         if size > free:
             raise InputError(
-                f"{self.path}: the features of {self.images} images take "
-                f"{size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on its disk; choose another "
-                "folder"
+                f"{self.path}: the features of {self.images} images take {size / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free on its disk; choose another folder"
             )
         shape = (self.images, 2, self.manifest["embedding_size"])
         header = dict(descr="<f2", fortran_order=False, shape=shape)

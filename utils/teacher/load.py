@@ -95,15 +95,11 @@ def load_teacher(cfg, embedding_size: int | None = None) -> Teacher:
             "dimensions"
         )
     count = getattr(teacher.network, "parameter_count", 0)
+    count = count or sum(parameter.numel() for parameter in teacher.network.parameters())
     log.info(
-        "Teacher %s: %s parameters, %d-d features, 112x112 %s input, %s, %s, SHA-256 %s",
-        full_name(cfg.teacher),
-        f"{count or sum(parameter.numel() for parameter in teacher.network.parameters()):,}",
-        teacher.embedding_size,
-        teacher.color_space,
-        teacher.normalisation,
-        source,
-        teacher.sha256,
+        f"Teacher {full_name(cfg.teacher)}: {count:,} parameters, {teacher.embedding_size}-d "
+        f"features, 112x112 {teacher.color_space} input, {teacher.normalisation}, {source}, "
+        f"SHA-256 {teacher.sha256}"
     )
     return teacher
 

@@ -91,9 +91,8 @@ class OnnxNetwork(nn.Module):
             ) from error
         if device.type == "cuda" and CUDA not in session.get_providers():
             log.warning(
-                "The model %s runs on the CPU: onnxruntime has no working CUDA provider "
-                "here (pip install onnxruntime-gpu)",
-                self.path,
+                f"The model {self.path} runs on the CPU: onnxruntime has no working CUDA provider "
+                "here (pip install onnxruntime-gpu)"
             )
         return session
 

@@ -199,10 +199,8 @@ def first_arithmetic(graph):
             constant = constants.get(node.input[1 - place])
             if place not in PIXEL_PLACES[node.op_type] or constant is None:
                 log.warning(
-                    "The ONNX graph begins with %s of something that cannot be read: "
-                    "pixels are taken to be scaled to [-1, 1]; check with "
-                    "train/teacher_report.py",
-                    node.op_type,
+                    f"The ONNX graph begins with {node.op_type} of something that cannot be read: "
+                    "pixels are taken to be scaled to [-1, 1]; check with train/teacher_report.py"
                 )
                 return
             yield node.op_type, float(np.mean(numpy_helper.to_array(constant)))

@@ -53,12 +53,10 @@ def read_configuration(folder: Path, what: str = "teacher") -> PublishedConfig |
     files = [folder / name for name in CONFIGURATIONS if (folder / name).is_file()]
     configs = [config for file in files if (config := read_config_file(file, what))]
     if len(configs) == 2 and configs[0][:3] != configs[1][:3]:
+        first, other = configs
         log.warning(
-            "%s states %s, %s %s: the former counts, as for CVLFace itself",
-            configs[0].path,
-            configs[0][:3],
-            configs[1].path.name,
-            configs[1][:3],
+            f"{first.path} states {first[:3]}, {other.path.name} {other[:3]}: the former counts, "
+            "as for CVLFace itself"
         )
     return configs[0] if configs else None
 
