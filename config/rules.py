@@ -57,7 +57,7 @@ LEAST = {
     "ijb_batch_size": 1,
     "tinyface_batch_size": 1,
 }
-MOST = {"momentum": 1, "t_alpha": 1}
+MOST = {"momentum": 1, "t_alpha": 1, "alpha": 1}
 # What training with device=mps is limited to: float32, with everything in the memory that its GPU
 # and CPU share; torch.compile for it is a prototype.
 MPS_TAKES = {

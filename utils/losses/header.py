@@ -145,6 +145,7 @@ def build_header(
     geom_margin_k=3.0,
     geom_margin_warmup_epoch=0,
     sample_rate=1.0,
+    alpha=0.0,
     centers_dtype=torch.float32,
     centers_on_host=False,
 ) -> nn.Module:
@@ -157,6 +158,7 @@ def build_header(
     geom_*: geometry margin, warm-up in epochs.
     sample_rate: share of the classes that enter the softmax of a step, those of the batch always
     among them.
+    alpha: AdaDistill's, constant; 0: adaptive.
     centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all
     products are float32. centers_on_host: they stay in the host's memory when the header is moved
     to a GPU.
@@ -168,8 +170,15 @@ def build_header(
                 f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
     check_options(loss, use_geom_margin, sample_rate, method)
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha={alpha} must be at least 0 (adaptive) and at most 1")
     centers = CENTERS[method](
-        num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
+        num_classes,
+        embedding_size,
+        centers_dtype,
+        centers_on_host,
+        adaptive_alpha=adaptive_alpha,
+        constant_alpha=alpha,
     )
     margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
     geometry = None
