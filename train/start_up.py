@@ -66,6 +66,8 @@ def start(cfg, resume: bool):
         cfg.output,
         launch_name(),
     )
+    # scripts of people who come from AdaDistill look for this line
+    logging.info("rank_id: %d", distributed.rank())
     for step, damage in passed_over:
         logging.warning("step %d cannot be resumed from: %s; taking the one before", step, damage)
     torch.manual_seed(cfg.seed)
