@@ -7,6 +7,8 @@ makes no sense are errors before anything is built.
 
 import argparse
 import ast
+import logging
+import os
 import runpy
 import sys
 import traceback
@@ -37,6 +39,9 @@ CONFIG_ERRORS = (
 )
 
 
+log = logging.getLogger(__name__)
+
+
 class ConfigFile(NamedTuple):
     """What a configuration file sets itself: its values, and its table of data sets."""
 
@@ -53,12 +58,39 @@ def parse_arguments(description: str, method: str) -> tuple[edict, bool]:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the newest complete state in the output folder",
+        help="go on from the newest complete state in the output folder; also --resume 0|1",
     )
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument(
+        "--local-rank",
+        "--local_rank",
+        type=int,
+        metavar="N",
+        help="of torch.distributed.launch, which says the same in LOCAL_RANK",
+    )
+    arguments = parser.parse_intermixed_args(resume_as_flag(sys.argv[1:]))
+    local_rank = arguments.local_rank
+    if local_rank is not None and str(local_rank) != os.environ.get("LOCAL_RANK", "0"):
+        warn(f"--local_rank {local_rank} chooses no GPU: set device=cuda:{local_rank}")
     cfg = load_config(arguments.config, arguments.overrides)
     rules.check_training(cfg, method)
     return cfg, arguments.resume
+
+
+def resume_as_flag(arguments: list[str]) -> list[str]:
+    """The arguments with ``--resume 1`` (AdaDistill's) as ``--resume``, without ``--resume 0``."""
+    flags = []
+    for argument in arguments:
+        if argument in ("0", "1") and flags[-1:] == ["--resume"]:
+            flags[-1] += f"={argument}"
+        else:
+            flags.append(argument)
+    return ["--resume" if x == "--resume=1" else x for x in flags if x != "--resume=0"]
+
+
+def warn(message: str) -> None:
+    """Say it once: this process has not joined the other ranks yet."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(message)
 
 
 def argument_parser(
