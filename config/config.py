@@ -106,6 +106,13 @@ config.batch_size = 128
 config.accumulate = 1
 # at 512 images a step; scaled by batch_size x processes / 512
 config.lr = 0.1
+# its factor over the run: "step" (x 0.1 from each of `milestones` on), "poly" ((1 - t/T)^power) or
+# "cosine" ((1 + cos(pi t/T)) / 2), t of T steps after the warm-up of warmup_epoch epochs
+config.schedule = "step"
+# the power of "poly"
+config.schedule_power = 1.0
+# a list of factors, one an epoch, instead of warm-up and schedule
+config.lr_func = None
 config.momentum = 0.9
 config.weight_decay = 5e-4
 # largest gradient norm of the backbone; 0: unbounded
