@@ -118,8 +118,8 @@ def check_weights(folder: RunFolder, step: int, complete: list[int]) -> None:
     weights = folder.file(step, "backbone")
     if step not in complete and not distributed.main_computes(weights.is_file):
         raise InputError(
-            f"global_step={step}: no {weights.name} in {folder.path} "
-            f"(complete states: {', '.join(map(str, complete)) or 'none'})"
+            f"global_step={step}: no complete state and no {weights.name} in {folder.path} "
+            f"(complete: {', '.join(map(str, complete)) or 'none'})"
         )
 
 
