@@ -257,7 +257,8 @@ def check_teacher(values: dict) -> None:
     if teacher not in TEACHERS and not teacher.startswith(ONNX):
         raise InputError(
             f"teacher={teacher!r} is unknown{nearest(teacher, TEACHERS)}; "
-            f"known: {', '.join(TEACHERS)}, {ONNX}PATH"
+            f"known: {', '.join(TEACHERS)}, {ONNX}PATH: a ViT, and any other network, exported to "
+            "ONNX (docs/teachers.md)"
         )
     if values["teacher_embeddings"] and values["augment"]:
         raise InputError(

@@ -109,6 +109,7 @@ def network_of(content: dict, states: str) -> str:
     if name is None:
         raise InputError(
             f"{states} the network {family} {content['name']}, which cannot be built here (only "
-            f"{', '.join(NETWORKS['iresnet'])}): export it to ONNX and set teacher=onnx:PATH"
+            f"{', '.join(NETWORKS['iresnet'])}): export it to ONNX and set teacher=onnx:PATH "
+            "(docs/teachers.md)"
         )
     return name

@@ -23,6 +23,9 @@ HEADER = (
     "a header (class centres), not a network: it belongs to pretrained_teacher_header_path or "
     "pretrained_header_path"
 )
+# a part of the keys of every vision transformer: CVLFace's, LVFace's, timm's, Hugging Face's
+PATCHES = "patch_embed"
+TRANSFORMER = "a vision transformer, which cannot be built here: export it to ONNX"
 # keys of a run's <step>state.pth
 RUN_STATE = {"step", "epoch", "samples", "optimizer", "rng"}
 
@@ -93,6 +96,11 @@ def looks_like(content, key: str = "network") -> str:
             "<step>backbone.pth and <step>header.pth"
         )
     network = next(networks_in(content), None)
+    if network is None and any(
+        PATCHES in name for _, state in states_of(content) for name in state
+    ):
+        how = " and set teacher=onnx:PATH" if key == "teacher" else ""
+        return f"{TRANSFORMER}{how} (docs/teachers.md)"
     if network is None:
         has_centers = any(is_matrix(content.get(name)) for name in ("kernel", "weight"))
         return HEADER if has_centers or "state_dict_softmax_fc" in content else ""
