@@ -111,7 +111,8 @@ config.lr = 0.1
 config.schedule = "step"
 # the power of "poly"
 config.schedule_power = 1.0
-# a list of factors, one an epoch, instead of warm-up and schedule
+# a list of factors, one an epoch, instead of warm-up and schedule; in a file also a function of the
+# epoch, counted from 0
 config.lr_func = None
 config.momentum = 0.9
 config.weight_decay = 5e-4

@@ -126,6 +126,7 @@ class Engine:
                 self.verify()
             stopped = stop.agreed()
             if ended:
+                self.feed.tell_resized()
                 position.epoch, position.samples = epoch + 1, 0
             elif position.step % self.cfg.state_every == 0:
                 self.save()

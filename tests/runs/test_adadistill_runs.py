@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +13,10 @@ from tests.adadistill import PLAIN, write
 from tests.commands import LIMIT, ROOT, environment, run
 from tests.runs.outputs import draw_faces, losses, rows
 from tests.warm_python import python
+from train.start_up import where_to_resume
+from utils.run.folder import RunFolder
 
+PARTS = "backbone", "header", "state"
 STANDALONE, AMLDISTILL, ADADISTILL = (
     ROOT / "train" / f"train_{name}.py" for name in ("standalone", "AMLDistill", "AdaDistill")
 )
@@ -81,6 +86,31 @@ def test_their_launch_line_trains_by_their_file(straight):
 
 
 @pytest.mark.processes
+def test_a_folder_of_large_images_by_their_block_for_it(options, tmp_path):
+    """Four of each person's images, one of them already 112x112."""
+    for person in ("a", "b"):
+        (tmp_path / "faces" / person).mkdir(parents=True)
+        for size in (256, 112, 128, 200):
+            image = np.full((size, size, 3), size % 251, np.uint8)
+            assert cv2.imwrite(str(tmp_path / "faces" / person / f"{size}.png"), image)
+    text = run(
+        STANDALONE,
+        "--config",
+        write(tmp_path, PLAIN, "Idifface"),
+        *[option for option in options[2:] if not option.startswith("rec=")],
+        f"data_path={tmp_path / 'faces'}",
+        "sample=4",
+        "num_classes=2",
+        "num_image=8",
+        "num_workers=2",
+        "batch_size=4",
+        f"output={tmp_path / 'run'}",
+    )
+    assert text.count("6 of the 8 images are not 112x112 and were resized") == 1
+    assert len(losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.processes
 def test_weights_alone_go_on_with_the_first_image_of_the_epoch(straight, options, tmp_path):
     """The next loss, before the optimizer's momentum counts, is that of the run they are from; only
     the number of ranks is the same, so that sums are added in one order.
@@ -121,3 +151,12 @@ def test_a_backbone_alone_goes_on_where_centres_can_come_from_elsewhere(
     text = run(STANDALONE, *here, "global_step=3", expect=1)
     assert f"error: global_step=3: no {output}/3header.pth, whose class centres standalone" in text
     assert {path.name for path in output.iterdir()} == {"3backbone.pth", "training.log"}
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_restarted_launch_goes_on_from_the_weights_it_began_with(older, tmp_path, monkeypatch):
+    """Before its first state: not from the start, and not from a state of an earlier run."""
+    monkeypatch.setattr("train.start_up.was_restarted", lambda log: True)
+    for name in ["3backbone.pth"] + [f"2{part}.pth" for part in PARTS if older]:
+        (tmp_path / name).touch()
+    assert where_to_resume(RunFolder(tmp_path), 3, resume=False) == (3, [])
