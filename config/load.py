@@ -173,10 +173,12 @@ def check_choice(own: ConfigFile, given: dict, path: Path) -> None:
     """Refuse another data set than a file has set its values for, by ``if config.dataset == ...``:
     the file cannot be asked again.
     """
-    chosen = own.values.get("dataset")
+    if "dataset" not in own.values or own.datasets:
+        return
+    chosen = own.values["dataset"]
     other = given.get("dataset", chosen)
     own_classes = "num_classes" in own.values and "num_classes" not in given
-    if other != chosen and own_classes and not own.datasets:
+    if other != chosen and own_classes:
         raise InputError(
             f"dataset={other}: {path} has set num_classes and more for {chosen!r} itself; "
             "change config.dataset there"

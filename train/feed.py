@@ -118,7 +118,7 @@ class Feed:
         count = distributed.all_reduce(torch.tensor(self.dataset.count_resized())).item()
         if count:
             logging.info(
-                "%d of the %d images are not 112x112 and were resized, not aligned; "
+                "%d of the %d images are not 112x112 and were resized (not aligned); "
                 "data/make_rec.py --resize does it once for all",
                 count,
                 self.length,

@@ -43,6 +43,9 @@ def test_the_block_of_another_data_set(tmp_path):
         write(tmp_path, PLAIN),
         "dataset=Idifface",
     )
+    path = tmp_path / "part.py"
+    path.write_text("config = dict(num_classes=5)")
+    assert load_config(path, ["dataset=synthetic"]).num_classes == 5
 
 
 @pytest.mark.parametrize(
