@@ -208,12 +208,28 @@ def check_training(values: dict, method: str) -> None:
                     f"{key}={values[key]} cannot be used with device=mps: "
                     f"set {key}={allowed[-1]}, or another device"
                 )
-    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"], method)
+    check_options(**header_options(values), method=method)
+    check_freeze(values["freeze"], values["header_weight"], method)
     if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
             "teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, "
             "or set teacher_embeddings="
         )
+
+
+def check_freeze(freeze: int, header_weight: float, method: str) -> None:
+    if freeze and (method == "AMLDistill" or not header_weight):
+        why = "header_weight=0" if method != "AMLDistill" else "AMLDistill"
+        raise InputError(
+            f"freeze={freeze}: in these epochs only the class centres learn, and nothing moves "
+            f"them with {why}: set freeze=0"
+        )
+
+
+def header_options(values: dict) -> dict:
+    """What ``check_options`` takes, but for the method."""
+    keys = ("loss", "use_geom_margin", "sample_rate", "header_weight", "feature_weight")
+    return {key: values[key] for key in keys}
 
 
 def check_student_and_loss(values: dict) -> None:
@@ -227,7 +243,7 @@ def check_student_and_loss(values: dict) -> None:
         )
     if values["SE"] and not network.startswith("iresnet"):
         raise InputError(f"SE=True needs an iresnet, not network={network}")
-    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"])
+    check_options(**header_options(values))
 
 
 def check_schedule(values: dict, overrides: dict) -> None:
@@ -250,6 +266,12 @@ def check_schedule(values: dict, overrides: dict) -> None:
         raise InputError(
             f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={num_epoch}"
         )
+    if values["freeze"] >= num_epoch:
+        raise InputError(
+            f"freeze={values['freeze']} leaves the network nothing of num_epoch={num_epoch}"
+        )
+    if values["ema"] >= 1:
+        raise InputError(f"ema={values['ema']}: the average must move; set it below 1, or 0: none")
 
 
 def check_teacher(values: dict) -> None:

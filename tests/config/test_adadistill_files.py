@@ -82,19 +82,19 @@ def test_the_file_with_a_geometry_margin(tmp_path, caplog):
 
 @pytest.mark.parametrize("text", [PLAIN, GEOMETRY])
 def test_every_step_has_the_learning_rate_of_the_founding_schedule(tmp_path, text):
-    """PyTorch's LambdaLR, stepped once an epoch, on lr / 512 x batch size x ranks.
+    """PyTorch's LambdaLR, stepped once an epoch, on lr / 512 x batch size x 4 ranks.
 
-    Both are the same two float64 operations, in the same order.
+    Both are the same float64 operations, in the same order.
     """
     path = write(tmp_path, text)
     theirs = runpy.run_path(str(path))["config"]
     cfg = load_config(path)
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=theirs.lr / 512 * theirs.batch_size)
+    optimizer = torch.optim.SGD([parameter], lr=theirs.lr / 512 * theirs.batch_size * 4)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, theirs.lr_func)
     for epoch in range(theirs.num_epoch):
         expected = optimizer.param_groups[0]["lr"]
-        assert [learning_rate(cfg, epoch, step / 5) for step in range(5)] == [expected] * 5
+        assert [learning_rate(cfg, epoch, step / 5, 4) for step in range(5)] == [expected] * 5
         optimizer.step()
         scheduler.step()
     assert cfg.lr_func == [theirs.lr_func(epoch) for epoch in range(26)]
