@@ -64,6 +64,8 @@ config.h = 0.333
 config.t_alpha = 0.01
 # AdaDistill: weight alpha by the teacher's confidence
 config.adaptive_alpha = True
+# AdaDistill: alpha as a constant, e.g. 0.9 (the paper's ablation); 0: adaptive
+config.alpha = 0.0
 # more margin where the teacher is sure and the student is not there yet
 config.use_geom_margin = False
 config.geom_margin_w = 1.0
@@ -117,7 +119,8 @@ config.lr = 0.1
 config.schedule = "step"
 # the power of "poly"
 config.schedule_power = 1.0
-# a list of factors, one an epoch, instead of warm-up and schedule
+# a list of factors, one an epoch, instead of warm-up and schedule; in a file also a function of the
+# epoch, counted from 0
 config.lr_func = None
 # factor on that of the network; the class centres learn at the whole rate
 config.backbone_lr = 1.0

@@ -11,10 +11,10 @@ what it finds.
 Errors, which make the exit status 1: unreadable records (damaged, no image, not 112x112), JPEGs
 that end early (no end marker: decoders fill the rest with grey, or give up), labels that are no
 class of the set, classes without an image (label gaps), all images in one class, and the same bytes
-under two identities. The same bytes twice under one identity are only reported. --allow names
-errors to tolerate. --sheet draws identities, large and small, and images that two identities share.
-A missing train.idx or property is rebuilt, as training does. About 100 bytes a record are kept in
-memory.
+under two identities. The same bytes twice under one identity are only reported, and so are images
+of another size in a folder of identities, which training resizes. --allow names errors to tolerate.
+--sheet draws identities, large and small, and images that two identities share. A missing train.idx
+or property is rebuilt, as training does. About 100 bytes a record are kept in memory.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.contact_sheet import draw_sheet, training_set_rows
 from utils.command_line import command_parser
-from utils.dataset.base import FaceImages, decode_into
+from utils.dataset.base import FaceImages
 from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
 from utils.dataset.labels import from_1, one_class
 from utils.dataset.records import MXFaceDataset
@@ -166,7 +166,7 @@ class Reading:
                 encoded, labels[row] = self.dataset.stored(index)
                 digests[row] = np.void(hashlib.blake2b(encoded, digest_size=DIGEST).digest())
                 cut[row] = ends_early(encoded)
-                decode_into(encoded, image)
+                self.dataset.decode(index, encoded, image)
                 readable[row] = True
             except RecordError as error:
                 bad.append((index, str(error)))
@@ -231,6 +231,7 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
             [names_and_labels(dataset, classes, group) for group in groups[:SHOWN]],
             repeated,
         ),
+        resized=dataset.count_resized(),
         identity_sizes=describe_sizes(sizes),
     )
     return findings, shared
@@ -320,6 +321,10 @@ def describe(name: str, findings: dict) -> str:
             lines.append(f"{what}: {count:,}{first}")
         elif count:
             lines.append(f"one {what}")
+    if findings["resized"]:
+        lines.append(
+            f"images that are not 112x112, which training resizes: {findings['resized']:,}"
+        )
     return "\n".join(lines)
 
 

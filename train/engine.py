@@ -76,6 +76,8 @@ class Engine:
                     "going back to step %d: the states of steps %s are removed", step, steps
                 )
             write_config(cfg, run.resume_step)
+        # scripts of people who come from AdaDistill look for this line
+        logging.info("Total Step is: %d", self.total_steps)
         self.progress = Progress(cfg, run.device, self.feed, self.total_steps, step)
         stop = StopRequest()
         if cfg.run_eval_at_start and step == 0:
@@ -127,6 +129,7 @@ class Engine:
                 self.verify()
             stopped = stop.agreed()
             if ended:
+                self.feed.tell_resized()
                 position.epoch, position.samples = epoch + 1, 0
             elif position.step % self.cfg.state_every == 0:
                 self.save()

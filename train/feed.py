@@ -1,5 +1,6 @@
 """What a rank computes with: the batches of an epoch on its device, mirrored and augmented."""
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class Feed:
         self.cfg = cfg
         self.device = device
         self.dtype = dtype
+        self.dataset = dataset
         self.length = len(dataset)
         self.batches = EpochBatches(
             self.length,
@@ -62,6 +64,7 @@ class Feed:
         # Seconds spent waiting for images, since whoever reads this set it to 0.
         self.waited = 0.0
         self.reading = None
+        self.resized_told = False
 
     def steps_left(self, samples: int) -> int:
         """Whole steps of an epoch of which ``samples`` images are done."""
@@ -107,6 +110,20 @@ class Feed:
         if batch.features is not None:
             features = features_shown(to_device(batch.features, device), flip)
         return Inputs(images, to_device(batch.labels, device), features)
+
+    def tell_resized(self) -> None:
+        """Log once, after an epoch, how many images were of another size. A collective."""
+        if self.resized_told:
+            return
+        self.resized_told = True
+        count = distributed.all_reduce(torch.tensor(self.dataset.count_resized())).item()
+        if count:
+            logging.info(
+                "%d of the %d images are not 112x112 and were resized (not aligned); "
+                "data/make_rec.py --resize does it once for all",
+                count,
+                self.length,
+            )
 
     def close(self) -> None:
         """End the reading processes."""

@@ -30,6 +30,18 @@ def decode_rgb(encoded: bytes) -> np.ndarray:
     return cv2.cvtColor(decode_bgr(encoded), cv2.COLOR_BGR2RGB)
 
 
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Scale (H, W, 3) uint8 to ``size`` = (height, width), each side by itself.
+
+    As torchvision's ``Resize`` does with PIL images: bilinear, over all pixels that one comes from.
+    """
+    # comes with torchvision
+    from PIL import Image
+
+    scaled = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(scaled)
+
+
 def resize_and_crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale (H, W, 3) uint8 so that the shorter side, relative to ``size`` = (height, width), fits;
     cut the centre of the other.

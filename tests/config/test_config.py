@@ -18,7 +18,7 @@ DEFAULTS = ROOT / "config" / "config.py"
 SPECIFIED = """
     dataset embedding_size momentum weight_decay batch_size lr output pretrained_teacher_path
     pretrained_teacher_header_path teacher_repo_id teacher_cache global_step s m h t_alpha
-    adaptive_alpha use_geom_margin geom_margin_w geom_margin_k geom_margin_warmup_epoch loss
+    adaptive_alpha alpha use_geom_margin geom_margin_w geom_margin_k geom_margin_warmup_epoch loss
     network teacher SE rec val_rec data_path db_file_format sample num_classes num_image
     num_epoch warmup_epoch val_targets eval_step val_eval_every_n_epoch eval_every_n_epoch
     run_eval_at_start eval_ijb ijb_root ijb_targets ijb_batch_size ijb_num_workers ijb_flip

@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torchvision import transforms
 
 from config.load import load_config
 from tests.commands import ROOT
@@ -16,6 +18,7 @@ from tests.recordio.test_recordio import GOLDEN, STYLES
 from train.build import build_dataset
 from utils.dataset.base import decode_into, keep_batch
 from utils.dataset.folder import FaceDatasetFolder
+from utils.dataset.loader import open_loader
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import start_worker
 from utils.errors import InputError, RecordError
@@ -409,6 +412,33 @@ def test_identities_without_images_are_named_with_the_reason(tmp_path):
 def test_unknown_backend(tmp_path):
     with pytest.raises(InputError, match="unknown rec_backend 'mxnext'; known: native, mxnet"):
         MXFaceDataset(copy_set("plain", tmp_path), backend="mxnext")
+
+
+def test_images_of_another_size_in_folders_are_resized_as_by_torchvision(tmp_path):
+    """Both ask PIL, so nothing is left to rounding; records of another size stay damaged."""
+    root = write_folder(tmp_path / "faces", {"a": 2, "b": 1})
+    random = np.random.default_rng(0)
+    for name, shape in (("2", (256, 256, 3)), ("3", (200, 130, 3)), ("4", (60, 112, 3))):
+        pixels = cv2.GaussianBlur(random.integers(0, 256, shape, np.uint8), (5, 5), 0)
+        assert cv2.imwrite(str(root / "b" / f"{name}.png"), pixels)
+    dataset = FaceDatasetFolder(root)
+    assert dataset.count_resized() == 0
+    for index in (3, 4, 5):
+        image = Image.open(root / dataset.name_of(index))
+        expected = np.asarray(transforms.Resize((112, 112))(image))
+        assert np.array_equal(dataset[index][0], expected)
+    assert dataset.__getitems__(range(6)).bad == [] and dataset.count_resized() == 3
+
+
+def test_resized_images_are_counted_over_the_reading_processes(tmp_path):
+    root = write_folder(tmp_path / "faces", {"a": 4, "b": 4})
+    for name in ("a/9.png", "b/8.png", "b/9.png"):
+        assert cv2.imwrite(str(root / name), np.full((64, 80, 3), 9, np.uint8))
+    dataset = FaceDatasetFolder(root)
+    batches = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
+    loader = open_loader(dataset, batches, 3, 2, torch.device("cpu"))
+    assert sum(len(batch.labels) for batch in loader) == 11 and dataset.count_resized() == 3
+    assert MXFaceDataset(copy_set("plain", tmp_path)).count_resized() == 0
 
 
 def test_folder(tmp_path):

@@ -134,8 +134,19 @@ class FaceImages:
 
     def _read_one(self, index: int, out: np.ndarray) -> int:
         encoded, label = self.stored(index)
-        decode_into(encoded, out)
+        self.decode(index, encoded, out)
         return self.class_of(index, label)
+
+    def decode(self, index: int, encoded: bytes, out: np.ndarray) -> None:
+        """Decode the image ``index`` into ``out`` (112, 112, 3) uint8 RGB.
+
+        Raises RecordError if it is no image, or of another size where this set resizes none.
+        """
+        decode_into(encoded, out)
+
+    def count_resized(self) -> int:
+        """How many different images were of another size, of those read so far."""
+        return 0
 
     def class_of(self, index: int, label: float) -> int:
         """The class of a record with ``label``; raises InputError if it is none of this set."""

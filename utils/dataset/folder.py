@@ -12,6 +12,7 @@ import numpy as np
 from utils.dataset.base import FaceImages
 from utils.dataset.identity import folder_identity
 from utils.errors import InputError, RecordError
+from utils.images import decode_rgb, resize
 from utils.recordio.image_records import sampled
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
@@ -27,11 +28,13 @@ class FaceDatasetFolder(FaceImages):
     the images.
 
     ``sample``: the first so many images of each identity (all if None). Items, ``num_classes`` and
-    batches as MXFaceDataset; records are named by their path below ``root_dir``. Raises InputError
-    as ``list_identities``.
+    batches as MXFaceDataset; records are named by their path below ``root_dir``. Images of another
+    size are resized. Raises InputError as ``list_identities``.
     """
 
     def __init__(self, root_dir: str, sample: int | None = None):
+        import torch
+
         self.root_dir = os.path.abspath(root_dir)
         scanned = scan_identities(self.root_dir)
         self._refuse_empty(scanned)
@@ -42,6 +45,8 @@ class FaceDatasetFolder(FaceImages):
         # reference counts
         self._paths = np.array([os.fsencode(path) for group in groups for path in group])
         self._labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        # of all reading processes: which images were of another size
+        self._resized = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def _refuse_empty(self, identities: "Identities") -> None:
         refuse_empty(self.root_dir, identities)
@@ -58,6 +63,16 @@ class FaceDatasetFolder(FaceImages):
                 return file.read(), int(self._labels[index])
         except OSError as error:
             raise RecordError(f"cannot be read: {error.strerror}") from None
+
+    def decode(self, index: int, encoded: bytes, out: np.ndarray) -> None:
+        image = decode_rgb(encoded)
+        if image.shape != out.shape:
+            self._resized[index] = True
+            image = resize(image, out.shape[:2])
+        np.copyto(out, image)
+
+    def count_resized(self) -> int:
+        return int(self._resized.sum())
 
     def label_of(self, index: int) -> int:
         return int(self._labels[index])

@@ -81,10 +81,12 @@ class CenterStorage(nn.Module):
         on_host=False,
         precision="fp32",
         adaptive_alpha=True,
+        constant_alpha=0.0,
     ):
         super().__init__()
         self.precision = precision
         self.adaptive_alpha = adaptive_alpha
+        self.constant_alpha = constant_alpha
         share = -(-num_classes // distributed.world_size())
         self.num_classes = num_classes
         self.on_host = on_host

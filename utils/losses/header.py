@@ -178,6 +178,7 @@ def build_header(
     geom_margin_k=3.0,
     geom_margin_warmup_epoch=0,
     sample_rate=1.0,
+    alpha=0.0,
     header_weight=1.0,
     feature_weight=0.0,
     centers_dtype=torch.float32,
@@ -193,6 +194,7 @@ def build_header(
     geom_*: geometry margin, warm-up in epochs.
     sample_rate: share of the classes that enter the softmax of a step, those of the batch always
     among them.
+    alpha: AdaDistill's, constant; 0: adaptive.
     header_weight, feature_weight: of the two parts of the loss; see ``Header``.
     centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all
     products are of float32 numbers. centers_on_host: they stay in the host's memory when the header
@@ -205,6 +207,8 @@ def build_header(
                 f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
     check_options(loss, use_geom_margin, sample_rate, header_weight, feature_weight, method)
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha={alpha} must be at least 0 (adaptive) and at most 1")
     centers = CENTERS[method](
         num_classes,
         embedding_size,
@@ -212,6 +216,7 @@ def build_header(
         centers_on_host,
         header_precision,
         adaptive_alpha,
+        constant_alpha=alpha,
     )
     margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
     geometry = None

@@ -17,7 +17,7 @@ from utils.weights.read import digest_of, sha256
 
 HINT = (
     "train one with run_standalone.sh, set pretrained_teacher_path to a published backbone, or "
-    "teacher=cvlface_ir50 to fetch one"
+    "fetch one: teacher=cvlface_ir50 pretrained_teacher_path="
 )
 
 log = logging.getLogger(__name__)

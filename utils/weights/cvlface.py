@@ -131,7 +131,7 @@ def network_of(content: dict, states: str) -> str:
         raise InputError(
             f"{states} the network {family} {content['name']}, which cannot be built here (only "
             f"{', '.join(name for names in NETWORKS.values() for name in names.values())}): export "
-            "it to ONNX and set teacher=onnx:PATH"
+            "it to ONNX and set teacher=onnx:PATH (docs/teachers.md)"
         )
     return name
 

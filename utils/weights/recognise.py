@@ -23,6 +23,9 @@ HEADER = (
     "a header (class centres), not a network: it belongs to pretrained_teacher_header_path or "
     "pretrained_header_path"
 )
+# a part of the keys of every vision transformer: CVLFace's, LVFace's, timm's, Hugging Face's
+PATCHES = "patch_embed"
+TRANSFORMER = "a vision transformer, which cannot be built here: export it to ONNX"
 # keys of a run's <step>state.pth
 RUN_STATE = {"step", "epoch", "samples", "optimizer", "rng"}
 
@@ -94,8 +97,7 @@ def looks_like(content, key: str = "network") -> str:
         )
     network = next(networks_in(content), None)
     if network is None:
-        has_centers = any(is_matrix(content.get(name)) for name in ("kernel", "weight"))
-        return HEADER if has_centers or "state_dict_softmax_fc" in content else ""
+        return looks_like_none_of_ours(content, key)
     name, size, use_se = network.name, network.embedding_size, network.use_se
     description = f"{name}{' with SE=True' if use_se else ''}, embedding_size={size}"
     publisher = PUBLISHERS.get(network.match.publishers_prefix)
@@ -105,3 +107,12 @@ def looks_like(content, key: str = "network") -> str:
         return f"{description}: set teacher={network.full_name}"
     se = " SE=True" if use_se else ""
     return f"{description}: set network={name}{se} embedding_size={size}"
+
+
+def looks_like_none_of_ours(content: dict, key: str) -> str:
+    """As ``looks_like``, for a file without a network of ours."""
+    if any(PATCHES in name for _, state in states_of(content) for name in state):
+        how = " and set teacher=onnx:PATH" if key == "teacher" else ""
+        return f"{TRANSFORMER}{how} (docs/teachers.md)"
+    has_centers = any(is_matrix(content.get(name)) for name in ("kernel", "weight"))
+    return HEADER if has_centers or "state_dict_softmax_fc" in content else ""
