@@ -12,7 +12,6 @@ several times, of which the median counts. Memory is the process's peak, inputs 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ from bench import plain_evaluation as plain
 from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 DIMENSIONS = 512
 IJBC = {
@@ -67,8 +66,7 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps({"scale": scale, "rows": rows}, indent=2) + "\n")
+        write_json(arguments.json, {"scale": scale, "rows": rows})
 
 
 def parse_arguments() -> argparse.Namespace:

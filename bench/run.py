@@ -12,7 +12,6 @@ way can do without; "allowed": how many times that ours may take.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import torch
 from bench import data_path, evaluation, header, training
 from bench.processes import Process, run_tool
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
@@ -58,8 +57,7 @@ def main() -> None:
                 rows += rows_of(Path(folder), device, arguments)
     print("\n" + table(rows))
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+        write_json(arguments.json, [row._asdict() for row in rows])
 
 
 def parse_arguments() -> argparse.Namespace:

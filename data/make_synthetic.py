@@ -23,7 +23,6 @@ background, quality): 0 makes all photographs of one person equal, 2 is very har
 """
 
 import argparse
-import json
 import os
 import pickle
 import sys
@@ -47,7 +46,7 @@ from data.synth.benchmarks import (
 )
 from data.synth.render_pool import Photograph, open_studio
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import replacing, write_json
 from utils.recordio.writer import write_insightface
 
 # random stream of the training identities; each pair set has its own, so that nobody is in two sets
@@ -225,8 +224,7 @@ def main() -> None:
             f"--output {args.output} is no folder and cannot become one: {error.strerror}"
         ) from error
     made = {name: value for name, value in vars(args).items() if name not in ("output", "workers")}
-    with replacing(args.output / "synthetic.json", "w") as file:
-        json.dump(made, file, indent=2)
+    write_json(args.output / "synthetic.json", made)
     cv2.setNumThreads(0)  # one thread a process: the work is divided by image
     start = time.perf_counter()
     with open_studio(args.workers, args.seed, args.nuisance) as studio:

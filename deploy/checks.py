@@ -15,8 +15,8 @@ from eval import verification
 from eval.embed import embed
 from eval.report.tables import Table, format_table
 from eval.roc import check_norms
-from utils.dataset.base import sampled
 from utils.errors import InputError
+from utils.recordio.image_records import sampled
 from utils.weights.load import run_beside
 
 # two full batches and one of a single image

@@ -32,7 +32,7 @@ from deploy.graph import OLDEST_OPSET, OPSET, to_fp16, to_onnx, write_metadata
 from deploy.model import Model, add_color_space, load_model
 from deploy.quantise import LEAST_OPSET, to_int8
 from utils.errors import InputError, run
-from utils.files import prepare_file, scratch, write_json
+from utils.files import prepare_file, temporary_folder, write_json
 from utils.teacher.onnx_graph import NORMALISED, PIXELS, require_onnx
 from utils.weights.read import split_mark
 
@@ -50,7 +50,7 @@ def main() -> None:
         )
     paths = plan(args)
     evidence = checks.gather(args)
-    with scratch(".export-", paths["float32"].absolute().parent) as folder:
+    with temporary_folder(".export-", paths["float32"].absolute().parent) as folder:
         drafts = {numbers: folder / path.name for numbers, path in paths.items()}
         write_models(original, args, evidence, drafts)
         rows = checks.check(original, drafts, evidence)

@@ -119,7 +119,7 @@ def open_read_ahead(dataset, block: int) -> ReadAhead | None:
     """Read ``block`` records that lie together at a time; 0: every record by itself."""
     if not block:
         return None
-    return ReadAhead(RecordBlocks(dataset.shards(), block), *distributed.place_on_node())
+    return ReadAhead(RecordBlocks(dataset.record_files(), block), *distributed.place_on_node())
 
 
 def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:

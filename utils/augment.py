@@ -29,11 +29,10 @@ def augment(images: torch.Tensor, seed: list[int]) -> torch.Tensor:
 def crop(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Keep a box of 20 to 100 % of the area where it is, black around it."""
     height, width = image.shape[1:]
-    area, ratio = rng.uniform(0.2, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    h, w = (
-        min(height, round(height * (area / ratio) ** 0.5)),
-        min(width, round(width * (area * ratio) ** 0.5)),
-    )
+    area = rng.uniform(0.2, 1.0)
+    ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    h = min(height, round(height * (area / ratio) ** 0.5))
+    w = min(width, round(width * (area * ratio) ** 0.5))
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
     kept = torch.full_like(image, BLACK)
     kept[:, top : top + h, left : left + w] = image[:, top : top + h, left : left + w]

@@ -30,6 +30,13 @@ class InputError(ValueError):
     """
 
 
+class RecordError(InputError):
+    """A record or image that is truncated or damaged.
+
+    The message of a record names the file, the key and the byte offset.
+    """
+
+
 def nearest(word, known) -> str:
     """ ", did you mean 'x'?" for the known name most like ``word``, "" if none is."""
     near = get_close_matches(str(word), known, 1, 0.5)

@@ -3,8 +3,8 @@
 import cv2
 import numpy as np
 
+from utils.errors import RecordError
 from utils.jpeg import JPEG_START
-from utils.recordio.format import RecordError
 
 
 def decode_bgr(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
