@@ -46,7 +46,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.arrow_rows import ArrowRows
-from data.packing import LABEL_MAP, BadImage, check_output, image_encoder, install
+from data.packing import LABEL_MAP, BadImage, check_output, image_encoder, install, write_table
 from data.pair_list import read_pairs
 from data.record_stream import Written, write_stream
 from data.tar_shards import TarShards
@@ -307,12 +307,15 @@ def check_records(folder: str, entries: list[Entry], checksums: list[int]) -> No
                 )
 
 
-def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], output: str) -> int:
+def write_pairs(
+    pairs_paths: list[str], root: str, encode: Callable[[str], bytes], output: str
+) -> int:
     """Write a pair set: pickle (protocol 4) of ([2N encoded images], [N booleans]); returns N.
 
     The pairs keep the order of the list, which the ten contiguous folds of the protocol rely on.
+    Beside it the names of the images, and the groups of the people if the lists have any.
     """
-    pairs = read_pairs(pairs_path, root)
+    pairs = read_pairs(pairs_paths, root)
     # an image of many pairs is read, and pickled, once
     load = lru_cache(maxsize=None)(encode)
     images = [load(path) for pair in progress("reading", len(pairs), pairs) for path in pair[:2]]
@@ -321,11 +324,19 @@ def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], outp
         raise InputError(f"--output {output} is a folder; name the .bin file to write")
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     content = pickle.dumps((images, same), protocol=4)
+    stem = output.removesuffix(".bin")
+    # those of another set with this name
+    for path in (f"{stem}.names.csv", f"{stem}.groups.csv"):
+        Path(path).unlink(missing_ok=True)
     with replacing(output, "w+b") as file:
         file.write(content)
         file.seek(0)
         if file.read() != content:
             raise InputError(f"{output} differs from what was written; check the disk")
+    write_table(f"{stem}.names.csv", ("first", "second"), [pair[:2] for pair in pairs])
+    groups = {os.path.dirname(path): pair.group for pair in pairs for path in pair[:2]}
+    if any(groups.values()):
+        write_table(f"{stem}.groups.csv", ("name", "group"), sorted(groups.items()))
     return len(pairs)
 
 

@@ -4,13 +4,17 @@ finished set.
 No command.
 """
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import cv2
 
 from utils.errors import InputError
+from utils.files import replacing
 from utils.images import decode_bgr
 from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
@@ -70,3 +74,11 @@ def install(temporary: str, output: str) -> None:
     for name in (LABEL_MAP, "property", "train.lst", "train.idx", "train.rec"):
         if os.path.exists(os.path.join(temporary, name)):
             shutil.move(os.path.join(temporary, name), os.path.join(output, name))
+
+
+def write_table(path: str | Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
+    """Write CSV; the names of files as their bytes, whatever their encoding."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with replacing(path) as file:
+        file.write(os.fsencode(text.getvalue()))

@@ -13,8 +13,6 @@ Which class a label is shows at the end: until then a record has the label of th
 is a number that can be a class, and is corrected then.
 """
 
-import csv
-import io
 import json
 import os
 import re
@@ -30,9 +28,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data.packing import LABEL_MAP, BadImage, check_output, install
+from data.packing import LABEL_MAP, BadImage, check_output, install, write_table
 from utils.errors import InputError
-from utils.files import read_json, replacing, take_lock, write_json, write_text
+from utils.files import read_json, replacing, take_lock, write_json
 from utils.recordio.files import IMAGE_SIZE
 from utils.recordio.format import EXACT_IN_FLOAT32, IRHeader, RecordError, frame, pack, unpack
 from utils.recordio.idx_file import write_index
@@ -234,11 +232,7 @@ class Stream:
         is_mapped = in_order != list(range(len(in_order)))
         (self.folder / LABEL_MAP).unlink(missing_ok=True)
         if is_mapped:
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows(
-                [("class", "label"), *enumerate(in_order)]
-            )
-            write_text(self.folder / LABEL_MAP, text.getvalue())
+            write_table(self.folder / LABEL_MAP, ("class", "label"), enumerate(in_order))
         return classes, is_mapped
 
     def correct_labels(self, entries: np.ndarray, classes: np.ndarray) -> None:
@@ -264,10 +258,11 @@ class Stream:
         for key, (offset, label, checksum) in enumerate(bar):
             try:
                 header, image = unpack(records.read(int(offset), key))
-                found = header.id, header.label, zlib.crc32(image)
+                is_equal = (header.id, header.label) == (key, label)
+                is_equal = is_equal and zlib.crc32(image) == checksum
             except RecordError:
-                found = None
-            if found != (key, label, checksum):
+                is_equal = False
+            if not is_equal:
                 (self.folder / STATE).unlink()
                 raise InputError(
                     f"record {key} differs from what was written: check the disk, and start again"
