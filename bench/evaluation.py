@@ -27,6 +27,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from bench import plain_evaluation as plain
 from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import write_json
 
@@ -70,11 +71,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="full sizes")
     size.add_argument(

@@ -33,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.align import align
+from utils.command_line import command_parser
 from utils.dataset.folder import IMAGE_SUFFIXES
 from utils.dataset.workers import cores
 from utils.detect import (
@@ -275,11 +276,7 @@ def write_report(path: Path, results: list[Result]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--photos",
         type=Path,

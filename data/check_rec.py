@@ -30,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.contact_sheet import draw_sheet, training_set_rows
+from utils.command_line import command_parser
 from utils.dataset.base import FaceImages, decode_into
 from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
 from utils.dataset.labels import from_1, one_class
@@ -335,11 +336,7 @@ def show(entry) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "set",
         nargs="+",

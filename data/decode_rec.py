@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.command_line import command_parser
 from utils.dataset.base import PIXELS
 from utils.dataset.classes import check_classes
 from utils.dataset.loader import open_loader
@@ -107,11 +108,7 @@ def open_set(name: str) -> tuple[Path, MXFaceDataset]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("set", help="folder of train.rec or of its shards, or a .rec")
     parser.add_argument("--output", type=Path, required=True, help="folder to be made")
     parser.add_argument(

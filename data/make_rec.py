@@ -50,6 +50,7 @@ from data.packing import LABEL_MAP, BadImage, check_output, image_encoder, insta
 from data.pair_list import read_pairs
 from data.record_stream import Written, write_stream
 from data.tar_shards import TarShards
+from utils.command_line import command_parser
 from utils.dataset.base import first_label
 from utils.dataset.folder import list_identities
 from utils.errors import InputError, run
@@ -88,9 +89,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, allow_abbrev=True)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument(
         "--images", help="folder of identities, or the folder the pair list refers to"

@@ -31,7 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of this script's folder: siblings must not shadow packages
+    # instead of this script's folder: siblings must not shadow packages
+    sys.path[0] = str(ROOT)
 
 import cv2
 
@@ -82,7 +83,8 @@ def list_pairs(name: str, pairs: int) -> tuple[list[Photograph], list[bool]]:
     """
     split, left, right = PAIR_SETS[name]
     half = pairs // FOLDS // 2
-    people = max(half, 2)  # of one fold; they are in no other
+    # of one fold; they are in no other
+    people = max(half, 2)
     photographs, issame = [], []
     for first in range(0, FOLDS * people, people):
         for k in range(half):
@@ -225,7 +227,8 @@ def main() -> None:
         ) from error
     made = {name: value for name, value in vars(args).items() if name not in ("output", "workers")}
     write_json(args.output / "synthetic.json", made)
-    cv2.setNumThreads(0)  # one thread a process: the work is divided by image
+    # one thread a process: the work is divided by image
+    cv2.setNumThreads(0)
     start = time.perf_counter()
     with open_studio(args.workers, args.seed, args.nuisance) as studio:
         count = write_training_set(args.output, studio, args.identities, args.images)

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import cv2
 
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.files import replacing
 from utils.images import decode_bgr
 from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
-from utils.recordio.format import RecordError
 
 # from class numbers to the labels of the source, where these are others
 LABEL_MAP = "label_map.csv"

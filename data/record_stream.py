@@ -29,10 +29,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.packing import LABEL_MAP, BadImage, check_output, install, write_table
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.files import read_json, replacing, take_lock, write_json
 from utils.recordio.files import IMAGE_SIZE
-from utils.recordio.format import EXACT_IN_FLOAT32, IRHeader, RecordError, frame, pack, unpack
+from utils.recordio.format import EXACT_IN_FLOAT32, IRHeader, frame, pack, unpack
 from utils.recordio.idx_file import write_index
 from utils.recordio.reader import RecordFile
 from utils.recordio.writer import write_property

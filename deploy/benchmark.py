@@ -23,6 +23,7 @@ from deploy.measure import measure, megabytes, multiply_adds
 from deploy.model import Model, add_color_space, load_model
 from eval.report.tables import Table, format_table
 from utils import distributed
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_file, write_json
 from utils.teacher.onnx import CUDA
@@ -110,11 +111,7 @@ def device_name(device: torch.device) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "models",
         type=Path,

@@ -31,6 +31,7 @@ from deploy import checks
 from deploy.graph import OLDEST_OPSET, OPSET, to_fp16, to_onnx, write_metadata
 from deploy.model import Model, add_color_space, load_model
 from deploy.quantise import LEAST_OPSET, to_int8
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_file, temporary_folder, write_json
 from utils.teacher.onnx_graph import NORMALISED, PIXELS, require_onnx
@@ -113,11 +114,7 @@ def write_models(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,

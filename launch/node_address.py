@@ -10,7 +10,8 @@ import socket
 import struct
 import sys
 
-SIOCGIFADDR = 0x8915  # linux/sockios.h
+# linux/sockios.h
+SIOCGIFADDR = 0x8915
 
 
 def own_address(host: str, port: int) -> str:
@@ -29,7 +30,8 @@ def interface_of(address: str) -> str:
                 answer = fcntl.ioctl(
                     probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode())
                 )
-            except OSError:  # an interface without an IPv4 address
+            # an interface without an IPv4 address
+            except OSError:
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from utils.errors import InputError
 
 _alone = False
-begun = 0  # collectives and batches that this rank has begun: what utils/run/hang_watch.py compares
+# collectives and batches that this rank has begun: what utils/run/hang_watch.py compares
+begun = 0
 # the slowest wait of a rank: another one writing checkpoints or loading sets
 TIMEOUT = timedelta(minutes=30)
-PATIENCE = timedelta(days=30)  # where every rank does work of its own
+# where every rank does work of its own
+PATIENCE = timedelta(days=30)
 
 
 def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:

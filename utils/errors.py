@@ -88,5 +88,6 @@ def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
-        os._exit(1)  # leaving the other ranks in an orderly way would wait for them
+        # leaving the other ranks in an orderly way would wait for them
+        os._exit(1)
     sys.exit(1)

@@ -152,7 +152,8 @@ def read_json(path: str | Path, what: str = "a JSON object", advice: str = "") -
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # of syntax or encoding
+    # of syntax or encoding
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}){advice}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not {what}{advice}")

@@ -68,7 +68,8 @@ class Face(Canvas):
         upper = np.stack(
             [-(who.head_width + grow) * np.cos(ARC), -(who.head_top + grow) * np.sin(ARC)], axis=-1
         )
-        fall = np.sin(ARC)[: UPPER // 2]  # 0 at the temples .. 1 at the chin, denser there
+        # 0 at the temples .. 1 at the chin, denser there
+        fall = np.sin(ARC)[: UPPER // 2]
         width = who.head_width * (1 - np.minimum(fall, 1) ** who.jaw) ** who.chin_round
         right = np.stack([width, who.chin * fall], axis=-1)
         return np.concatenate([upper, right, right[::-1] * (-1, 1)])
@@ -145,7 +146,8 @@ class Face(Canvas):
         center = np.array([side * who.eye_spacing, who.eye_y])
         height = who.eye_open * (1 - look.eye_close)
         along = CHORD * who.eye_size
-        slope = -side * who.eye_tilt * along  # outer corner up for a positive tilt, on both sides
+        # outer corner up for a positive tilt, on both sides
+        slope = -side * who.eye_tilt * along
         upper, lower = slope - height * BULGE, slope + 0.55 * height * BULGE
 
         def at(x, y):
