@@ -97,7 +97,8 @@ def test_folders_that_are_no_pair_set(tmp_path):
     folder = save_pairs(tmp_path / "numbers", encoded, [2, 2, 0, 0], "int64")
     with pytest.raises(InputError, match="labels of a pair set are booleans"):
         load_bin(folder)
-    folder = save_pairs(tmp_path / "damaged", [*encoded[:3], bytes(100)], [True, True, False, False])
+    encoded[3] = bytes(100)
+    folder = save_pairs(tmp_path / "damaged", encoded, [True, True, False, False])
     with pytest.raises(InputError, match="damaged: image 3 of 4"):
         load_bin(folder)
     rows = datasets.Dataset.from_dict({"index": [0], "is_same": [True]})
