@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from hashlib import sha256
@@ -154,7 +155,7 @@ class Stream:
                     except BadImage as error:
                         if not skip_bad:
                             raise InputError(f"{error}; --skip-bad leaves such out") from None
-                        bar.write(f"left out: {error}")
+                        bar.write(f"left out: {error}", file=sys.stderr)
                         state["left_out"] += 1
                     state["within"] += 1
                     if state["within"] % STATE_EVERY == 0:
