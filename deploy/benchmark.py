@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from deploy.measure import measure, megabytes, multiply_adds
+from deploy.measure import measure, megabytes, multiply_adds, threads_in_words
 from deploy.model import Model, add_color_space, load_model
 from eval.report.tables import Table, format_table
 from utils import distributed
@@ -44,12 +44,11 @@ def main() -> None:
                 "models with --device cpu"
             )
     rows = {str(model.path): measure_model(model, args.batch, device) for model in models}
-    threads = torch.get_num_threads()
     name = device_name(device)
-    print(f"{name}, {threads} thread{'s'[: threads > 1]}")
+    print(f"{name}, {threads_in_words()}")
     print(format_table(tabulate(rows, args.batch)))
     if args.results_json:
-        results = dict(device=name, threads=threads, batch=args.batch, models=rows)
+        results = dict(device=name, threads=torch.get_num_threads(), batch=args.batch, models=rows)
         write_json(args.results_json, results)
 
 

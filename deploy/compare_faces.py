@@ -167,8 +167,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.gallery and len(args.photographs) != 2:
         raise InputError(
-            f"{len(args.photographs)} photograph{'s'[: len(args.photographs) > 1]}: "
-            "name two to compare, or people to search among with --gallery"
+            f"name two photographs to compare, not {len(args.photographs)}, or people to search "
+            "among with --gallery"
         )
     if args.threshold is not None and (args.report or not -1 <= args.threshold <= 1):
         raise InputError("--threshold is a cosine, -1 ... 1, and takes the place of --report")
