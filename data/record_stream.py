@@ -24,7 +24,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -132,6 +132,8 @@ class Stream:
         self.files = {name: open(folder / name, "ab", buffering=1 << 20) for name in GROWING}
         for name, file in self.files.items():
             file.truncate(self.state["sizes"][name])
+            # or tell() would go on from where the file ended before
+            file.seek(0, os.SEEK_END)
         self.end = self.state["sizes"]["train.rec"]
         lines = (folder / "labels").read_bytes().decode().split("\n")[:-1]
         self.labels = {parse_label(line, "labels"): number for number, line in enumerate(lines)}
@@ -198,12 +200,12 @@ class Stream:
         otherwise than it was written.
         """
         if len(self.labels) < 2:
-            raise InputError(
+            self.give_up(
                 f"{self.state['images']} images with {len(self.labels)} labels: training needs "
                 "two identities or more"
             )
         if len(self.labels) > EXACT_IN_FLOAT32:
-            raise InputError(
+            self.give_up(
                 f"{len(self.labels)} identities: a record's label is a float32, which tells "
                 f"{EXACT_IN_FLOAT32} apart"
             )
@@ -264,10 +266,14 @@ class Stream:
             except RecordError:
                 is_equal = False
             if not is_equal:
-                (self.folder / STATE).unlink()
-                raise InputError(
+                self.give_up(
                     f"record {key} differs from what was written: check the disk, and start again"
                 )
+
+    def give_up(self, message: str) -> NoReturn:
+        """Raises InputError; nobody can go on from here."""
+        (self.folder / STATE).unlink()
+        raise InputError(message)
 
 
 def provisional(label: int | str) -> int:
