@@ -182,7 +182,8 @@ config.timeout = 30.0
 # newest states that are kept; backbones of epoch ends all are
 config.keep_states = 2
 
-# --- verification during training (<val_rec>/<target>.bin) and larger benchmarks
+# --- verification during training (<val_rec>/<target>.bin, or such an Arrow folder) and larger
+# benchmarks
 # verify every so many steps; 0: only as the next line says, and at the end
 config.eval_step = 0
 # verify after every n-th epoch; 0: only at the end

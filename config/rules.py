@@ -335,4 +335,4 @@ def check_evaluation(values: dict) -> None:
                 f"and {kind}_targets, their names"
             )
     if values["val_targets"] and not values["val_rec"]:
-        raise InputError("val_targets need val_rec, the folder of the .bin files")
+        raise InputError("val_targets need val_rec, the folder of the pair sets")

@@ -1,56 +1,64 @@
 """Pack images into the files that training and verification read.
 
     python data/make_rec.py --images DIR --output OUT    # train.rec, .idx, .lst, property
+    python data/make_rec.py --webdataset 'ms1mv3-{0000..0099}.tar' --output OUT
+    python data/make_rec.py --arrow DIR --output OUT
     python data/make_rec.py --pairs pairs.txt --images DIR --output lfw.bin
 
-``DIR`` has one sub-folder per identity; sorted, they become the labels 0, 1, ... Images are aligned
-112x112 crops; JPEG files of that size are copied byte for byte, all else is encoded as JPEG.
+Images are aligned 112x112 crops; JPEG files of that size are copied byte for byte, all else is
+encoded as JPEG. What was written is read back and compared before it gets its name. Files that
+cannot be read, JPEGs that end early (whose rest decoders fill with grey) and samples without a
+label are refused; ``--skip-bad`` leaves them out of the records and lists them.
+
+``--images`` alone: DIR has one sub-folder per identity; sorted, they become the labels 0, 1, ...
 ``--layout plain`` (the default) is im2rec's: every record an image, shuffled by ``--seed`` unless
 ``--no-shuffle``. ``--layout insightface`` keeps an identity's images together, as its index records
-require, in sorted order. The training scripts shuffle either layout every epoch. ``pairs.txt`` has
-lines ``path1 path2 0|1`` (1: same person), paths below DIR, tab-separated if they contain spaces;
-or it is LFW's own list (``pairs.txt``, ``pairsDevTrain.txt``, ``pairsDevTest.txt``), whose ``Name
-1`` is ``DIR/Name/Name_0001.jpg`` or ``.png``. Pairs of one kind only are refused. What was written
-is read back and compared before it gets its name.
+require, in sorted order. The training scripts shuffle either layout every epoch.
 
-Files that cannot be read, and JPEGs that end early (whose rest decoders fill with grey), are
-refused; ``--skip-bad`` leaves them out of the records and lists them. An identity that has no
-others is left out, too.
+``--webdataset``: tar archives (also .tar.gz), folders of them, brace patterns. A sample has an
+image (jpg, jpeg, png, webp) and a label (cls, json with "label", txt). ``--arrow``: a folder saved
+by ``datasets`` with the columns image and label; of several splits the one called train. Both are
+read once, in their order; the layout is plain. Labels that are not 0 ... C - 1 become so in their
+order, and label_map.csv says how. Killed, the same command goes on where it was.
+
+``--pairs``: lists with lines ``path1 path2 0|1`` (1: same person), paths below DIR, tab-separated
+if they contain spaces; or LFW's and XQLFW's (``pairs.txt``, ``pairsDevTrain.txt``, ...) and RFW's
+(``African_pairs.txt``, ..., all four become one set), whose ``Name 1`` is
+``DIR/Name/Name_0001.jpg`` or ``.png``, RFW's below the folder of its group. Pairs of one kind only
+are refused. Beside ``lfw.bin`` lie the images' names, ``lfw.names.csv``, and where there are groups
+the people's, ``rfw.groups.csv``.
 """
 
 import argparse
 import os
 import pickle
-import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data.arrow_rows import ArrowRows
+from data.packing import LABEL_MAP, BadImage, check_output, image_encoder, install, write_table
 from data.pair_list import read_pairs
+from data.record_stream import Written, write_stream
+from data.tar_shards import TarShards
 from utils.command_line import command_parser
 from utils.dataset.base import first_label
 from utils.dataset.folder import list_identities
-from utils.errors import InputError, RecordError, run
+from utils.errors import InputError, run
 from utils.files import replacing
-from utils.images import decode_bgr
-from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
 from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface, write_property
-
-
-class BadImage(InputError):
-    """An image file that cannot be read, or not to its end."""
 
 
 class Entry(NamedTuple):
@@ -63,27 +71,44 @@ class Entry(NamedTuple):
 
 def main() -> None:
     args = parse_arguments()
-    encode = image_encoder(args.images, args.quality, args.resize)
+    encode = image_encoder(args.quality, args.resize)
     if args.pairs:
-        count = write_pairs(args.pairs, args.images, encode, args.output)
+        count = write_pairs(args.pairs, args.images, file_encoder(args.images, encode), args.output)
         print(f"{args.output}: {count} pairs, read back and equal")
+        return
+    if args.images:
+        written = write_records(args, file_encoder(args.images, encode))
     else:
-        count, classes, left_out = write_records(args, encode)
-        skipped = f"; {left_out} bad files left out" if left_out else ""
-        done = f"{count} images of {classes} identities, read back and equal"
-        print(f"{args.output}: {done}{skipped}")
+        source = TarShards(args.webdataset) if args.webdataset else ArrowRows(Path(args.arrow))
+        options = dict(quality=args.quality, resize=args.resize)
+        written = write_stream(source, Path(args.output), encode, options, args.skip_bad)
+    done = f"{written.images} images of {written.classes} identities, read back and equal"
+    skipped = f"; {written.left_out} bad files left out" if written.left_out else ""
+    mapped = f"; labels: see {LABEL_MAP}" if written.is_mapped else ""
+    print(f"{args.output}: {done}{skipped}{mapped}")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_parser(__doc__, allow_abbrev=True)
-    parser.add_argument(
-        "--images",
-        required=True,
-        help="folder of identities, or the folder the pair list refers to",
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument(
+        "--images", help="folder of identities, or the folder the pair list refers to"
+    )
+    sources.add_argument(
+        "--webdataset",
+        nargs="+",
+        metavar="SHARDS",
+        help="tar archives, folders of them, or brace patterns such as 'set-{000..127}.tar'",
+    )
+    sources.add_argument(
+        "--arrow", metavar="DIR", help="folder that datasets' save_to_disk wrote: image, label"
     )
     parser.add_argument("--output", required=True, help="folder for the records, or the .bin file")
     parser.add_argument(
-        "--pairs", help="pair list, our own or LFW's; writes a .bin instead of records"
+        "--pairs",
+        nargs="+",
+        metavar="LIST",
+        help="pair lists, our own, LFW's, XQLFW's or RFW's; writes a .bin instead of records",
     )
     parser.add_argument("--layout", choices=("insightface", "plain"), default="plain")
     parser.add_argument(
@@ -101,58 +126,53 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="leave out files that cannot be read or end early, and list them",
+        help="leave out images that cannot be read, end early or have no label, and list them",
     )
     args = parser.parse_args()
-    if args.skip_bad and args.pairs:
-        raise InputError("--skip-bad is for records: a pair cannot do without one of its images")
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises InputError for options that contradict each other."""
     if not 1 <= args.quality <= 100:
         raise InputError(f"--quality is 1 ... 100, got {args.quality}")
+    if args.pairs and not args.images:
+        raise InputError("--pairs needs --images, the folder that the list refers to")
+    if args.skip_bad and args.pairs:
+        raise InputError("--skip-bad is for records: a pair cannot do without one of its images")
+    if not args.images and (args.shuffle or args.layout == "insightface"):
+        raise InputError(
+            "--webdataset and --arrow are read once and keep their order: leave out --shuffle and "
+            "--layout insightface (training shuffles in every epoch)"
+        )
     if args.shuffle and args.layout == "insightface" and not args.pairs:
         raise InputError(
             "--shuffle would tear the identities of the insightface layout apart; add "
             "--layout plain"
         )
-    return args
 
 
-def image_encoder(root: str, quality: int, resize: bool) -> Callable[[str], bytes]:
+def file_encoder(root: str, encode: Callable[[bytes, str], bytes]) -> Callable[[str], bytes]:
     """A function from a path below ``root`` to the JPEG bytes to store.
 
     It raises BadImage naming an image that cannot be read, InputError for one of another size.
     """
 
-    def encode(path: str) -> bytes:
+    def encode_file(path: str) -> bytes:
         full = os.path.join(root, path)
         try:
             with open(full, "rb") as file:
-                stored = file.read()
-            if ends_early(stored):
-                raise RecordError("the JPEG ends early (no end marker)")
-            image = decode_bgr(stored)
+                content = file.read()
         except OSError as error:
             raise BadImage(f"cannot read the image {full}: {error.strerror}") from None
-        except RecordError as error:
-            raise BadImage(f"cannot read the image {full}: {error}") from None
-        if image.shape[:2] != IMAGE_SIZE:
-            if not resize:
-                raise InputError(
-                    f"{full} is {image.shape[1]}x{image.shape[0]}, not 112x112; align "
-                    "and crop it, or add --resize"
-                )
-            image = cv2.resize(image, IMAGE_SIZE[::-1], interpolation=cv2.INTER_AREA)
-        elif stored.startswith(JPEG_START):
-            return stored
-        return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        return encode(content, full)
 
-    return encode
+    return encode_file
 
 
-def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> tuple[int, int, int]:
-    """Write the four files to a temporary neighbour of ``args.output``, check them, move them in.
-
-    Returns (images, identities, files left out).
-    """
+def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> Written:
+    """Write the files to a temporary neighbour of ``args.output``, check them, move them in."""
     groups, left_out = list_identities(args.images), 0
     if args.skip_bad:
         groups, left_out = without_bad(groups, encode)
@@ -162,8 +182,7 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
             "or more, a sub-folder for each"
         )
     output = os.path.abspath(args.output)
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError(f"--output {output} is a file; name the folder to write train.rec into")
+    check_output(output)
     os.makedirs(os.path.dirname(output), exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".make_rec-", dir=os.path.dirname(output)) as temporary:
         if args.layout == "insightface":
@@ -178,7 +197,7 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
             file.writelines(map(os.fsencode, lines))
         check_records(temporary, entries, checksums)
         install(temporary, output)
-    return len(entries), len(groups), left_out
+    return Written(len(entries), len(groups), left_out, is_mapped=False)
 
 
 def without_bad(
@@ -287,23 +306,15 @@ def check_records(folder: str, entries: list[Entry], checksums: list[int]) -> No
                 )
 
 
-def install(temporary: str, output: str) -> None:
-    """Move the checked files into ``output``; the record file last, so that it never meets another
-    set's index.
-    """
-    os.makedirs(output, exist_ok=True)
-    if os.path.exists(os.path.join(output, "train.rec")):
-        os.unlink(os.path.join(output, "train.rec"))
-    for name in ("property", "train.lst", "train.idx", "train.rec"):
-        shutil.move(os.path.join(temporary, name), os.path.join(output, name))
-
-
-def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], output: str) -> int:
+def write_pairs(
+    pairs_paths: list[str], root: str, encode: Callable[[str], bytes], output: str
+) -> int:
     """Write a pair set: pickle (protocol 4) of ([2N encoded images], [N booleans]); returns N.
 
     The pairs keep the order of the list, which the ten contiguous folds of the protocol rely on.
+    Beside it the names of the images, and the groups of the people if the lists have any.
     """
-    pairs = read_pairs(pairs_path, root)
+    pairs = read_pairs(pairs_paths, root)
     # an image of many pairs is read, and pickled, once
     load = lru_cache(maxsize=None)(encode)
     images = [load(path) for pair in progress("reading", len(pairs), pairs) for path in pair[:2]]
@@ -312,11 +323,19 @@ def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], outp
         raise InputError(f"--output {output} is a folder; name the .bin file to write")
     os.makedirs(os.path.dirname(os.path.abspath(output)), exist_ok=True)
     content = pickle.dumps((images, same), protocol=4)
+    stem = output.removesuffix(".bin")
+    # those of another set with this name
+    for path in (f"{stem}.names.csv", f"{stem}.groups.csv"):
+        Path(path).unlink(missing_ok=True)
     with replacing(output, "w+b") as file:
         file.write(content)
         file.seek(0)
         if file.read() != content:
             raise InputError(f"{output} differs from what was written; check the disk")
+    write_table(f"{stem}.names.csv", ("first", "second"), [pair[:2] for pair in pairs])
+    groups = {os.path.dirname(path): pair.group for pair in pairs for path in pair[:2]}
+    if any(groups.values()):
+        write_table(f"{stem}.groups.csv", ("name", "group"), sorted(groups.items()))
     return len(pairs)
 
 

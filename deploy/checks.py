@@ -106,7 +106,7 @@ def pair_sets(args: argparse.Namespace, cfg) -> dict[str, verification.DataSet]:
             raise InputError("--val-targets: in which folder? name it with --val-data")
         return {}
     if not names:
-        known = [path.stem for path in sorted(Path(root).glob("*.bin"))]
+        known = verification.list_pair_sets(root)
         if args.val_data and not known:
             raise InputError(f"--val-data: no pair set *.bin in {Path(root).absolute()}")
         names = known if args.val_data else [name for name in cfg.val_targets if name in known]

@@ -21,11 +21,13 @@ from eval.embed import embed
 from eval.feature_store import open_store
 from eval.report.html_report import PairExhibit, RankExhibit
 from eval.roc import Roc, cmc, roc_curve, separate
+from eval.sets.arrow import saved_fingerprint
 from eval.sets.folder import check_images
 from eval.sets.ijb import IJBSet, find_ijb, load_ijb
 from eval.sets.tinyface import TinyFaceSet, find_tinyface, load_tinyface
 from utils import distributed
 from utils.errors import InputError
+from utils.weights.read import sha256
 
 CMC_RANKS = 50
 # searches of TinyFace that a page shows
@@ -35,12 +37,12 @@ CURVE_FARS = np.geomspace(1e-4, 1, 50)
 
 
 class PairTestSet:
-    """A ``.bin`` file and the ten-fold protocol of eval/verification.py."""
+    """A ``.bin`` file, or an Arrow folder, and the ten-fold protocol of eval/verification.py."""
 
     kind = "verification"
     pattern = "{}.bin"
     keys = ("val_rec", "val_targets", "val_batch_size")
-    find = staticmethod(verification.find_bin)
+    find = staticmethod(verification.find_pair_set)
 
     def __init__(self, name: str, data: tuple[verification.DataSet, str], batch_size: int):
         self.name = name
@@ -50,9 +52,10 @@ class PairTestSet:
 
     @staticmethod
     def load(root: str | Path, name: str) -> tuple[verification.DataSet, str]:
-        """The set and the SHA-256 of its file."""
-        content = verification.find_bin(root, name).read_bytes()
-        return verification.load_targets(root, [name])[name], hashlib.sha256(content).hexdigest()
+        """The set and the SHA-256 of its file, or of what tells its folder from others."""
+        path = verification.find_pair_set(root, name)
+        digest = saved_fingerprint(path) if path.is_dir() else sha256(path)
+        return verification.load_targets(root, [name])[name], digest
 
     def measure(self, plain, mirrored, exhibits: list | None) -> dict:
         if exhibits is not None:

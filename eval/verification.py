@@ -1,5 +1,5 @@
 """1:1 verification on pair sets (LFW, CFP-FP, AgeDB-30, CALFW, CPLFW, …): InsightFace's ``.bin``
-files and ten-fold protocol.
+files, CVLFace's Arrow folders, and the ten-fold protocol.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from eval.embed import embed
+from eval.sets.arrow import METADATA, open_pairs
 from utils.errors import InputError
 from utils.images import decode_rgb, resize_and_crop
 from utils.safe_pickle import as_plain, encoded_image, load_pickle, refuse_one_kind
+from utils.saved_table import is_saved
 
 ACCURACY_THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of unit vectors lies in 0…4
 VAL_THRESHOLDS = np.arange(0, 4, 0.001)
@@ -25,7 +27,7 @@ DataSet = tuple[np.ndarray, np.ndarray]  # images (2N, H, W, 3) uint8 RGB, issam
 
 def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> DataSet:
     """Read a pair set: a pickle of (2N encoded images, N booleans), as InsightFace and AdaDistill
-    ship them.
+    ship them, or a folder of CVLFace's (``eval/sets/arrow.py``).
 
     ``image_size``: (height, width); other images are resized by the short side and cropped in the
     centre. Returns uint8 RGB images (2N, H, W, 3), of which 2i and 2i+1 are a pair, and bools (N,),
@@ -33,7 +35,8 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
     for anything but plain data, does not fit together, or holds pairs of one kind only.
     """
     path = Path(path)
-    buffers, issame = _load_pairs(path)
+    content = open_pairs(path) if is_saved(path) else load_pickle(path)
+    buffers, issame = _check_pairs(path, content)
 
     def load_image(index: int) -> np.ndarray:
         where = f"{path}: image {index} of {len(buffers)}"
@@ -51,25 +54,49 @@ def load_bin(path: str | Path, image_size: tuple[int, int] = (112, 112)) -> Data
     return images, issame
 
 
-def find_bin(root: str | Path, name: str) -> Path:
-    """``<root>/<name>.bin``. Raises InputError if it is not there, listing what is."""
-    path = Path(root) / f"{name}.bin"
-    if not path.is_file():
-        present = ", ".join(sorted(other.name for other in Path(root).glob("*.bin"))) or "none"
-        raise InputError(
-            f"validation set {name}: {path.resolve()} not found; .bin files there: {present}"
-        )
-    return path
+def find_pair_set(root: str | Path, name: str) -> Path:
+    """``<root>/<name>.bin``, or else the Arrow folder ``<root>/<name>``.
+
+    Raises InputError if neither is there, listing what is.
+    """
+    root = Path(root)
+    path = root / f"{name}.bin"
+    if path.is_file():
+        return path
+    if is_saved(root / name):
+        return root / name
+    files = ", ".join(other.name for other in bin_files(root)) or "none"
+    folders = ", ".join(folder.name for folder in arrow_folders(root)) or "none"
+    raise InputError(
+        f"validation set {name}: {path.resolve()} not found; .bin files there: {files}; Arrow "
+        f"folders: {folders}"
+    )
+
+
+def list_pair_sets(root: str | Path) -> list[str]:
+    """The names of the pair sets in a folder, sorted."""
+    names = {path.stem for path in bin_files(Path(root))}
+    return sorted(names.union(folder.name for folder in arrow_folders(Path(root))))
+
+
+def bin_files(root: Path) -> list[Path]:
+    return sorted(root.glob("*.bin"))
+
+
+def arrow_folders(root: Path) -> list[Path]:
+    """The saved folders that are pair sets: those of IJB and TinyFace have metadata.pt."""
+    folders = sorted(root.glob("*/"))
+    return [folder for folder in folders if is_saved(folder) and not (folder / METADATA).exists()]
 
 
 def load_targets(
     root: str | Path, names: Sequence[str], image_size: tuple[int, int] = (112, 112)
 ) -> dict[str, DataSet]:
-    """Read ``<root>/<name>.bin`` for every name; see ``load_bin``.
+    """Read the pair set of every name; see ``find_pair_set`` and ``load_bin``.
 
     Raises InputError when one is missing, saying where it was looked for and which sets are there.
     """
-    paths = {name: find_bin(root, name) for name in names}
+    paths = {name: find_pair_set(root, name) for name in names}
     sets = {name: load_bin(path, image_size) for name, path in paths.items()}
     for name, (_, issame) in sets.items():
         if len(issame) < FOLDS:
@@ -219,9 +246,8 @@ def _check(embeddings: np.ndarray, issame: np.ndarray, nrof_folds: int) -> None:
         raise InputError(f"embedding {int(np.argmin(finite))} is not finite (NaN or infinite)")
 
 
-def _load_pairs(path: Path) -> tuple[list, np.ndarray]:
-    """The 2N buffers, still encoded, and the (N,) bool labels of a pair set."""
-    content = load_pickle(path)
+def _check_pairs(path: Path, content) -> tuple[list, np.ndarray]:
+    """The 2N buffers, still encoded, and the (N,) bool labels in what a pair set holds."""
     if not isinstance(content, (tuple, list)) or len(content) != 2:
         raise InputError(f"{path}: not a pair set, which is a pickle of (images, issame)")
     buffers, labels = content[0], as_plain(content[1])

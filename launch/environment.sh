@@ -13,7 +13,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 packages="torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib"
 # what tests need beside them
 test_packages="pytest, pytest_timeout, xdist, datasets, huggingface_hub, yaml, sklearn, skimage"
-test_packages="$test_packages, onnx, onnxruntime"
+test_packages="$test_packages, webdataset, onnx, onnxruntime"
 
 # has_packages PYTHON [MODULES]: whether they are installed and new enough; importing them would
 # take seconds at every start of a run script

@@ -105,10 +105,10 @@ def say(line: str) -> None:
 
 def report_pair_sets(teacher: nn.Module, cfg, options: dict, all_must_be_there: bool) -> None:
     say("\npair set          Accuracy ± Std (%)")
+    known = verification.list_pair_sets(cfg.val_rec)
     for name in cfg.val_targets:
-        path = Path(cfg.val_rec) / f"{name}.bin"
-        if not all_must_be_there and not path.is_file():
-            say(f"{name:16}  skipped: no {path}")
+        if not all_must_be_there and name not in known:
+            say(f"{name:16}  skipped: no {Path(cfg.val_rec) / name}.bin")
             continue
         pairs = verification.load_targets(cfg.val_rec, [name])[name]
         figures = verification.test(pairs, teacher, cfg.val_batch_size, **options)

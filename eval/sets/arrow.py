@@ -15,37 +15,23 @@ import torch
 from torch.utils.data import Dataset
 
 from eval.roc import to_whole
-from eval.sets.folder import check_aligned, fingerprint, scan
+from eval.sets.folder import check_aligned, fingerprint, number_of, scan
 from utils.errors import InputError, first_line
-from utils.files import utf8_path
 from utils.images import decode_rgb
 from utils.safe_pickle import NUMPY, Array, Dtype, load_torch, refused_name
+from utils.saved_table import DAMAGED, STATE, encoded_image, load_table
 from utils.weights.kinds import UNREADABLE
 
-STATE = "state.json"
-INFO = "dataset_info.json"
-SPLITS = "dataset_dict.json"
 METADATA = "metadata.pt"
-# what datasets and pyarrow raise for folders that lack files, are cut off, damaged or written by
-# another program
-DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, NotImplementedError)
-SCHEMA = {"image": "image", "index": "whole number", "path": "string"}
-WHOLE_NUMBERS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether ``datasets`` wrote this folder, or a part of what it writes is there."""
-    return any((folder / name).is_file() for name in (STATE, INFO, SPLITS))
 
 
 def saved_fingerprint(folder: Path) -> str:
-    """SHA-256 of state.json (which holds the library's own fingerprint of all rows), metadata.pt,
-    and the Arrow files' names and sizes.
+    """SHA-256 of state.json (which holds the library's own fingerprint of all rows), metadata.pt
+    (which pair sets lack), and the Arrow files' names and sizes.
     """
-    sizes = sorted(
-        (name, size) for name, (size, _) in scan(folder).items() if name.endswith(".arrow")
-    )
-    return fingerprint((folder / STATE, folder / METADATA), sizes)
+    files = scan(folder)
+    sizes = sorted((name, size) for name, (size, _) in files.items() if name.endswith(".arrow"))
+    return fingerprint([folder / name for name in (STATE, METADATA) if name in files], sizes)
 
 
 # --- images
@@ -72,13 +58,7 @@ class ArrowImages(Dataset):
     def __getitem__(self, index: int) -> np.ndarray:
         row, name = int(self.rows[index]), self.name_of(index)
         try:
-            record = self.table[row]["image"]
-            if record["bytes"] is None and not record["path"]:
-                raise InputError("the record holds neither an image nor the path of one")
-            encoded = record["bytes"]
-            if encoded is None:
-                encoded = (self.folder / record["path"]).read_bytes()
-            image = decode_rgb(encoded)
+            image = decode_rgb(encoded_image(self.folder, self.table[row]["image"]))
         except DAMAGED as error:
             raise InputError(f"{name}: {error}") from error
         return check_aligned(image, name)
@@ -92,65 +72,36 @@ def open_images(folder: Path, with_paths: bool = False) -> ArrowImages:
     """Open a saved folder and check its schema; ``with_paths``: it has a column of paths too, which
     become ``names``.
 
-    Raises InputError for a folder of several splits, one that is damaged or has other columns, an
-    ``index`` that does not number the rows.
+    Raises InputError as ``load_table`` does, and for an ``index`` that does not number the rows.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"{folder} is a folder of Hugging Face's datasets library, which cannot be loaded "
-            f"({first_line(error)}): pip install -r requirements/requirement.txt"
-        ) from error
-    if (folder / SPLITS).is_file():
-        raise InputError(
-            f"{folder} holds several splits ({SPLITS}), not one set; save the split "
-            "that is the set, or name its folder"
-        )
-    datasets.disable_progress_bars()
     columns = ("image", "index", "path") if with_paths else ("image", "index")
-    try:
-        table = datasets.load_from_disk(utf8_path(folder.absolute()))
-        check_schema(folder, table, columns)
-        rows = order_rows(folder, table.data.column("index").to_numpy())
-        paths = table.data.column("path").to_pylist() if with_paths else None
-        images = (
-            table.cast_column("image", datasets.Image(decode=False))
-            .select_columns(["image"])
-            .with_format(None)
-        )
-    except InputError:
-        raise
-    except DAMAGED as error:
-        raise InputError(
-            f"{folder} is no readable folder of datasets' save_to_disk "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
+    table = load_table(folder, columns, "set of aligned images")
+    rows = order_rows(folder, table.data.column("index").to_numpy())
+    paths = table.data.column("path").to_pylist() if with_paths else None
+    images = table.select_columns(["image"])
     return ArrowImages(folder, images, rows, paths and [paths[row] for row in rows])
 
 
-def check_schema(folder: Path, table, columns: tuple[str, ...]) -> None:
-    """Raises InputError unless ``columns`` are there, complete and as SCHEMA says."""
-    types = {column: str(table.data.column(column).type) for column in table.column_names}
-    fits = {
-        "image": getattr(table.features.get("image"), "_type", "") == "Image",
-        "index": types.get("index", "") in WHOLE_NUMBERS,
-        "path": types.get("path") in ("string", "large_string"),
-    }
-    empty = [
-        column for column in columns if column in types and table.data.column(column).null_count
-    ]
-    if all(fits[column] for column in columns) and not empty:
-        return
-    if fits["image"]:
-        types["image"] = "image"
-    present = ", ".join(f"{column} ({kind})" for column, kind in types.items())
-    expected = ", ".join(f"{column} ({SCHEMA[column]})" for column in columns)
-    without = f"; rows without {', '.join(empty)}" if empty else ""
-    raise InputError(
-        f"{folder} is no set of aligned images: its columns are {present}{without}; "
-        f"expected are {expected}"
-    )
+def open_pairs(folder: Path) -> tuple[list[bytes], list[bool]]:
+    """(2N encoded images, N times whether two that follow one another show the same person) of a
+    pair set: rows with ``image``, ``index`` and ``is_same``.
+
+    Raises InputError as ``open_images`` does, and if the rows are no pairs.
+    """
+    table = load_table(folder, ("image", "index", "is_same"), "pair set")
+    rows = order_rows(folder, table.data.column("index").to_numpy())
+    same = table.data.column("is_same").to_numpy()[rows]
+    if len(same) % 2 or (same[0::2] != same[1::2]).any():
+        raise InputError(
+            f"{folder} is no pair set: images 2i and 2i+1, by 'index', are a pair and share one "
+            f"'is_same'; of these {number_of(len(same), 'image')} some do not"
+        )
+    try:
+        records = table.select_columns(["image"])[:]["image"]
+        images = [encoded_image(folder, records[row]) for row in rows]
+    except DAMAGED as error:
+        raise InputError(f"{folder}: an image cannot be read: {error}") from error
+    return images, same[0::2].tolist()
 
 
 def order_rows(folder: Path, index: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from eval.ijb import check_mated, list_templates
-from eval.sets.arrow import is_saved, open_images, read_metadata, saved_fingerprint
+from eval.sets.arrow import open_images, read_metadata, saved_fingerprint
 from eval.sets.folder import (
     ImageFiles,
     find_set,
@@ -28,6 +28,7 @@ from eval.sets.folder import (
 )
 from eval.sets.ijb_meta import check_points, in_order, read_lists, read_pairs, read_rows
 from utils.errors import InputError
+from utils.saved_table import is_saved
 
 SUFFIX = "_gt_aligned"  # of CVLFace's folders
 CROPS, META = "loose_crop", "meta"

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
-from eval.sets.arrow import METADATA, is_saved, open_images, read_metadata, saved_fingerprint
+from eval.sets.arrow import METADATA, open_images, read_metadata, saved_fingerprint
 from eval.sets.folder import (
     ImageFiles,
     find_set,
@@ -25,6 +25,7 @@ from eval.sets.folder import (
 )
 from eval.tinyface import find_mateless, find_roles, stem_of
 from utils.errors import InputError
+from utils.saved_table import is_saved
 
 SUFFIX = "_aligned_pad_0.1"  # of CVLFace's folder
 TOP = "Testing_Set"

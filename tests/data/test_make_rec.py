@@ -1,5 +1,6 @@
 """data/make_rec.py as people call it: from the command line."""
 
+import csv
 import os
 import pickle
 import subprocess
@@ -248,7 +249,7 @@ UTF16 = "\ufeffann/00.jpg ann/01.jpg 1\r\nann/00.jpg cid/00.jpg 0\r\n".encode("u
 )
 def test_pairs_as_windows_saves_them(faces, tmp_path, content):
     (tmp_path / "pairs.txt").write_bytes(content)
-    assert read_pairs(tmp_path / "pairs.txt", faces) == [
+    assert [pair[:3] for pair in read_pairs([tmp_path / "pairs.txt"], faces)] == [
         ("ann/00.jpg", "ann/01.jpg", True),
         ("ann/00.jpg", "cid/00.jpg", False),
     ]
@@ -257,7 +258,7 @@ def test_pairs_as_windows_saves_them(faces, tmp_path, content):
 def test_damaged_utf16_is_one_line(faces, tmp_path):
     (tmp_path / "pairs.txt").write_bytes(UTF16[:-1])
     with pytest.raises(InputError, match=r"pairs\.txt begins as UTF-16 text and is not"):
-        read_pairs(tmp_path / "pairs.txt", faces)
+        read_pairs([tmp_path / "pairs.txt"], faces)
 
 
 @pytest.mark.processes
@@ -328,6 +329,12 @@ def test_lfws_own_lists_keep_their_order(lfw, tmp_path, header, folds, pairs, en
     images, same = pickle.loads((tmp_path / "lfw.bin").read_bytes())
     assert same == [pair[2] for pair in expected]
     assert images == [(lfw / path).read_bytes() for pair in expected for path in pair[:2]]
+    with open(tmp_path / "lfw.names.csv", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["first", "second"],
+            *map(list, (p[:2] for p in expected)),
+        ]
+    assert not (tmp_path / "lfw.groups.csv").exists()
     # so that InsightFace's contiguous folds are those of the list
     for part in np.split(np.array(same), folds):
         assert part.sum() == pairs == len(part) // 2
@@ -335,7 +342,7 @@ def test_lfws_own_lists_keep_their_order(lfw, tmp_path, header, folds, pairs, en
 
 def test_lfws_lists_find_other_suffixes(lfw, tmp_path):
     (tmp_path / "pairs.txt").write_text("1\nName_5\t1\t3\nName_5\t2\tName_0\t1\n")
-    assert read_pairs(tmp_path / "pairs.txt", lfw) == [
+    assert [pair[:3] for pair in read_pairs([tmp_path / "pairs.txt"], lfw)] == [
         ("Name_5/Name_5_0001.png", "Name_5/Name_5_0003.png", True),
         ("Name_5/Name_5_0002.png", "Name_0/Name_0_0001.jpg", False),
     ]
@@ -361,7 +368,7 @@ def test_lfws_lists_find_other_suffixes(lfw, tmp_path):
             r"line 2: no image .*Name_0_0009\.jpg, nor with .*\.png",
         ),
         (
-            "Name_0 1 Name_1 1\n",
+            "Name_0 one Name_1 1\n",
             r"line 1: expected 'path1 path2 0\|1'.* begin with a line such as '10 "
             r"300'",
         ),
@@ -370,7 +377,73 @@ def test_lfws_lists_find_other_suffixes(lfw, tmp_path):
 def test_wrong_lines_of_lfws_lists(lfw, tmp_path, text, message):
     (tmp_path / "pairs.txt").write_text(text)
     with pytest.raises(InputError, match=message):
-        read_pairs(tmp_path / "pairs.txt", lfw)
+        read_pairs([tmp_path / "pairs.txt"], lfw)
+
+
+@pytest.fixture
+def rfw(tmp_path):
+    """Two groups of four people with two photographs each, and their lists as RFW publishes them:
+    tabs, no first line, ten folds in each of which two pairs of one person come first.
+    """
+    lines = {}
+    for group in ("African", "Asian"):
+        for person in range(4):
+            folder = tmp_path / "faces" / group / f"m.{group[:2]}{person}"
+            folder.mkdir(parents=True)
+            for number in (1, 2):
+                (folder / f"{folder.name}_{number:04d}.jpg").write_bytes(
+                    jpeg(len(group) * 100 + 10 * person + number)
+                )
+        names = [f"m.{group[:2]}{person}" for person in range(4)]
+        lines[group] = []
+        for fold in range(10):
+            lines[group] += [f"{names[(fold + i) % 4]}\t1\t2" for i in range(2)]
+            lines[group] += [
+                f"{names[(fold + i) % 4]}\t1\t{names[(fold + i + 1) % 4]}\t2" for i in range(2)
+            ]
+        (tmp_path / f"{group}_pairs.txt").write_text("\n".join(lines[group]) + "\n")
+    return tmp_path
+
+
+@pytest.mark.processes
+def test_rfws_lists_become_one_set_with_groups(rfw):
+    lists = [rfw / "African_pairs.txt", rfw / "Asian_pairs.txt"]
+    common = "--images", rfw / "faces", "--output", rfw / "rfw.bin"
+    result = make_rec("--pairs", *lists, *common)
+    assert result.returncode == 0, result.stderr
+    images, same = pickle.loads((rfw / "rfw.bin").read_bytes())
+    # every fold has that of each list, in its order
+    assert same == [True, True, False, False] * 20
+    with open(rfw / "rfw.names.csv", newline="") as file:
+        header, *names = csv.reader(file)
+    assert header == ["first", "second"]
+    assert images == [(rfw / "faces" / name).read_bytes() for row in names for name in row]
+    assert names[:5:2] == [
+        ["African/m.Af0/m.Af0_0001.jpg", "African/m.Af0/m.Af0_0002.jpg"],
+        ["African/m.Af0/m.Af0_0001.jpg", "African/m.Af1/m.Af1_0002.jpg"],
+        ["Asian/m.As0/m.As0_0001.jpg", "Asian/m.As0/m.As0_0002.jpg"],
+    ]
+    assert [row[0].split("/")[0] for row in names] == (["African"] * 4 + ["Asian"] * 4) * 10
+    with open(rfw / "rfw.groups.csv", newline="") as file:
+        header, *groups = csv.reader(file)
+    assert header == ["name", "group"] and len(groups) == 8
+    assert all(name.startswith(f"{group}/m.") for name, group in groups)
+    # a list alone, with the people right in the folder: no group
+    alone = make_rec("--pairs", lists[0], "--images", rfw / "faces/African", *common[2:])
+    assert alone.returncode == 0, alone.stderr
+    assert pickle.loads((rfw / "rfw.bin").read_bytes())[1] == same[:40]
+    assert not (rfw / "rfw.groups.csv").exists()
+
+
+def test_rfws_people_must_be_found(rfw):
+    with pytest.raises(InputError, match="m.Af0, the first person of the list, has no folder"):
+        read_pairs([rfw / "African_pairs.txt"], rfw / "faces" / "Asian")
+    (rfw / "faces" / "Indian" / "m.Af0").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"2 of its sub-folders have one \(African, Indian\)"):
+        read_pairs([rfw / "African_pairs.txt"], rfw / "faces")
+    (rfw / "faces" / "Asian" / "m.As2" / "m.As2_0002.jpg").unlink()
+    with pytest.raises(InputError, match=r"Asian_pairs.txt, line \d+: no image .*m.As2_0002.jpg"):
+        read_pairs([rfw / "Asian_pairs.txt"], rfw / "faces")
 
 
 @pytest.mark.processes

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.dataset.base import FaceImages
+from utils.dataset.folder_list import split_folder, split_folders
 from utils.dataset.identity import folder_identity
 from utils.errors import InputError, RecordError
 from utils.images import decode_rgb, resize
@@ -122,10 +123,10 @@ def scan_identities(root_dir: str) -> Identities:
     names, loose = split_folder(root)
     identities = Identities(names, [], {}, {}, [])
     left_out, deeper = [], []
-    for name in names:
-        folders, files = split_folder(os.path.join(root, name))
-        images = [os.path.join(name, file) for file in files if is_image_name(file)]
-        others = [os.path.join(name, file) for file in files if not is_image_name(file)]
+    for name, (folders, files) in zip(names, split_folders(root, names), strict=True):
+        images, others = [], []
+        for file in files:
+            (images if is_image_name(file) else others).append(f"{name}/{file}")
         nested = [folder for folder in folders if holds_images(os.path.join(root, name, folder))]
         identities.groups.append(images)
         if images:
@@ -151,14 +152,6 @@ def scan_identities(root_dir: str) -> Identities:
 
 def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
-
-
-def split_folder(folder: str) -> tuple[list[str], list[str]]:
-    """(names of its sub-folders, of its files), sorted, without hidden ones."""
-    with os.scandir(folder) as entries:
-        visible = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
-    folders = [name for name, is_folder in visible if is_folder]
-    return folders, [name for name, is_folder in visible if not is_folder]
 
 
 def holds_images(folder: str) -> bool:
