@@ -170,10 +170,10 @@ def identify(
     gallery = pool(
         images, "Norm:True_Det:True", group_images(images, gallery_ids, "the gallery list")
     )
-    found = search(probes, gallery, probe_subjects, gallery_subjects)
-    mated = found.mates >= 0
+    hits = search(probes, gallery, probe_subjects, gallery_subjects)
+    mated = hits.mates >= 0
     check_mated(mated)
-    return Identification(found.ranks[mated], found.mate_scores[mated], found.other_scores[~mated])
+    return Identification(hits.ranks[mated], hits.mate_scores[mated], hits.other_scores[~mated])
 
 
 def identification_figures(identification: Identification, fars: Sequence[float] = FARS) -> dict:

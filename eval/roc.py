@@ -215,7 +215,7 @@ def search(
     # A product of D terms of unit vectors is off by at most D u (u = eps / 2), the vectors' lengths
     # by as much; and two scores are compared.
     slack = 2 * probes.shape[1] * float(np.finfo(np.float32).eps)
-    found = []
+    results = []
     for start in range(0, len(probes), PROBES_AT_A_TIME):
         part = slice(start, start + PROBES_AT_A_TIME)
         block = probes[part]
@@ -225,10 +225,10 @@ def search(
             scores = _cosines(block, gallery)
         for probe, row, subject in zip(block, scores, probe_subjects[part], strict=True):
             exactly = row.take if crowded else partial(_cosines_with, probe, gallery)
-            found.append(
+            results.append(
                 _rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly)
             )
-    return Search(*map(np.array, zip(*found, strict=True)))
+    return Search(*map(np.array, zip(*results, strict=True)))
 
 
 def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:
