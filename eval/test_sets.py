@@ -23,6 +23,7 @@ from eval import ijb, tinyface, verification
 from eval.embed import embed
 from eval.feature_store import open_store
 from eval.groups import Groups
+from eval.quality import error_versus_reject, mean_norms, mean_of_templates
 from eval.report.html_report import PairExhibit, RankExhibit
 from eval.report.thresholds import FARS as THRESHOLD_FARS
 from eval.roc import cmc, separate
@@ -109,10 +110,15 @@ class PairTestSet:
         fars = THRESHOLD_FARS if exhibits is not None else ()
         whole = measurement.add_scores(scores, figures_of, fars)
         if exhibits is not None:
-            exhibits.append(self.exhibit(scores, whole))
+            norms = mean_norms(plain, mirrored)
+            exhibits.append(self.exhibit(scores, whole, norms))
         return measurement.close(self.kind)
 
-    def exhibit(self, scores: np.ndarray, rates: ErrorRates) -> PairExhibit:
+    def exhibit(self, scores: np.ndarray, rates: ErrorRates, norms: np.ndarray) -> PairExhibit:
+        same = self.issame
+        rejects = error_versus_reject(
+            "images", norms, scores[same], norms.reshape(-1, 2)[same], rates.roc
+        )
         return PairExhibit(
             self.name,
             {"cosine": rates.roc},
@@ -122,6 +128,7 @@ class PairTestSet:
             score_name="cosine similarity",
             scores_of=lambda pair: float(scores[pair]),
             intervals=rates.at_far,
+            rejects=rejects,
         )
 
 
@@ -188,7 +195,8 @@ class IJBTestSet(ImageTestSet):
             for name, gallery in data.galleries.items()
         }
         if exhibits is not None:
-            exhibits.append(self.exhibit_pairs(rates, first_scores))
+            norms = mean_norms(plain, mirrored)
+            exhibits.append(self.exhibit_pairs(rates, first_scores, norms))
             if searches:
                 exhibits.append(self.exhibit_searches(searches))
         return measurement.close(self.kind)
@@ -236,9 +244,21 @@ class IJBTestSet(ImageTestSet):
             measurement.add(name_rates(figures), name_rates(samples), group, key)
         return search
 
-    def exhibit_pairs(self, rates: dict[str, ErrorRates], scores: np.ndarray) -> PairExhibit:
+    def exhibit_pairs(
+        self, rates: dict[str, ErrorRates], scores: np.ndarray, norms: np.ndarray
+    ) -> PairExhibit:
         """scores: of the first variant."""
         rocs = {variant: of_variant.roc for variant, of_variant in rates.items()}
+        same = self.set.label == 1
+        templates, qualities = mean_of_templates(norms, self.set.templates)
+        genuine = np.stack([self.set.p1[same], self.set.p2[same]], axis=1)
+        rejects = error_versus_reject(
+            "templates",
+            qualities,
+            scores[same],
+            qualities[np.searchsorted(templates, genuine)],
+            rocs[ijb.VARIANTS[0]],
+        )
         return PairExhibit(
             self.name,
             rocs,
@@ -248,6 +268,7 @@ class IJBTestSet(ImageTestSet):
             score_name=f"score, {ijb.VARIANTS[0]}",
             scores_of=lambda pair: float(scores[pair]),
             intervals=next(iter(rates.values())).at_far,
+            rejects=rejects,
         )
 
     def exhibit_searches(self, searches: dict[str, ijb.Identification]) -> RankExhibit:

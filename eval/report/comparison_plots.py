@@ -160,8 +160,10 @@ def draw_lines(axes, key: str, rows: list[Row]) -> dict:
                 points.append((row.step, value))
         if points:
             steps, values = zip(*sorted(points), strict=True)
+            # a single point is a large ring, which hides none below it
+            point = dict(markersize=3) if len(points) > 1 else dict(markersize=7, fillstyle="none")
             (drawn[run],) = axes.plot(
-                steps, values, color=color, linestyle=style, marker="o", markersize=3
+                steps, values, color=color, linestyle=style, marker="o", **point
             )
         for name, value in levels.items():
             drawn[name] = axes.axhline(value, color=color, linestyle=":")
