@@ -689,7 +689,9 @@ def test_drawing_leaves_out_what_is_not_finite(tmp_path):
         Row("best_backbone", "run", None, {"verification.lfw.Accuracy-Flip": np.inf})
     ]
     with comparison_plots.drawing() as Figure:
-        drawn = comparison_plots.draw(Figure().subplots(), "verification.lfw.Accuracy-Flip", "lfw", rows)
+        drawn = comparison_plots.draw_lines(
+            Figure().subplots(), "verification.lfw.Accuracy-Flip", rows
+        )
     assert {label: line.get_xydata().tolist() for label, line in drawn.items()} == {
         "run": [[0, 50]]
     }
