@@ -33,6 +33,7 @@ import torch
 
 PERCENTILES = (0.025, 0.975)
 SEED = 0
+NOBODY = -1
 # draws computed side by side, and pairs at a time: 1 MB of weights, which a core's cache holds
 DRAWS_AT_A_TIME = 512
 PAIRS_AT_A_TIME = 2048
@@ -42,21 +43,22 @@ class PairPeople(NamedTuple):
     """The two people of each of N pairs, and how often each draw took whom."""
 
     first: np.ndarray  # (N,) int, the person of the first image
-    second: np.ndarray  # (N,) int
-    counts: np.ndarray  # (people, draws) uint, see ``draw_people``
+    second: np.ndarray  # (N,) int, of an impostor pair's second image; of a genuine pair NOBODY
+    counts: np.ndarray  # (people + 1, draws) uint, see ``draw_people``
 
     def of(self, pairs: np.ndarray) -> "PairPeople":
         """Those of some pairs, by index or mask."""
         return PairPeople(self.first[pairs], self.second[pairs], self.counts)
 
-    def part(self, draws: slice) -> "PairPeople":
-        return self._replace(counts=np.ascontiguousarray(self.counts[:, draws]))
+    def parts(self, draws: int) -> Iterator["PairPeople"]:
+        """The same with so many draws at a time."""
+        for start in range(0, self.counts.shape[1], draws):
+            yield self._replace(counts=np.ascontiguousarray(self.counts[:, start : start + draws]))
 
-    def weights(self, pairs: np.ndarray, same: bool) -> np.ndarray:
+    def weights(self, pairs: np.ndarray) -> np.ndarray:
         """(pairs, draws): n of genuine pairs, n1 * n2 of impostor pairs."""
         weights = self.counts[self.first[pairs]]
-        if not same:
-            weights *= self.counts[self.second[pairs]]
+        weights *= self.counts[self.second[pairs]]
         return weights
 
 
@@ -93,13 +95,13 @@ class Difference(NamedTuple):
 
 
 def draw_people(people: int, draws: int) -> np.ndarray:
-    """How often each draw takes each person, (people, draws) uint8 (uint16 where a product of two
-    would not fit).
+    """How often each draw takes each person, (people + 1, draws) uint8 (uint16 where a product of
+    two would not fit); the last row, NOBODY's, is 1.
     """
     rng = np.random.default_rng(SEED)
-    counts = np.empty((draws, people), np.uint16)
+    counts = np.ones((draws, people + 1), np.uint16)
     for row in counts:
-        row[:] = np.bincount(rng.integers(0, people, people), minlength=people)
+        row[:people] = np.bincount(rng.integers(0, people, people), minlength=people)
     fits = int(counts.max()) ** 2 <= np.iinfo(np.uint8).max
     return np.ascontiguousarray(counts.T, np.uint8 if fits else np.uint16)
 
@@ -140,9 +142,10 @@ def sample_rates(
         totals = weigh_impostors(same, people)
     corners = _find_corners(scores, same)
     samples = []
-    for start in range(0, people.counts.shape[1], DRAWS_AT_A_TIME):
-        part = slice(start, start + DRAWS_AT_A_TIME)
-        samples.append(_sweep(scores, corners, people.part(part), totals[part], cuts))
+    starts = range(0, len(totals), DRAWS_AT_A_TIME)
+    for start, part in zip(starts, people.parts(DRAWS_AT_A_TIME), strict=True):
+        weights = totals[start : start + DRAWS_AT_A_TIME]
+        samples.append(_sweep(scores, corners, part, weights, cuts))
     return RateSamples(*(np.concatenate(parts, axis=-1) for parts in zip(*samples, strict=True)))
 
 
@@ -156,12 +159,38 @@ def weigh_impostors(same: np.ndarray, people: PairPeople) -> np.ndarray:
         torch.from_numpy(pairs), ones, (size, size), check_invariants=True
     ).coalesce()
     totals = []
-    for start in range(0, people.counts.shape[1], DRAWS_AT_A_TIME):
-        counts = people.counts[:, start : start + DRAWS_AT_A_TIME].astype(np.float32)
+    for part in people.parts(DRAWS_AT_A_TIME):
+        counts = part.counts.astype(np.float32)
         # whole numbers below 2^24, so exact
         others = torch.sparse.mm(between, torch.from_numpy(counts)).numpy()
         totals.append(np.einsum("pd,pd->d", counts, others, dtype=np.float64))
     return np.concatenate(totals)
+
+
+def sample_rates_at(
+    scores: np.ndarray, same: np.ndarray, people: PairPeople, thresholds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The share of the impostor pairs and of the genuine ones that reach a threshold of every draw,
+    (draws,) each.
+    """
+    rates = []
+    for kind in (~same, same):
+        # no other reaches any threshold
+        close = np.flatnonzero(kind & (scores >= thresholds.min()))
+        accepted = np.zeros(len(thresholds))
+        for start in range(0, len(close), PAIRS_AT_A_TIME):
+            pairs = close[start : start + PAIRS_AT_A_TIME]
+            reached = scores[pairs][:, None] >= thresholds
+            accepted += (people.weights(pairs) * reached).sum(axis=0, dtype=np.int64)
+        rates.append(accepted)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return rates[0] / weigh_impostors(same, people), rates[1] / weigh_genuines(same, people)
+
+
+def weigh_genuines(same: np.ndarray, people: PairPeople) -> np.ndarray:
+    """The weight of all genuine pairs in each draw, (draws,) float64."""
+    pairs = np.bincount(people.first[same], minlength=len(people.counts))
+    return pairs.astype(np.float64) @ people.counts
 
 
 class _Corners(NamedTuple):
@@ -195,8 +224,7 @@ def _sweep(
 
     ``impostors``: (draws,) their weight.
     """
-    per_person = np.bincount(people.first[corners.genuine], minlength=len(people.counts))
-    genuines = (per_person @ people.counts).astype(np.float64)
+    genuines = weigh_genuines(corners.genuine, people)
     # but for rounding
     limits = np.array([cut.rate for cut in cuts])[:, None] * impostors * (1 + 1e-9)
     accepted, chosen = np.zeros(limits.shape), np.zeros(limits.shape, int)
@@ -235,19 +263,19 @@ def _walk(corners: _Corners, people: PairPeople) -> Iterator[tuple[int, np.ndarr
         near = np.searchsorted(corners.false_accepts, done[1] + PAIRS_AT_A_TIME, side="right")
         part = slice(begin, max(begin + 1, int(near)))
         genuine, impostor = corners.genuine[done[0] :], corners.impostor[done[1] :]
-        true = true[-1] + _add_up(people, genuine, True, corners.true_accepts[part] - done[0])
-        false = false[-1] + _add_up(people, impostor, False, corners.false_accepts[part] - done[1])
+        true = true[-1] + _add_up(people, genuine, corners.true_accepts[part] - done[0])
+        false = false[-1] + _add_up(people, impostor, corners.false_accepts[part] - done[1])
         yield begin, true, false
         begin = part.stop
 
 
-def _add_up(people: PairPeople, pairs: np.ndarray, same: bool, ends: np.ndarray) -> np.ndarray:
+def _add_up(people: PairPeople, pairs: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """(ends, draws): the weight of the first ``end`` pairs, for rising ends."""
     sums = np.zeros((len(ends), people.counts.shape[1]))
     before = np.zeros(people.counts.shape[1])
     for start in range(0, ends[-1], PAIRS_AT_A_TIME):
         stop = min(start + PAIRS_AT_A_TIME, ends[-1])
-        weights = people.weights(pairs[start:stop], same)
+        weights = people.weights(pairs[start:stop])
         inside = slice(*np.searchsorted(ends, (start, stop), side="right"))
         if inside.start == inside.stop:
             before = before + weights.sum(axis=0, dtype=np.int32)

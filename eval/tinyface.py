@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.bootstrap import sample_ranks
 from eval.roc import check_norms, cmc, search
 from utils.errors import InputError
 
@@ -53,6 +54,14 @@ def figures(ranks_of_probes: np.ndarray, ranks: Sequence[int] = RANKS) -> dict[s
         raise InputError(f"rank {min(ranks)}: ranks start at 1")
     rates = cmc(ranks_of_probes, max(ranks))
     return {f"rank-{rank}": 100 * float(rates[rank - 1]) for rank in ranks}
+
+
+def sample_figures(
+    ranks_of_probes: np.ndarray, weights: np.ndarray, ranks: Sequence[int] = RANKS
+) -> dict[str, np.ndarray]:
+    """The dict of ``evaluate`` in every draw of people, (draws,) each; ``weights``: (P, draws)."""
+    rates = sample_ranks(ranks_of_probes, weights, ranks)
+    return {f"rank-{rank}": 100 * rate for rank, rate in zip(ranks, rates, strict=True)}
 
 
 def rank_probes(

@@ -39,6 +39,8 @@ class PairExhibit(NamedTuple):
     captions: Callable[[int], str]
     score_name: str
     scores_of: Callable[[int], float]
+    # {FAR: {"cosine-95": interval, "tar-95": interval}} of thresholds.json
+    intervals: dict[float, dict] = {}
 
     def plots(self) -> dict[str, str]:
         """{what it shows: SVG}."""

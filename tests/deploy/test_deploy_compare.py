@@ -16,7 +16,7 @@ from deploy import compare_faces
 from deploy.gallery import FaceReader
 from deploy.model import embed_faces, load_model
 from eval.report.html_report import PairExhibit
-from eval.report.thresholds import read_threshold, threshold_at, write_thresholds
+from eval.report.thresholds import read_threshold, write_thresholds
 from eval.roc import roc_curve
 from tests import rounding
 from tests.backbones.test_backbones import fill
