@@ -7,7 +7,7 @@ import io
 import math
 from pathlib import Path
 
-from eval.report.step_plots import plot_all, plot_headlines
+from eval.report.comparison_plots import plot_all, plot_headlines
 from eval.report.tables import (
     EXPLANATION,
     MARK,

@@ -28,12 +28,17 @@ FRACTIONS = re.compile(
 PERCENTAGES = re.compile(r"ijb\..+_tpr_at_fpr_.+|tinyface\..+\.rank-\d+")
 COUNTS = re.compile(r"ijb\..+\.(genuine_pairs|impostor_pairs|mated|non_mated)")
 
-HEADLINES = (  # the figures that papers compare, and what the heads of columns call them
-    (r"verification\.(.+)\.Accuracy-Flip", r"\1"),
-    (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_0\.0001", r"\1 1e-4"),
-    (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_1e-05", r"\1 1e-5"),
-    (r"ijb\.(.+)\.1N_(.+)\.top1", r"\1 \2 rank-1"),
-    (r"tinyface\.(.+)\.rank-1", r"\1 rank-1"),
+# the figures that papers compare, what the heads of columns call them, and two lines above a plot
+HEADLINES = (
+    (r"verification\.(.+)\.Accuracy-Flip", r"\1", (r"\1", "accuracy (%)")),
+    (
+        r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_0\.0001",
+        r"\1 1e-4",
+        (r"\1", "TAR (%) at FAR 1e-4"),
+    ),
+    (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_1e-05", r"\1 1e-5", (r"\1", "TAR (%) at FAR 1e-5")),
+    (r"ijb\.(.+)\.1N_(.+)\.top1", r"\1 \2 rank-1", (r"\1, gallery \2", "rank-1 rate (%)")),
+    (r"tinyface\.(.+)\.rank-1", r"\1 rank-1", (r"\1", "rank-1 rate (%)")),
 )
 
 
@@ -248,7 +253,7 @@ def headlines(keys) -> dict[str, str]:
     labelled = [
         (KINDS.index(kind_of(key)), match[1], number, key, match.expand(label))
         for key in keys
-        for number, (pattern, label) in enumerate(HEADLINES)
+        for number, (pattern, label, _) in enumerate(HEADLINES)
         if (match := re.fullmatch(pattern, key))
     ]
     return {key: label for *_, key, label in sorted(labelled)}
@@ -271,6 +276,21 @@ def set_of(key: str) -> str:
 
 def label_of(key: str) -> str:
     return headlines([key]).get(key) or key.split(".", 1)[1]
+
+
+def plot_title(key: str) -> tuple[str, str]:
+    """The two lines above a plot: the set, the figure and its unit."""
+    for pattern, _, (group, figure) in HEADLINES:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(group), figure
+    group = set_of(key)
+    unit = " (%)" if is_percentage(key) else ""
+    return group.split(".", 1)[1], key.removeprefix(f"{group}.") + unit
+
+
+def is_accuracy(key: str) -> bool:
+    """Of a pair set, where guessing gives 50 %."""
+    return kind_of(key) == "verification" and key.endswith(".Accuracy-Flip")
 
 
 def is_count(key: str) -> bool:

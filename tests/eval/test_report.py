@@ -16,7 +16,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from eval import plot_curves
-from eval.report import figures, files, step_plots, tables
+from eval.report import comparison_plots, figures, files, tables
 from eval.report.html_report import MOST_PAIRS, PairExhibit, RankExhibit, write_page
 from eval.report.tables import Row
 from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate
@@ -672,7 +672,7 @@ def test_summary_of_everything(tmp_path):
 
 
 def test_pages_of_the_plots():
-    groups = step_plots.group_by_page(list(tables.flatten(all_results())))
+    groups = comparison_plots.group_by_page(list(tables.flatten(all_results())))
     assert {title: len(keys) for title, keys in groups.items()} == {
         "verification": 6,
         "ijb.IJBC": 62,
@@ -688,8 +688,8 @@ def test_drawing_leaves_out_what_is_not_finite(tmp_path):
     rows = rows_of(0.5, np.inf, None) + [
         Row("best_backbone", "run", None, {"verification.lfw.Accuracy-Flip": np.inf})
     ]
-    with step_plots.drawing() as Figure:
-        drawn = step_plots.draw(Figure().subplots(), "verification.lfw.Accuracy-Flip", "lfw", rows)
+    with comparison_plots.drawing() as Figure:
+        drawn = comparison_plots.draw(Figure().subplots(), "verification.lfw.Accuracy-Flip", "lfw", rows)
     assert {label: line.get_xydata().tolist() for label, line in drawn.items()} == {
         "run": [[0, 50]]
     }
