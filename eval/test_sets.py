@@ -98,7 +98,7 @@ class PairTestSet:
         )
 
         def figures_of(rates: ErrorRates, chosen, pairs: Pairs) -> tuple[dict, dict]:
-            of_pairs = flips.unflatten(1, (-1, 2))[:, chosen].flatten(1, 2)
+            of_pairs = tuple(flips.unflatten(1, (-1, 2))[:, chosen].flatten(1, 2))
             figures = verification.figures(of_pairs, pairs.same) | rates.figures | pairs.sizes()
             samples = dict(rates.samples)
             if pairs.people:

@@ -14,6 +14,7 @@ from eval.report.tables import (
     Row,
     is_accuracy,
     is_count,
+    is_limit,
     is_percentage,
     kind_of,
     plot_title,
@@ -84,7 +85,7 @@ def group_by_page(keys: list[str]) -> dict[str, list[str]]:
     """{title: keys}, by kind, each IJB set for itself; numbers in keys rise as numbers."""
     groups = {}
     for key in sorted(keys, key=lambda key: (KINDS.index(kind_of(key)), numbers_as_numbers(key))):
-        if is_count(key):
+        if is_count(key) or is_limit(key):
             continue
         title = set_of(key) if kind_of(key) == "ijb" else kind_of(key)
         groups.setdefault(title, []).append(key)

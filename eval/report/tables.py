@@ -23,10 +23,14 @@ EXPLANATION = (
 
 KINDS = ("verification", "ijb", "tinyface")
 FRACTIONS = re.compile(
-    r"verification\..+\.Accuracy-(Flip|Std)|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)"
+    r"verification\..+\.(Accuracy-(Flip|Std)|eer|fnmr_at_fmr_[^.]+(\.\d+)?)"
+    r"|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)"
 )
-PERCENTAGES = re.compile(r"ijb\..+_tpr_at_fpr_.+|tinyface\..+\.rank-\d+")
-COUNTS = re.compile(r"ijb\..+\.(genuine_pairs|impostor_pairs|mated|non_mated)")
+PERCENTAGES = re.compile(r"ijb\..+_(tpr_at_fpr_.+|fnmr_at_fmr_.+|eer)|tinyface\..+\.rank-\d+")
+COUNTS = re.compile(r".+\.(genuine_pairs|impostor_pairs|mated|non_mated)")
+# behind a figure's key: the limits of its interval
+ENDS = ("low", "high")
+LIMITS = tuple(f"-95.{end}" for end in ENDS)
 
 # the figures that papers compare, what the heads of columns call them, and two lines above a plot
 HEADLINES = (
@@ -99,7 +103,7 @@ def tabulate(results: dict) -> list[Table]:
     """
     tables = []
     if results["verification"]:
-        tables.append(pair_table(results["verification"]))
+        tables += pair_tables(results["verification"])
     for name, figures in results["ijb"].items():
         tables += ijb_tables(name, figures)
     if results["tinyface"]:
@@ -107,15 +111,35 @@ def tabulate(results: dict) -> list[Table]:
     return tables
 
 
-def pair_table(sets: dict) -> Table:
-    rows = {
-        name: [
-            f"{100 * figures['Accuracy-Flip']:.2f} ± {100 * figures['Accuracy-Std']:4.2f}",
+def pair_tables(sets: dict) -> list[Table]:
+    rows, errors, equal = {}, {}, {}
+    for name, figures in sets.items():
+        accuracy = f"{100 * figures['Accuracy-Flip']:.2f} ± {100 * figures['Accuracy-Std']:4.2f}"
+        rows[name] = [
+            accuracy + limits(figures, "Accuracy-Flip", 100),
             f"{figures['XNorm']:.4g}",
         ]
-        for name, figures in sets.items()
-    }
-    return Table("Pair sets", "pair set", ["Accuracy-Flip ± Std (%)", "XNorm"], rows)
+        if "eer" in figures:
+            errors[name] = rates(figures, "fnmr_at_fmr_", 100, figures["impostor_pairs"])
+            equal[name] = cell(figures, "eer", 100)
+    tables = [Table("Pair sets", "pair set", ["Accuracy-Flip ± Std (%)", "XNorm"], rows)]
+    if errors:
+        tables.append(error_table("Pair sets", "pair set", errors, equal))
+    return tables
+
+
+def error_table(
+    title: str, corner: str, errors: dict[str, dict], equal: dict[str, str], **options
+) -> Table:
+    """``errors``: {row: {FMR: cell of its FNMR}}; ``equal``: {row: cell of its EER}."""
+    columns, rows = grid(errors)
+    return Table(
+        f"{title}: EER, and FNMR at FMR, in %",
+        f"{corner} EER, FNMR (%) at FMR",
+        ["EER", *columns],
+        {name: [equal[name], *cells] for name, cells in rows.items()},
+        **options,
+    )
 
 
 def ijb_tables(name: str, figures: dict) -> list[Table]:
@@ -125,16 +149,15 @@ def ijb_tables(name: str, figures: dict) -> list[Table]:
     size = ""
     if impostors is not None:
         size = f"{figures['genuine_pairs']:,.0f} genuine and {impostors:,.0f} impostor pairs"
-    tpr, thresholds = {}, {}
-    for key, value in figures.items():
-        match = re.fullmatch(r"(.+)_(tpr|thresh)_at_fpr_(.+)", key)
-        if match is None:
-            continue
-        variant, fpr = match[1], float(match[3])
-        is_tpr = match[2] == "tpr"
-        cell = f"{value:.2f}" if is_tpr else f"{value:.4f}"
-        rows = tpr if is_tpr else thresholds
-        rows.setdefault(variant, {})[fpr] = cell + mark(fpr, impostors)
+    tpr, thresholds, errors, equal = {}, {}, {}, {}
+    for variant in dict.fromkeys(
+        key.partition("_tpr_at_fpr_")[0] for key in figures if "_tpr_at_fpr_" in key
+    ):
+        tpr[variant] = rates(figures, f"{variant}_tpr_at_fpr_", 1, impostors)
+        thresholds[variant] = rates(figures, f"{variant}_thresh_at_fpr_", 1, impostors, decimals=4)
+        if f"{variant}_eer" in figures:
+            errors[variant] = rates(figures, f"{variant}_fnmr_at_fmr_", 1, impostors)
+            equal[variant] = cell(figures, f"{variant}_eer")
     galleries = {
         key.removeprefix("1N_"): inner for key, inner in figures.items() if key.startswith("1N_")
     }
@@ -148,25 +171,20 @@ def ijb_tables(name: str, figures: dict) -> list[Table]:
         Table(
             f"{name}: thresholds at FPR", f"{name} threshold at FPR", *grid(thresholds), minor=True
         ),
+        *([error_table(f"{name}: 1:1", name, errors, equal, minor=True)] if errors else []),
         *(identification_tables(name, galleries) if galleries else []),
     ]
 
 
 def identification_tables(name: str, galleries: dict) -> list[Table]:
-    ranks, rates, thresholds = {}, {}, {}
+    ranks, tpir, thresholds = {}, {}, {}
     for gallery, figures in galleries.items():
         non_mated = figures["non_mated"]
-        ranks[gallery] = percentages(figures, "top", 100)
-        rates[gallery] = {
-            far: f"{100 * value:.2f}{mark(far, non_mated)}"
-            for far, value in numbered(figures, "tpir_at_fpir_").items()
-        }
-        thresholds[gallery] = {
-            far: f"{value:.4f}{mark(far, non_mated)}"
-            for far, value in numbered(figures, "threshold_at_fpir_").items()
-        }
+        ranks[gallery] = rates(figures, "top", 100)
+        tpir[gallery] = rates(figures, "tpir_at_fpir_", 100, non_mated)
+        thresholds[gallery] = rates(figures, "threshold_at_fpir_", 1, non_mated, decimals=4)
     rank_columns, rank_rows = grid(ranks, "rank-{:.0f}".format)
-    rate_columns, rate_rows = grid(rates, lambda far: f"TPIR@{short(far)}")
+    rate_columns, rate_rows = grid(tpir, lambda far: f"TPIR@{short(far)}")
     sizes = "; ".join(
         f"{gallery}: {figures['mated']:,.0f} probes with and "
         f"{figures['non_mated']:,.0f} without a mate"
@@ -190,23 +208,36 @@ def identification_tables(name: str, galleries: dict) -> list[Table]:
 
 
 def tinyface_table(sets: dict) -> Table:
-    rows = {name: percentages(figures, "rank-") for name, figures in sets.items()}
+    rows = {name: rates(figures, "rank-") for name, figures in sets.items()}
     cells = grid(rows, "rank-{:.0f}".format)
     return Table("TinyFace: identification rate in %", "TinyFace (%)", *cells)
 
 
-def numbered(figures: dict, prefix: str) -> dict[float, float]:
-    """{number: figure} of the keys that are the prefix and a number."""
-    return {
-        float(key.removeprefix(prefix)): value
-        for key, value in figures.items()
-        if key.startswith(prefix)
-    }
+def rates(
+    figures: dict, prefix: str, factor: float = 1, impostors: float | None = None, decimals: int = 2
+) -> dict[float, str]:
+    """{number: cell} of the figures whose keys are the prefix and a number; marked where
+    ``impostors`` cannot resolve the number as a rate.
+    """
+    cells = {}
+    for key in figures:
+        if key.startswith(prefix) and not key.endswith("-95"):
+            number = float(key.removeprefix(prefix))
+            cells[number] = cell(figures, key, factor, decimals) + mark(number, impostors)
+    return cells
 
 
-def percentages(figures: dict, prefix: str, factor: float = 1) -> dict[float, str]:
-    """{number: figure times ``factor`` with two decimals} of the keys as in ``numbered``."""
-    return {number: f"{factor * value:.2f}" for number, value in numbered(figures, prefix).items()}
+def cell(figures: dict, key: str, factor: float = 1, decimals: int = 2) -> str:
+    """A figure times ``factor``, and its interval if there is one."""
+    return f"{factor * figures[key]:.{decimals}f}" + limits(figures, key, factor, decimals)
+
+
+def limits(figures: dict, key: str, factor: float = 1, decimals: int = 2) -> str:
+    """`` [low, high]`` of the interval beside a figure, "" if there is none."""
+    if f"{key}-95" not in figures:
+        return ""
+    low, high = (f"{factor * limit:.{decimals}f}" for limit in figures[f"{key}-95"])
+    return f" [{low}, {high}]"
 
 
 def mark(rate: float, impostors: float | None) -> str:
@@ -236,13 +267,17 @@ def grid(
 
 
 def flatten(results: dict) -> dict[str, float]:
-    """Nested figures with dotted keys, sorted."""
+    """Nested figures with dotted keys, sorted; an interval becomes ``k-95.low`` and
+    ``k-95.high``.
+    """
     flat = {}
     for key, value in results.items():
         # the name of a set is that of a file
         key = printable(key)
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": figure for inner, figure in flatten(value).items()}
+        elif isinstance(value, list):
+            flat |= {f"{key}.{end}": limit for end, limit in zip(ENDS, value, strict=True)}
         else:
             flat[key] = value
     return dict(sorted(flat.items()))
@@ -271,7 +306,13 @@ def set_of(key: str) -> str:
     """kind.set of a dotted key; the name of a set and the rate at the end can hold dots
     themselves.
     """
-    return re.fullmatch(r"(.+?\..+?)\.(1N_.+|[^.]+_at_fpr_.+|[^.]+)", key)[1]
+    key = key.removesuffix(LIMITS[0]).removesuffix(LIMITS[1])
+    return re.fullmatch(r"(.+?\..+?)\.(1N_.+|[^.]+_at_f(pr|mr)_.+|[^.]+)", key)[1]
+
+
+def is_limit(key: str) -> bool:
+    """Of an interval."""
+    return key.endswith(LIMITS)
 
 
 def label_of(key: str) -> str:
@@ -319,8 +360,17 @@ def show(key: str, figures: dict[str, float]) -> str:
     return form.format(scaled(key, figures[key])) + mark_of(key, figures)
 
 
+def show_limits(key: str, figures: dict[str, float]) -> str:
+    """`` [low, high]`` of a figure's interval, "" if there is none."""
+    nested = {key: figures.get(key), f"{key}-95": [figures.get(key + limit) for limit in LIMITS]}
+    if None in nested[f"{key}-95"]:
+        return ""
+    factor = 100 if FRACTIONS.fullmatch(key) else 1
+    return limits(nested, key, factor, 2 if is_percentage(key) else 4)
+
+
 def mark_of(key: str, figures: dict[str, float]) -> str:
-    match = re.fullmatch(r"(ijb\..+\.)[^.]+_at_fpi?r_(.+)", key)
+    match = re.fullmatch(r"(.+\.)[^.]+_at_f(?:pi?r|mr)_(.+)", key)
     if match is None:
         return ""
     count = "non_mated" if "_at_fpir_" in key else "impostor_pairs"
