@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.report.comparison_plots import GUESSING, add_legend, cut_middle, drawing, styles_of
+from eval.report.comparison_plots import GUESSING, add_legend, drawing, styles_of
+from eval.report.tables import cut_middle
 from utils.errors import InputError, run
 from utils.files import printable, replacing
 

@@ -11,7 +11,7 @@ from statistics import NormalDist
 import numpy as np
 
 from eval.quality import RejectCurves
-from eval.report.tables import short
+from eval.report.tables import cut_middle, short
 from eval.roc import FPRS, Roc, Separation, resolves, threshold_at, tpr_at
 
 GENUINE, IMPOSTOR = "#2166ac", "#d6604d"  # can be told apart by the colour-blind
@@ -103,19 +103,18 @@ def draw_dets(rocs: dict[str, Roc]) -> str:
         axes.set(
             xlim=probit([low_fmr, DET_FMRS[-1]]),
             ylim=probit([low_fnmr, top]),
-            xlabel="false match rate (FMR)",
+            xlabel="false match rate (FMR, %)",
             ylabel="false non-match rate (FNMR, %)",
         )
-        set_deviate_ticks(axes.xaxis, [rate for rate in DET_FMRS if rate >= low_fmr], short)
-        percent = "{:g}".format
-        shown = [rate for rate in DET_FNMRS if low_fnmr <= rate <= top]
-        set_deviate_ticks(axes.yaxis, shown, lambda rate: percent(100 * rate))
+        set_deviate_ticks(axes.xaxis, [rate for rate in DET_FMRS if rate >= low_fmr])
+        set_deviate_ticks(axes.yaxis, [rate for rate in DET_FNMRS if low_fnmr <= rate <= top])
 
     return svg(plot, "DET")
 
 
-def set_deviate_ticks(axis, rates: list[float], text_of: Callable[[float], str]) -> None:
-    axis.set_ticks(probit(rates), list(map(text_of, rates)))
+def set_deviate_ticks(axis, rates: list[float]) -> None:
+    """Percentages where their normal deviates are."""
+    axis.set_ticks(probit(rates), [f"{100 * rate:g}" for rate in rates])
 
 
 def draw_rejects(curves: RejectCurves) -> str:
@@ -269,8 +268,28 @@ def draw_tpir(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return svg(plot, "TPIR at FPIR")
 
 
-def svg(plot: Callable, title: str) -> str:
-    """Let ``plot(axes)`` draw and return the SVG.
+def draw_groups(panels: dict[str, tuple[dict[str, tuple[float, float, float]], str]]) -> str:
+    """A panel for each figure: a dot for each group with its interval, the worst in red.
+
+    panels: {figure: ({group: (value, low, high)}, worst group)}.
+    """
+
+    def plot(*all_axes):
+        for axes, (figure, (values, worst)) in zip(all_axes, panels.items(), strict=True):
+            for place, (group, (value, low, high)) in enumerate(values.items()):
+                color = IMPOSTOR if group == worst else GENUINE
+                axes.hlines(place, low, high, color=color, linewidth=1.2)
+                axes.plot(value, place, marker="o", markersize=5, color=color)
+            axes.set_yticks(range(len(values)), [cut_middle(group, 20) for group in values])
+            axes.set_ylim(len(values) - 0.5, -0.5)
+            axes.set_title(figure, loc="left", fontsize=9)
+
+    lines = sum(len(values) + 3 for values, _ in panels.values())
+    return svg(plot, "Groups", len(panels), (SIZE[0], 0.5 + 0.19 * lines))
+
+
+def svg(plot: Callable, title: str, panels: int = 1, size: tuple[float, float] = SIZE) -> str:
+    """Let ``plot(axes, ...)``, of so many panels below each other, draw and return the SVG.
 
     Its text stays text, in the reader's fonts; the legend stands below, where it covers nothing.
     """
@@ -281,12 +300,13 @@ def svg(plot: Callable, title: str) -> str:
     with rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False, "font.size": 9}
     ):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        plot(axes)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+        all_axes = figure.subplots(panels, squeeze=False)[:, 0]
+        for axes in all_axes:
+            axes.grid(color="#dddddd", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        plot(*all_axes)
         figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         buffer = io.StringIO()
         figure.savefig(

@@ -11,7 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from eval.bootstrap import Difference
-from eval.report.comparison_plots import plot_all, plot_headlines
+from eval.report.comparison_plots import (
+    plot_all,
+    plot_differences,
+    plot_headlines,
+    reference_of,
+)
 from eval.report.tables import (
     EXPLANATION,
     LIMITS,
@@ -117,7 +122,8 @@ def write_summary(
     differences: dict[str, dict[str, Difference]] | None = None,
 ) -> None:
     """``summary.csv`` (every figure), ``summary.md`` (headlines, best in bold), ``summary.png``
-    (headlines against steps), ``metrics.pdf`` (every figure against steps).
+    (headlines, against steps where there are several), ``metrics.pdf`` (every figure so), and with
+    ``differences`` ``differences.png``.
 
     sort_by: a figure, as ``tables.find_metric`` understands it; the tables then have the checkpoint
     with the largest first, those without it last. differences: {row: {figure: its difference}} to
@@ -147,7 +153,10 @@ def write_summary(
         text += "\n" + markdown_differences(ordered, compared, differences)
     write_text(folder / "summary.md", text)
     plot_headlines(folder / "summary.png", rows, shown)
-    plot_all(folder / "metrics.pdf", rows, columns)
+    plot_all(folder / "metrics.pdf", rows, columns, differences)
+    if differences:
+        in_picture = list(headlines(compared)) or compared
+        plot_differences(folder / "differences.png", rows, in_picture, differences)
 
 
 def markdown(rows: list[Row], keys: list[str], sorted_by: str | None = None) -> str:
@@ -188,10 +197,9 @@ def markdown_differences(
 ) -> str:
     """A table of figures x checkpoints."""
     columns = [row for row in rows if row.name in differences]
-    (against,) = (row.name for row in rows if row.name not in differences)
     lines = [
-        f"Differences to {against} with 95 % intervals from the same draws of people, rates in "
-        f"percentage points; {SIGNIFICANT}: the interval excludes 0.",
+        f"Differences to {reference_of(rows, differences)} with 95 % intervals from the same "
+        f"draws of people, rates in percentage points; {SIGNIFICANT}: the interval excludes 0.",
         "",
         table_line(["figure", *(row.name for row in columns)]),
         "|---" * (1 + len(columns)) + "|",

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from eval.quality import RejectCurves
 from eval.report import figures
+from eval.report.group_tables import list_panels, tabulate_groups
 from eval.report.tables import EXPLANATION, MARK, tabulate
 from eval.roc import Roc, Separation
 from utils.files import write_text
@@ -39,6 +40,8 @@ CAPTIONS = {
     "rejects": "FNMR of the pairs that are left when the faces with the smallest feature norms "
     "are rejected, at the threshold that gives all pairs the FMR. A falling curve: the norm tells "
     "a good picture from a bad one. The dotted level: rejected at random.",
+    "groups": "A dot for each group of people, with its 95 % interval if that was asked for; the "
+    "worst group in red. FMR and FNMR are those at one threshold for all groups.",
     "CMC": "Searches whose mate is among the k best. Higher is better.",
     "TPIR": "Searches that find their mate above the threshold, against those of people who are "
     "not in the gallery and find somebody. Higher is better.",
@@ -125,6 +128,26 @@ class RankExhibit(NamedTuple):
         return {"Hardest searches: the mate came last": self.misses[:MOST_PAIRS]}
 
 
+class GroupExhibit(NamedTuple):
+    """What a set shows of its groups.
+
+    panels: {figure: ({group: (value, low, high)}, worst group)}; low and high are NaN without
+    intervals.
+    """
+
+    set_name: str
+    panels: dict[str, tuple[dict[str, tuple[float, float, float]], str]]
+
+    def plots(self) -> list[Plot]:
+        return [Plot("groups", CAPTIONS["groups"], figures.draw_groups(self.panels))]
+
+    def strips(self) -> dict[str, Sequence[Strip]]:
+        return {}
+
+
+Exhibit = PairExhibit | RankExhibit | GroupExhibit
+
+
 class SetSection(NamedTuple):
     """The section of a set: its plots, and (title, strips) of its pictures."""
 
@@ -137,7 +160,7 @@ def write_page(
     path: str | Path,
     title: str,
     results: dict,
-    exhibits: Sequence[PairExhibit | RankExhibit],
+    exhibits: Sequence[Exhibit],
     settings: dict,
     notes: Sequence[str] = (),
 ) -> None:
@@ -156,7 +179,8 @@ def write_page(
     environment.filters["thumbnail"] = encode_thumbnail
     # an SVG as an image, not inline: the identifiers inside several of them cannot meet
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
-    tables = tabulate(results)
+    tables = tabulate(results) + tabulate_groups(results)
+    exhibits = [*exhibits, *list_group_exhibits(results)]
     heading, *subtitle = title.splitlines()
     page = environment.get_template("template.html").render(
         heading=heading,
@@ -172,7 +196,17 @@ def write_page(
     write_text(path, page)
 
 
-def list_sections(exhibits: Sequence[PairExhibit | RankExhibit]) -> list[SetSection]:
+def list_group_exhibits(results: dict) -> list[GroupExhibit]:
+    exhibits = []
+    for kind, sets in results.get("groups", {}).items():
+        for name, comparison in sets.items():
+            panels = list_panels(kind, name, comparison)
+            if panels:
+                exhibits.append(GroupExhibit(name, panels))
+    return exhibits
+
+
+def list_sections(exhibits: Sequence[Exhibit]) -> list[SetSection]:
     """A section for each set, in the order of its first exhibit."""
     sections = {exhibit.set_name: SetSection(exhibit.set_name, [], []) for exhibit in exhibits}
     for exhibit in exhibits:

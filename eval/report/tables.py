@@ -23,11 +23,13 @@ EXPLANATION = (
 
 KINDS = ("verification", "ijb", "tinyface")
 FRACTIONS = re.compile(
-    r"verification\..+\.(Accuracy-(Flip|Std)|eer|fnmr_at_fmr_[^.]+(\.\d+)?)"
+    r"verification\..+\.(Accuracy-(Flip|Std)|eer|fnmr_at_fmr_[^.]+(\.\d+)?|fn?mr_at_common_threshold)"
     r"|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)"
 )
-PERCENTAGES = re.compile(r"ijb\..+_(tpr_at_fpr_.+|fnmr_at_fmr_.+|eer)|tinyface\..+\.rank-\d+")
-COUNTS = re.compile(r".+\.(genuine_pairs|impostor_pairs|mated|non_mated)")
+PERCENTAGES = re.compile(
+    r"ijb\..+_(tpr_at_fpr_.+|fnmr_at_fmr_.+|eer)|ijb\..+\.fn?mr_at_common_threshold|tinyface\..+\.rank-\d+"
+)
+COUNTS = re.compile(r".+\.(genuine_pairs|impostor_pairs|mated|non_mated|probes)")
 # behind a figure's key: the limits of its interval
 ENDS = ("low", "high")
 LIMITS = tuple(f"-95.{end}" for end in ENDS)
@@ -327,6 +329,14 @@ def plot_title(key: str) -> tuple[str, str]:
     group = set_of(key)
     unit = " (%)" if is_percentage(key) else ""
     return group.split(".", 1)[1], key.removeprefix(f"{group}.") + unit
+
+
+def cut_middle(name: str, most: int = 34) -> str:
+    """A long name without its middle, for names of runs differ at both ends."""
+    if len(name) <= most:
+        return name
+    behind = most // 2
+    return f"{name[: most - behind - 1]}…{name[-behind:]}"
 
 
 def is_accuracy(key: str) -> bool:
