@@ -267,10 +267,12 @@ def draw_forest(axes, key: str, rows: list[Row], differences: Differences) -> di
             continue
         value, low, high = (scaled(key, number) for number in difference)
         face = "C0" if difference.excludes_zero else "white"
-        axes.hlines(place, low, high, color="C0", linewidth=1.2)
+        if math.isfinite(low) and math.isfinite(high):
+            axes.hlines(place, low, high, color="C0", linewidth=1.2)
         axes.plot(value, place, marker="o", color="C0", markerfacecolor=face, markersize=6)
         texts.append(f"{value:+.2f}" if is_percentage(key) else f"{value:+.4g}")
-        ends += [value, low, high]
+        # a threshold can have no limit
+        ends += filter(math.isfinite, (value, low, high))
     room = 0.05 * (max(ends) - min(ends) or 1)
     set_rows(axes, rows, texts, min(ends) - room, max(ends) + room)
     return {}

@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import NormalDist
 from xml.etree import ElementTree
 
 import cv2
@@ -16,10 +17,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from eval import plot_curves
+from eval.groups import compare_groups
+from eval.quality import RejectCurves
 from eval.report import comparison_plots, figures, files, tables
-from eval.report.html_report import MOST_PAIRS, PairExhibit, RankExhibit, write_page
+from eval.report.html_report import CAPTIONS, MOST_PAIRS, PairExhibit, RankExhibit, write_page
 from eval.report.tables import Row
-from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate
+from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate, threshold_at
 from utils.errors import InputError
 from utils.files import read_json, write_json
 
@@ -128,6 +131,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
             self.texts.setdefault(tag, []).append("")
+        if tag in ("th", "td"):
+            self.row.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -147,10 +152,7 @@ class Page(HTMLParser):
         for tag in set(self.open):
             self.texts[tag][-1] += data
         if "tr" in self.open and self.open[-1] in ("th", "td", "sup"):
-            if self.open[-1] == "sup":
-                self.row[-1] += data
-            else:
-                self.row.append(data)
+            self.row[-1] += data
 
     def images(self, kind: str) -> list[bytes]:
         sources = [attributes["src"] for tag, attributes in self.elements if tag == "img"]
@@ -190,8 +192,9 @@ def page(tmp_path_factory):
         name: (np.geomspace(1e-3, 1, 20), np.linspace(level, 1, 20))
         for name, level in (("G1", 0.4), ("G2", 0.3))
     }
+    rejects = RejectCurves("images", np.linspace(0, 0.5, 51), {1e-2: np.linspace(0.3, 0, 51)})
     exhibits = [
-        pair_exhibit(),
+        pair_exhibit()._replace(rejects=rejects),
         pair_exhibit("IJBC", 1234, 5000, VARIANTS),
         RankExhibit("IJBC", {"G1": np.ones(10), "G2": np.linspace(0.3, 1, 10)}, tpir),
         rank_exhibit(misses=misses),
@@ -306,13 +309,19 @@ def test_pictures_are_the_hardest_pairs(page):
         assert np.abs(picture.astype(int) - image).mean() < 6, (
             "RGB, apart from the loss of the JPEG"
         )
-    assert page.texts["figcaption"] == [
+    captions = [text for text in page.texts["figcaption"] if text not in CAPTIONS.values()]
+    assert captions == [
         f"{exhibit.scores_of(pair):.4f} · pair {pair}" for exhibit, pair in pairs
     ] + ["rank 70, probe 5.jpg"]
 
 
 def test_plots_are_labelled(page):
-    lfw_roc, lfw_scores, ijb_roc, ijb_scores, ijb_cmc, ijb_tpir, tiny_cmc = page.svg_texts()
+    lfw, ijb, tiny_cmc = page.svg_texts()[:4], page.svg_texts()[4:9], page.svg_texts()[9]
+    (lfw_roc, lfw_det, lfw_scores, lfw_rejects), (ijb_roc, ijb_det, *ijb_others) = lfw, ijb
+    ijb_scores, ijb_cmc, ijb_tpir = ijb_others
+    assert {"false match rate (FMR, %)", "0.1", "50", "cosine"} <= lfw_det
+    assert {*VARIANTS, "0.01"} <= ijb_det
+    assert {"images rejected, smallest feature norms first (%)", "at FMR 1e-2"} <= lfw_rejects
     assert {
         "false positive rate",
         "1e-6",
@@ -332,6 +341,29 @@ def test_plots_are_labelled(page):
     assert {"impostor (5,000 pairs)"} <= ijb_scores and "1e-4" not in ijb_scores
     assert {"rank", "G1", "G2", "5", "10"} <= ijb_cmc and {"TinyFace", "50"} <= tiny_cmc
     assert {"false positive identification rate (FPIR)", "1e-3", "1"} <= ijb_tpir
+
+
+def test_det_has_normal_deviate_axes(monkeypatch):
+    """Scores of two normal distributions give the line probit(FNMR) = -probit(FMR) - d; its dots
+    and the equal error rate lie where the ROC has them.
+    """
+    axes = Figure().subplots()
+    monkeypatch.setattr(figures, "svg", lambda plot, title: plot(axes))
+    normal, shift, pairs = NormalDist(), 2.0, 100_000
+    quantiles = np.array([normal.inv_cdf((i + 0.5) / pairs) for i in range(pairs)])
+    roc = roc_curve(np.append(quantiles, quantiles + shift), np.arange(2 * pairs) >= pairs)
+    figures.draw_dets({"all": roc})
+    curve, *dots, diagonal = axes.lines
+    x, y = curve.get_xdata(), curve.get_ydata()
+    # of either error a step of 1e-5 is 0.003 of a deviate wide at 1e-3, and narrower above it
+    above = x >= normal.inv_cdf(1e-3)
+    np.testing.assert_allclose(y[above], -x[above] - shift, atol=0.01)
+    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+    ticks = [normal.inv_cdf(float(label.get_text()) / 100) for label in axes.get_xticklabels()]
+    np.testing.assert_allclose(axes.get_xticks(), ticks)
+    points = {round(normal.cdf(dot.get_xdata()[0]), 9): dot.get_ydata()[0] for dot in dots}
+    for rate in (1e-3, 1e-2, 1e-1):
+        assert normal.cdf(points[rate]) == pytest.approx(1 - threshold_at(roc, rate)[1])
 
 
 @pytest.mark.parametrize("impostors, hollow", [(700, 4), (20_000, 2), (2_000_000, 0)])
@@ -357,6 +389,34 @@ def test_every_operating_point_is_in_sight(monkeypatch, impostors, hollow):
     assert ("finer than the pairs resolve" in [line.get_label() for line in axes.lines]) == (
         hollow > 0
     )
+
+
+def test_groups_on_the_page(tmp_path):
+    """A table and a plot: values, intervals, the worst, the ratio; a group with too few pairs."""
+    common = ("fmr_at_common_threshold", "fnmr_at_common_threshold")
+    by_group = {
+        "A": {"genuine_pairs": 90, "impostor_pairs": 80, "Accuracy-Flip": 0.91, "XNorm": 20.0}
+        | {"Accuracy-Flip-95": [0.9, 0.93]}
+        | dict(zip(common, (0.004, 0.02), strict=True)),
+        HOSTILE: {"genuine_pairs": 70, "impostor_pairs": 60, "Accuracy-Flip": 0.88, "XNorm": 19.0}
+        | dict(zip(common, (0.001, 0.05), strict=True)),
+        "few": {"genuine_pairs": 3, "impostor_pairs": 0},
+    }
+    results = all_results() | {
+        "groups": {"verification": {"lfw": compare_groups(by_group, 0.3123)}}
+    }
+    page = page_of(tmp_path, results)
+    table = page.tables["lfw by group"]
+    name = tables.cut_middle(HOSTILE, 20)
+    assert table["accuracy (%)", "A"] == "91.00"
+    assert "[90.00, 93.00]" in page.texts["small"]
+    assert table["accuracy (%)", "worst"] == table["FNMR at common threshold (%)", "worst"] == name
+    assert table["FMR at common threshold (%)", "worst"] == "A"
+    assert table["impostor pairs", "few"] == "0" and table["accuracy (%)", "few"] == ""
+    assert ("XNorm", "A") not in table and page.tables["lfw by group: every figure"]["XNorm", "A"]
+    assert "largest to smallest FMR there: 4" in page.texts["body"][0]
+    (plot,) = page.svg_texts()
+    assert {"A", name, "few", "accuracy (%)", "FMR at common threshold (%)"} <= plot
 
 
 def test_hostile_names_are_text(tmp_path):
@@ -424,7 +484,8 @@ def test_empty_and_extreme_exhibits(tmp_path):
         ),
     ]
     page = page_of(tmp_path, exhibits=exhibits)
-    assert len(page.images("svg")) == 1 + 0 + 2 + 2 + 2 + 2
+    assert len(page.images("svg")) == 1 + 0 + 3 + 3 + 3 + 2
+    assert "every genuine pair scores above every impostor pair" in page.svg_texts()[5]
 
 
 def test_page_stays_small(tmp_path):
