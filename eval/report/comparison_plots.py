@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from eval.bootstrap import Difference
-from eval.report.tables import (
+from eval.report.figure_keys import (
     KINDS,
     LIMITS,
     Row,
-    cut_middle,
     is_accuracy,
     is_count,
     is_limit,
@@ -25,6 +24,7 @@ from eval.report.tables import (
     scaled,
     set_of,
 )
+from eval.report.tables import cut_middle
 from utils.files import replacing
 
 # panels in a row of plots, on a page of metrics.pdf
@@ -33,6 +33,8 @@ COLUMNS, PANELS = 4, 20
 # axis between panels, of what stands above all of them, and of the last axis
 WIDTH, NAMES, HEIGHT, BAR, AROUND, HEADER, ABOVE_LEGEND = 3.1, 2.4, 1.9, 0.24, 0.95, 1.15, 0.55
 STYLES = ("-", "--", "-.", ":")
+# letters above a panel: the longest of IJB's figures
+MOST_LETTERS = 41
 # accuracy in % of a guess at pairs, half of which are genuine
 GUESSING = 50
 LINES = (
@@ -169,7 +171,7 @@ def plot_page(
         handles |= draw(axes, key, rows)
         # names of checkpoints stand at the left alone
         axes.tick_params(labelsize="small", labelleft=lines or index % COLUMNS == 0)
-        heading = "\n".join(map(cut_middle, plot_title(key)))
+        heading = "\n".join(cut_middle(line, MOST_LETTERS) for line in plot_title(key))
         # a given height spares the search for one
         axes.set_title(heading, y=1.02)
     text = textwrap.wrap(text, int(13 * width))

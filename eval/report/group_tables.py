@@ -3,10 +3,8 @@
 import math
 import re
 
-from eval.report.tables import (
+from eval.report.figure_keys import (
     LIMITS,
-    Table,
-    cut_middle,
     flatten,
     headlines,
     is_limit,
@@ -15,6 +13,7 @@ from eval.report.tables import (
     show,
     show_limits,
 )
+from eval.report.tables import Table, cut_middle
 from utils.files import printable
 
 # of these and the headlines a table is shown at once, of the others behind a click

@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 from eval import plot_curves
 from eval.groups import compare_groups
 from eval.quality import RejectCurves
-from eval.report import comparison_plots, figures, files, tables
+from eval.report import comparison_plots, figure_keys, figures, files, tables
+from eval.report.figure_keys import Row
 from eval.report.html_report import CAPTIONS, MOST_PAIRS, PairExhibit, RankExhibit, write_page
-from eval.report.tables import Row
 from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate, threshold_at
 from utils.errors import InputError
 from utils.files import read_json, write_json
@@ -584,14 +584,14 @@ def test_short_rates(rate, text):
     ],
 )
 def test_set_of_a_key(key, group):
-    assert tables.set_of(key) == group
+    assert figure_keys.set_of(key) == group
 
 
 # --- metrics of one checkpoint
 
 
 def test_metrics_come_back(tmp_path):
-    flat = tables.flatten(all_results()) | {
+    flat = figure_keys.flatten(all_results()) | {
         "ijb.IJBC.Norm:True_Det:True_thresh_at_fpr_1e-06": np.inf,
         'verification.odd, "name".XNorm': 1.5,
     }
@@ -675,7 +675,7 @@ def test_summary_of_everything(tmp_path):
             f"{run}_{step or 'best_'}backbone",
             run,
             step,
-            tables.flatten(all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}),
+            figure_keys.flatten(all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}),
         )
         for seed, (run, step) in enumerate([("a$b", 10), ("a$b", 2), ("a$b", None), ("c|d", 5)])
     ]
@@ -733,7 +733,7 @@ def test_summary_of_everything(tmp_path):
 
 
 def test_pages_of_the_plots():
-    groups = comparison_plots.group_by_page(list(tables.flatten(all_results())))
+    groups = comparison_plots.group_by_page(list(figure_keys.flatten(all_results())))
     assert {title: len(keys) for title, keys in groups.items()} == {
         "verification": 6,
         "ijb.IJBC": 62,
@@ -788,7 +788,7 @@ def test_sorted_by_what_no_headline_shows(tmp_path):
     ]
 
 
-KEYS = sorted(tables.flatten(all_results()))
+KEYS = sorted(figure_keys.flatten(all_results()))
 
 
 @pytest.mark.parametrize(
@@ -806,7 +806,7 @@ KEYS = sorted(tables.flatten(all_results()))
     ],
 )
 def test_names_of_metrics(name, key):
-    assert tables.find_metric(name, KEYS) == key
+    assert figure_keys.find_metric(name, KEYS) == key
 
 
 @pytest.mark.parametrize(
@@ -836,7 +836,7 @@ def test_names_of_metrics(name, key):
 )
 def test_other_names_of_metrics(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
-        tables.find_metric(name, KEYS)
+        figure_keys.find_metric(name, KEYS)
 
 
 def test_unknown_sort_writes_nothing(tmp_path):
