@@ -16,7 +16,7 @@ newer than the file and made with the same settings (settings/<name>.json) is no
         --against standalone_600backbone
 
 adds, for every other checkpoint and figure, the difference to that one with its 95 % interval, and
-a mark where it excludes 0 (docs/uncertainty.md).
+a mark where it excludes 0, and draws them in differences.png (docs/uncertainty.md).
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate
 from eval.bootstrap import Difference, subtract
-from eval.report import files, tables
+from eval.report import figure_keys, files, tables
 from eval.uncertainty import Uncertainty
 from utils import distributed
 from utils.errors import InputError, run
@@ -153,11 +153,13 @@ class Reports:
         self.failures = {}
 
     def add(self, job: evaluate.Job, results: dict, uncertainty: Uncertainty) -> None:
-        of_sets = {kind: results[kind] for kind in tables.KINDS}
-        name = self.add_row(job.checkpoint, tables.flatten(of_sets))
+        of_sets = {kind: results[kind] for kind in figure_keys.KINDS}
+        name = self.add_row(job.checkpoint, figure_keys.flatten(of_sets))
         # a name that means nothing: said at the first checkpoint, not after the last
         if self.arguments.sort_by:
-            tables.find_metric(self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures))
+            figure_keys.find_metric(
+                self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures)
+            )
         if distributed.is_main():
             description = self.evaluator.describe(job)
             print(f"{name} ({description})\n{tables.format_results(results)}")
@@ -203,7 +205,9 @@ class Reports:
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
         run_name = printable(checkpoint.absolute().parent.name)
-        self.rows[checkpoint] = tables.Row(printable(name), run_name, step_of(checkpoint), figures)
+        self.rows[checkpoint] = figure_keys.Row(
+            printable(name), run_name, step_of(checkpoint), figures
+        )
         return name
 
     def add_failure(self, checkpoint: Path, error: str) -> None:
@@ -235,13 +239,14 @@ class Reports:
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[tables.Row], checkpoints: int) -> None:
+    def compare(self, rows: list[figure_keys.Row], checkpoints: int) -> None:
         if rows:
             files.write_summary(self.folder, rows, self.arguments.sort_by, self.differences())
             skipped = files.format_skipped(self.evaluator.skipped)
+            forest = ", differences.png" if self.arguments.against else ""
             print(
                 f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
-                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf",
+                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf{forest}",
                 flush=True,
             )
 

@@ -23,10 +23,14 @@ from eval import ijb, tinyface, verification
 from eval.embed import embed
 from eval.feature_store import open_store
 from eval.groups import Groups
-from eval.quality import error_versus_reject, mean_norms, mean_of_templates
-from eval.report.html_report import PairExhibit, RankExhibit
+from eval.quality import mean_norms
+from eval.report.exhibits import (
+    exhibit_pairs,
+    exhibit_ranking,
+    exhibit_searches,
+    exhibit_templates,
+)
 from eval.report.thresholds import FARS as THRESHOLD_FARS
-from eval.roc import cmc, separate
 from eval.sets.folder import check_images
 from eval.sets.ijb import IJBSet, find_ijb, load_ijb
 from eval.sets.people import (
@@ -41,12 +45,6 @@ from eval.sets.tinyface import TinyFaceSet, find_tinyface, load_tinyface
 from eval.uncertainty import ErrorRates, Measurement, PairMeasurement, Pairs, Uncertainty
 from utils import distributed
 from utils.errors import InputError
-
-CMC_RANKS = 50
-# searches of TinyFace that a page shows
-MISSES = 8
-# of the TPIR curve
-CURVE_FARS = np.geomspace(1e-4, 1, 50)
 
 
 class PairTestSet:
@@ -110,26 +108,8 @@ class PairTestSet:
         fars = THRESHOLD_FARS if exhibits is not None else ()
         whole = measurement.add_scores(scores, figures_of, fars)
         if exhibits is not None:
-            norms = mean_norms(plain, mirrored)
-            exhibits.append(self.exhibit(scores, whole, norms))
+            exhibits.append(exhibit_pairs(self, scores, whole, mean_norms(plain, mirrored)))
         return measurement.close(self.kind)
-
-    def exhibit(self, scores: np.ndarray, rates: ErrorRates, norms: np.ndarray) -> PairExhibit:
-        same = self.issame
-        rejects = error_versus_reject(
-            "images", norms, scores[same], norms.reshape(-1, 2)[same], rates.roc
-        )
-        return PairExhibit(
-            self.name,
-            {"cosine": rates.roc},
-            separate(scores, self.issame),
-            images=lambda pair: (self.images[2 * pair], self.images[2 * pair + 1]),
-            captions=lambda pair: f"pair {pair}",
-            score_name="cosine similarity",
-            scores_of=lambda pair: float(scores[pair]),
-            intervals=rates.at_far,
-            rejects=rejects,
-        )
 
 
 class ImageTestSet:
@@ -196,9 +176,9 @@ class IJBTestSet(ImageTestSet):
         }
         if exhibits is not None:
             norms = mean_norms(plain, mirrored)
-            exhibits.append(self.exhibit_pairs(rates, first_scores, norms))
+            exhibits.append(exhibit_templates(self.name, data, rates, first_scores, norms))
             if searches:
-                exhibits.append(self.exhibit_searches(searches))
+                exhibits.append(exhibit_searches(self.name, searches))
         return measurement.close(self.kind)
 
     @cached_property
@@ -244,50 +224,6 @@ class IJBTestSet(ImageTestSet):
             measurement.add(name_rates(figures), name_rates(samples), group, key)
         return search
 
-    def exhibit_pairs(
-        self, rates: dict[str, ErrorRates], scores: np.ndarray, norms: np.ndarray
-    ) -> PairExhibit:
-        """scores: of the first variant."""
-        rocs = {variant: of_variant.roc for variant, of_variant in rates.items()}
-        same = self.set.label == 1
-        templates, qualities = mean_of_templates(norms, self.set.templates)
-        genuine = np.stack([self.set.p1[same], self.set.p2[same]], axis=1)
-        rejects = error_versus_reject(
-            "templates",
-            qualities,
-            scores[same],
-            qualities[np.searchsorted(templates, genuine)],
-            rocs[ijb.VARIANTS[0]],
-        )
-        return PairExhibit(
-            self.name,
-            rocs,
-            separate(scores, self.set.label),
-            images=self.show_pair,
-            captions=lambda pair: f"templates {self.set.p1[pair]} and {self.set.p2[pair]}",
-            score_name=f"score, {ijb.VARIANTS[0]}",
-            scores_of=lambda pair: float(scores[pair]),
-            intervals=next(iter(rates.values())).at_far,
-            rejects=rejects,
-        )
-
-    def exhibit_searches(self, searches: dict[str, ijb.Identification]) -> RankExhibit:
-        cmc_curves, tpir_curves = {}, {}
-        for name, search in searches.items():
-            tpir = ijb.identification_figures(search, CURVE_FARS)["tpir"]
-            cmc_curves[name] = cmc(search.ranks, CMC_RANKS)
-            tpir_curves[name] = (CURVE_FARS, np.array(tpir))
-        return RankExhibit(self.name, cmc_curves, tpir_curves)
-
-    def show_pair(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each template the image that the face detector was surest of."""
-        first, second = self.set.p1[pair], self.set.p2[pair]
-        return self.images[self.best_image(first)], self.images[self.best_image(second)]
-
-    def best_image(self, template: int) -> int:
-        members = np.flatnonzero(self.set.templates == template)
-        return int(members[self.set.faceness_scores[members].argmax()])
-
 
 class TinyFaceTestSet(ImageTestSet):
     """TinyFace's 1:N identification, in either layout."""
@@ -306,8 +242,7 @@ class TinyFaceTestSet(ImageTestSet):
     def measure(self, plain, mirrored, exhibits: list | None, uncertainty: Uncertainty) -> dict:
         ranking = tinyface.rank_probes(add(plain, mirrored), self.set.image_paths, self.set.meta)
         if exhibits is not None:
-            curves = {self.name: cmc(ranking.ranks, CMC_RANKS)}
-            exhibits.append(RankExhibit(self.name, curves, {}, self.show_misses(ranking)))
+            exhibits.append(exhibit_ranking(self.name, self.images, ranking))
         people = self.people
         measurement = Measurement(self.name, uncertainty, people.max() + 1, self.groups_of)
         for group, chosen, weights in measurement.parts_of(people):
@@ -332,20 +267,6 @@ class TinyFaceTestSet(ImageTestSet):
         paths = self.set.meta["probe_paths"]
         names = [(*spellings(path), tinyface.identity_of(path)) for path in paths]
         return groups.of_people(self.people.max() + 1, self.people, names)
-
-    def show_misses(self, ranking: tinyface.Ranking) -> list[tuple[list[np.ndarray], str]]:
-        """The probes whose mate came last: the probe, the wrong image that came first, the mate."""
-        missed = np.flatnonzero((ranking.ranks > 1) & (ranking.ranks != tinyface.NO_MATE))
-        worst_first = missed[np.argsort(-ranking.ranks[missed], kind="stable")]
-        strips = []
-        for probe in worst_first[:MISSES]:
-            image = int(ranking.probes[probe])
-            shown = [self.images[int(index)] for index in (image, *ranking.hardest[probe])]
-            caption = (
-                f"{self.images.name_of(image)}: wrong first, mate at rank {ranking.ranks[probe]}"
-            )
-            strips.append((shown, caption))
-        return strips
 
 
 KINDS = (PairTestSet, IJBTestSet, TinyFaceTestSet)

@@ -11,11 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from eval.bootstrap import Difference
-from eval.report.tables import (
+from eval.report.figure_keys import (
     KINDS,
     LIMITS,
     Row,
-    cut_middle,
     is_accuracy,
     is_count,
     is_limit,
@@ -25,6 +24,7 @@ from eval.report.tables import (
     scaled,
     set_of,
 )
+from eval.report.tables import cut_middle
 from utils.files import replacing
 
 # panels in a row of plots, on a page of metrics.pdf
@@ -33,6 +33,8 @@ COLUMNS, PANELS = 4, 20
 # axis between panels, of what stands above all of them, and of the last axis
 WIDTH, NAMES, HEIGHT, BAR, AROUND, HEADER, ABOVE_LEGEND = 3.1, 2.4, 1.9, 0.24, 0.95, 1.15, 0.55
 STYLES = ("-", "--", "-.", ":")
+# letters above a panel: the longest of IJB's figures
+MOST_LETTERS = 41
 # accuracy in % of a guess at pairs, half of which are genuine
 GUESSING = 50
 LINES = (
@@ -169,7 +171,7 @@ def plot_page(
         handles |= draw(axes, key, rows)
         # names of checkpoints stand at the left alone
         axes.tick_params(labelsize="small", labelleft=lines or index % COLUMNS == 0)
-        heading = "\n".join(map(cut_middle, plot_title(key)))
+        heading = "\n".join(cut_middle(line, MOST_LETTERS) for line in plot_title(key))
         # a given height spares the search for one
         axes.set_title(heading, y=1.02)
     text = textwrap.wrap(text, int(13 * width))
@@ -267,10 +269,12 @@ def draw_forest(axes, key: str, rows: list[Row], differences: Differences) -> di
             continue
         value, low, high = (scaled(key, number) for number in difference)
         face = "C0" if difference.excludes_zero else "white"
-        axes.hlines(place, low, high, color="C0", linewidth=1.2)
+        if math.isfinite(low) and math.isfinite(high):
+            axes.hlines(place, low, high, color="C0", linewidth=1.2)
         axes.plot(value, place, marker="o", color="C0", markerfacecolor=face, markersize=6)
         texts.append(f"{value:+.2f}" if is_percentage(key) else f"{value:+.4g}")
-        ends += [value, low, high]
+        # a threshold can have no limit
+        ends += filter(math.isfinite, (value, low, high))
     room = 0.05 * (max(ends) - min(ends) or 1)
     set_rows(axes, rows, texts, min(ends) - room, max(ends) + room)
     return {}

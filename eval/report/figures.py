@@ -307,7 +307,8 @@ def svg(plot: Callable, title: str, panels: int = 1, size: tuple[float, float] =
             axes.grid(color="#dddddd", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         plot(*all_axes)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        if any(axes.get_legend_handles_labels()[0] for axes in all_axes):
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}

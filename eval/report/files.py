@@ -1,5 +1,5 @@
 """The files that evaluation writes about one checkpoint and about many, by write-then-rename. How
-figures are named and shown: eval/report/tables.py.
+figures are named and shown: eval/report/figure_keys.py.
 """
 
 import csv
@@ -17,10 +17,8 @@ from eval.report.comparison_plots import (
     plot_headlines,
     reference_of,
 )
-from eval.report.tables import (
-    EXPLANATION,
+from eval.report.figure_keys import (
     LIMITS,
-    MARK,
     Row,
     find_metric,
     headlines,
@@ -32,6 +30,7 @@ from eval.report.tables import (
     show,
     show_limits,
 )
+from eval.report.tables import EXPLANATION, MARK
 from utils.errors import InputError
 from utils.files import printable, replacing, write_text
 
@@ -125,10 +124,9 @@ def write_summary(
     (headlines, against steps where there are several), ``metrics.pdf`` (every figure so), and with
     ``differences`` ``differences.png``.
 
-    sort_by: a figure, as ``tables.find_metric`` understands it; the tables then have the checkpoint
-    with the largest first, those without it last. differences: {row: {figure: its difference}} to
-    one of the rows. Raises InputError, before anything is written, if no figure or several are
-    meant.
+    sort_by: a figure, as ``find_metric`` understands it; the tables then have the checkpoint with
+    the largest first, those without it last. differences: {row: {figure: its difference}} to one of
+    the rows. Raises InputError, before anything is written, if no figure or several are meant.
     """
     columns = sorted({key for row in rows for key in row.figures})
     sort_key = find_metric(sort_by, columns) if sort_by else None

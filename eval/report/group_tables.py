@@ -3,9 +3,8 @@
 import math
 import re
 
-from eval.report.tables import (
+from eval.report.figure_keys import (
     LIMITS,
-    Table,
     flatten,
     headlines,
     is_limit,
@@ -14,10 +13,13 @@ from eval.report.tables import (
     show,
     show_limits,
 )
+from eval.report.tables import Table, cut_middle
 from utils.files import printable
 
 # of these and the headlines a table is shown at once, of the others behind a click
 SHOWN = re.compile(r".+\.(genuine_pairs|impostor_pairs|probes|eer|fn?mr_at_common_threshold)")
+# of the name of a group at the head of a column
+MOST_LETTERS = 20
 
 
 def tabulate_groups(results: dict) -> list[Table]:
@@ -47,6 +49,12 @@ def is_shown(key: str) -> bool:
     return bool(headlines([key]) or SHOWN.fullmatch(key))
 
 
+def name_of(key: str) -> str:
+    """EER (%) for verification.lfw.eer."""
+    figure = plot_title(key)[1].replace("_", " ")
+    return re.sub(r"\b(eer|fn?mr|[tf]pi?r)\b", lambda match: match[0].upper(), figure)
+
+
 def table_of(
     title: str, keys: list[str], prefix: str, figures: dict, worst: dict, **options
 ) -> Table:
@@ -54,8 +62,10 @@ def table_of(
     rows = {}
     for key in keys:
         cells = [show(key, of_group) + show_limits(key, of_group) for of_group in figures.values()]
-        rows[plot_title(key)[1]] = [*cells, worst.get(key.removeprefix(f"{prefix}."), "")]
-    return Table(title, title, [*figures, "worst"], rows, **options)
+        of_worst = cut_middle(worst.get(key.removeprefix(f"{prefix}."), ""), MOST_LETTERS)
+        rows[name_of(key)] = [*cells, of_worst]
+    columns = [cut_middle(group, MOST_LETTERS) for group in figures]
+    return Table(title, title, [*columns, "worst"], rows, **options)
 
 
 def describe_ratio(comparison: dict) -> str:
@@ -84,5 +94,5 @@ def list_panels(
             group: tuple(scaled(key, of_group.get(key + end, math.nan)) for end in ends)
             for group, of_group in figures.items()
         }
-        panels[plot_title(key)[1]] = (values, worst)
+        panels[name_of(key)] = (values, worst)
     return panels

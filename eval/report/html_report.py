@@ -176,6 +176,7 @@ def write_page(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["split_cell"] = split_cell
     environment.filters["thumbnail"] = encode_thumbnail
     # an SVG as an image, not inline: the identifiers inside several of them cannot meet
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
@@ -214,6 +215,12 @@ def list_sections(exhibits: Sequence[Exhibit]) -> list[SetSection]:
         section.plots.extend(exhibit.plots())
         section.galleries.extend(exhibit.strips().items())
     return list(sections.values())
+
+
+def split_cell(cell: str) -> tuple[str, bool, str]:
+    """(figure, whether it is marked, its interval or "") of a table's cell."""
+    value, bracket, limits = cell.replace(MARK, "").partition(" [")
+    return value, MARK in cell, bracket.strip() + limits
 
 
 def encode_thumbnail(image: np.ndarray) -> str:

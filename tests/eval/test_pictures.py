@@ -10,8 +10,9 @@ import pytest
 from matplotlib.text import Text
 
 from eval import plot_curves
-from eval.report import comparison_plots, tables
-from eval.report.tables import Row
+from eval.bootstrap import Difference
+from eval.report import comparison_plots, figure_keys
+from eval.report.figure_keys import Row
 
 LONG = "a_run_with_a_very_long_name_that_somebody_chose_to_tell_its_25_settings_apart_m0.35"
 RUNS = ("teacher", "AdaDistill_ArcFace", LONG, "AMLDistill", "x", "standalone", "a$b", "c|d")
@@ -26,6 +27,8 @@ def row_of(run: str, step: int | None, without: str = "none") -> Row:
     } | {
         "ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_0.0001": 93.5,
         "ijb.IJBC.1N_G1.top1": 1.0,
+        "ijb.IJBC.Norm:False_Det:True_fnmr_at_fmr_0.0001": 7.5,
+        "ijb.IJBC.Norm:False_Det:True_fnmr_at_fmr_0.001": 5.5,
         "tinyface.tinyface.rank-1": 0.0,
         "verification.lfw.XNorm": 22.5,
     }
@@ -94,10 +97,12 @@ CASES = {
 def test_summary_is_clear(saved, tmp_path, case):
     rows = CASES[case]
     keys = sorted({key for row in rows for key in row.figures})
-    comparison_plots.plot_headlines(tmp_path / "summary.png", rows, list(tables.headlines(keys)))
+    comparison_plots.plot_headlines(
+        tmp_path / "summary.png", rows, list(figure_keys.headlines(keys))
+    )
     comparison_plots.plot_all(tmp_path / "metrics.pdf", rows, keys)
     picture, *pages = saved
-    assert len(picture.axes) == 6 and sum(len(page.axes) for page in pages) == 7
+    assert len(picture.axes) == 6 and sum(len(page.axes) for page in pages) == 9
     for figure in saved:
         check_layout(figure)
         for axes in figure.axes:
@@ -151,3 +156,45 @@ def test_curves_are_clear(saved, tmp_path, runs, sets):
     assert bars.get_ylim()[0] <= (44 if runs > 1 else 50)
     (legend,) = figure.legends
     assert len(legend.get_texts()) == runs
+
+
+def test_intervals_are_lines(saved, tmp_path):
+    """Of bars and of lines against the step; the text says what they are."""
+    key = "verification.lfw.Accuracy-Flip"
+    limits = {f"{key}-95.low": 0.42, f"{key}-95.high": 0.47}
+    for step in (1, 1, 2):
+        row = Row("1backbone", "run", 1, {key: 0.45} | limits)
+        rows = [row, row._replace(step=step), row._replace(figures={key: 0.5})]
+        comparison_plots.plot_headlines(tmp_path / "summary.png", rows, [key])
+        figure = saved[-1]
+        (axes,) = figure.axes
+        ends = [segment for lines in axes.collections for segment in lines.get_segments()]
+        along = 1 if step == 2 else 0
+        drawn = {tuple(np.round(segment[:, along], 6)) for segment in ends if len(segment)}
+        assert (42, 47) in drawn
+        assert "Thin lines: 95 % intervals." in figure.get_suptitle()
+        check_layout(figure)
+
+
+def test_forest_plot(saved, tmp_path):
+    """Filled where the interval excludes 0, a dash where nothing was compared."""
+    rows = [row_of(run, 100) for run in ("teacher", "x", LONG, "AMLDistill")]
+    key, other = "verification.lfw.Accuracy-Flip", "tinyface.tinyface.rank-1"
+    values = [Difference(0.02, 0.01, 0.03), Difference(-0.01, -0.02, 0.005), None]
+    differences = {
+        row.name: {key: value, other: Difference(1.0, -np.inf, 2.0)} if value else {}
+        for row, value in zip(rows[1:], values, strict=True)
+    }
+    comparison_plots.plot_differences(tmp_path / "differences.png", rows, [key, other], differences)
+    comparison_plots.plot_all(tmp_path / "metrics.pdf", rows, [key], differences)
+    picture, *pages = saved
+    assert picture.get_suptitle().startswith("Differences to teacher_100backbone")
+    assert len(pages) == 1 + 2 and pages[1].get_suptitle().startswith("verification: differences")
+    for figure in saved:
+        check_layout(figure)
+    axes = picture.axes[0]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [float(point.get_xdata()[0]) for point in points] == [2.0, -1.0]
+    assert [point.get_markerfacecolor() == "white" for point in points] == [False, True]
+    assert [text.get_text() for text in axes.texts] == ["+2.00", "-1.00", "–"]
+    assert len(axes.get_yticks()) == 3
