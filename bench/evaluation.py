@@ -14,7 +14,6 @@ process's peak, inputs included.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -33,8 +32,9 @@ from eval import ijb, tinyface, verification
 from eval.bootstrap import NOBODY, PairPeople, draw_people
 from eval.roc import FPRS
 from eval.uncertainty import make_pairs, measure_errors
+from utils.command_line import command_parser
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 DIMENSIONS = 512
 IJBC = {
@@ -76,16 +76,11 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps({"scale": scale, "rows": rows}, indent=2) + "\n")
+        write_json(arguments.json, {"scale": scale, "rows": rows})
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="full sizes")
     size.add_argument(
