@@ -38,6 +38,14 @@ HIGH_IS_GOOD = re.compile(r"Accuracy-Flip|rank-\d+|.+_tpr_at_fpr_.+|1N_.+\.(top\
 LOW_IS_GOOD = re.compile(r"(.+_)?(fnmr_at_fmr_.+|eer|fn?mr_at_common_threshold)")
 
 
+class GroupsOfPeople(NamedTuple):
+    """Which group each person of a set is in."""
+
+    # (people,) index of the group, -1 for one that the file does not name, or names in two groups
+    numbers: np.ndarray
+    unmatched: list[str]  # names in the file that are nobody's and no image's in the set
+
+
 class Groups(NamedTuple):
     """The content of a file of groups."""
 
@@ -47,21 +55,24 @@ class Groups(NamedTuple):
 
     def of_people(
         self, count: int, people: Iterable[int], names: Iterable[Sequence[str]]
-    ) -> np.ndarray:
-        """The group of each of ``count`` people, (count,) int: -1 for one that the file does not
-        name, or names in two groups.
+    ) -> GroupsOfPeople:
+        """The groups of ``count`` people.
 
         ``people``, ``names``: the person of each image, and what the image or the person is called.
         """
-        of_people = np.full(count, -1)
-        torn = set()
+        numbers = np.full(count, -1)
+        in_two, matched = set(), set()
         for person, spellings in zip(people, names, strict=True):
-            for group in (self.of_name[name] for name in spellings if name in self.of_name):
-                if of_people[person] not in (-1, group):
-                    torn.add(int(person))
-                of_people[person] = group
-        of_people[list(torn)] = -1
-        return of_people
+            for name in spellings:
+                if name not in self.of_name:
+                    continue
+                matched.add(name)
+                group = self.of_name[name]
+                if numbers[person] not in (-1, group):
+                    in_two.add(int(person))
+                numbers[person] = group
+        numbers[list(in_two)] = -1
+        return GroupsOfPeople(numbers, [name for name in self.of_name if name not in matched])
 
 
 def read_groups(path: Path) -> Groups:
@@ -81,7 +92,8 @@ def read_groups(path: Path) -> Groups:
     names = sorted(set(group_of.values()))
     if len(names) < 2:
         raise InputError(
-            f"--groups: {path} has {len(names)} groups: at least two are needed to compare"
+            f"--groups: {path} has the groups {', '.join(names) or 'none'}: two are needed to "
+            "compare"
         )
     return Groups(path, names, {name: names.index(group) for name, group in group_of.items()})
 
@@ -112,7 +124,7 @@ def numbered_rows(path: Path, header: list[str], what: str) -> Iterable[tuple[in
 
 def check_names(groups: Groups, test_sets: Sequence) -> None:
     """Raises InputError if the file names nobody in any of the test sets."""
-    if any((test_set.groups_of(groups) >= 0).any() for test_set in test_sets):
+    if any((test_set.groups_of(groups).numbers >= 0).any() for test_set in test_sets):
         return
     sets = ", ".join(test_set.name for test_set in test_sets)
     raise InputError(

@@ -26,6 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate
 from eval.report import files, tables
+from eval.report.group_tables import tabulate_groups
 from eval.report.html_report import write_page
 from eval.report.thresholds import write_thresholds
 from utils import distributed
@@ -65,6 +66,9 @@ def report(
     notes = [*files.format_skipped(evaluator.skipped).splitlines(), *notes]
     description = evaluator.describe(job)
     print(f"{arguments.checkpoint} ({description})\n{tables.format_results(results)}")
+    for table in tabulate_groups(results):
+        if not table.minor:
+            print(f"\n{tables.format_table(table)}\n{table.remark}")
     for note in notes:
         print(note)
     if arguments.results_json:

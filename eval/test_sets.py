@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Subset
 from eval import ijb, tinyface, verification
 from eval.embed import embed
 from eval.feature_store import open_store
-from eval.groups import Groups
+from eval.groups import Groups, GroupsOfPeople
 from eval.quality import mean_norms
 from eval.report.exhibits import (
     exhibit_pairs,
@@ -74,8 +74,7 @@ class PairTestSet:
         """(2N,) the person of each image."""
         return find_people(self.images, self.issame, self.names)
 
-    def groups_of(self, groups: Groups) -> np.ndarray:
-        """(people,) the group of each, -1: none."""
+    def groups_of(self, groups: Groups) -> GroupsOfPeople:
         named = self.people[: len(self.names)]
         return groups.of_people(self.people.max() + 1, named, map(spellings, self.names))
 
@@ -192,8 +191,7 @@ class IJBTestSet(ImageTestSet):
         """(templates, subjects) of the galleries and the probes."""
         return [rows for rows in (*self.set.galleries.values(), self.set.probes) if rows]
 
-    def groups_of(self, groups: Groups) -> np.ndarray:
-        """(people,) the group of each, -1: none."""
+    def groups_of(self, groups: Groups) -> GroupsOfPeople:
         data = self.set
         people = [self.people.of(data.templates)]
         names = [spellings(self.images.name_of(index)) for index in range(len(self.images))]
@@ -262,8 +260,7 @@ class TinyFaceTestSet(ImageTestSet):
         identities = [tinyface.identity_of(path) for path in self.set.meta["probe_paths"]]
         return np.unique(identities, return_inverse=True)[1]
 
-    def groups_of(self, groups: Groups) -> np.ndarray:
-        """(people,) the group of each, -1: none."""
+    def groups_of(self, groups: Groups) -> GroupsOfPeople:
         paths = self.set.meta["probe_paths"]
         names = [(*spellings(path), tinyface.identity_of(path)) for path in paths]
         return groups.of_people(self.people.max() + 1, self.people, names)

@@ -18,7 +18,7 @@ from eval.bootstrap import (
     weigh_impostors,
     with_intervals,
 )
-from eval.groups import Groups, compare_groups
+from eval.groups import Groups, GroupsOfPeople, compare_groups
 from eval.roc import FPRS, Roc, error_figures, roc_curve, threshold_at
 
 COMMON_FMR = 1e-3
@@ -47,7 +47,7 @@ class Measurement:
     """The figures of one set, growing: of the whole in ``figures``, of groups in ``by_group``, what
     the draws gave in ``samples``.
 
-    ``people``: how many the set has; ``groups_of``: Groups -> (people,) the group of each.
+    ``people``: how many the set has; ``groups_of``: which group each is in.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Measurement:
         name: str,
         uncertainty: Uncertainty,
         people: int,
-        groups_of: Callable[[Groups], np.ndarray],
+        groups_of: Callable[[Groups], GroupsOfPeople],
     ):
         self.name = name
         self.uncertainty = uncertainty
@@ -66,14 +66,22 @@ class Measurement:
         self.common_threshold: float | None = None
         self.groups: list[str] = []
         if uncertainty.groups:
-            self.of_people = groups_of(uncertainty.groups)
-            named = np.count_nonzero(self.of_people >= 0)
-            self.note(f"{named} of {people} people are in a group")
-            self.groups = uncertainty.groups.names if named else []
+            self.of_people, unmatched = groups_of(uncertainty.groups)
+            self.groups = uncertainty.groups.names if self.of_people.max() >= 0 else []
             self.by_group = {group: {} for group in self.groups}
+            self.note_people(unmatched)
 
     def note(self, text: str) -> None:
         self.uncertainty.notes.append(f"{self.name}: --groups: {text}")
+
+    def note_people(self, unmatched: list[str]) -> None:
+        if not self.groups:
+            self.note("nobody of this set is named: no figures by group")
+            return
+        named = np.count_nonzero(self.of_people >= 0)
+        self.note(f"{named} of {len(self.of_people)} people are in a group")
+        if unmatched:
+            self.note(f"names that match nothing: {len(unmatched)}, first {unmatched[0]!r}")
 
     def add(self, figures: dict, samples: dict, group: str | None = None, inner: str = "") -> None:
         """``group``: None for the whole set; ``inner``: a key that all of them stand under."""
@@ -155,7 +163,7 @@ class PairMeasurement(Measurement):
         name: str,
         uncertainty: Uncertainty,
         people: int,
-        groups_of: Callable[[Groups], np.ndarray],
+        groups_of: Callable[[Groups], GroupsOfPeople],
         same: np.ndarray,
         first: np.ndarray,
         second: np.ndarray,

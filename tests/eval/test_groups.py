@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from data.synth.render_pool import Photograph, open_studio
-from eval.groups import UNRESOLVED, check_names, compare_groups, find_worst, ratio_of, read_groups
+from eval.groups import (
+    UNRESOLVED,
+    GroupsOfPeople,
+    check_names,
+    compare_groups,
+    find_worst,
+    ratio_of,
+    read_groups,
+)
 from eval.sets.people import connect_templates, find_people, names_file, read_names
 from eval.test_sets import PairTestSet
 from eval.uncertainty import PairMeasurement, Uncertainty
@@ -82,7 +90,7 @@ def test_people_of_templates_are_what_pairs_and_subjects_connect():
         ("name,group\na,African,x\n", "line 2: expected name,group, got 'a,African,x'"),
         ("name,group\na,\n", "line 2: expected name,group"),
         ("name,group\na,A\nb,B\na,B\n", "line 4: a is in the groups A and B"),
-        ("name,group\na,A\nb,A\n", "has 1 groups: at least two"),
+        ("name,group\na,A\nb,A\n", "has the groups A: two are needed"),
     ],
 )
 def test_files_that_are_no_groups(tmp_path, text, message):
@@ -101,7 +109,9 @@ def test_groups_of_people(tmp_path):
     names = [("anna/1.jpg", "anna"), ("bert/1.jpg", "bert"), ("bert/2.jpg",)]
     # an image stands for its person; who is in two groups, is in none
     names += [("carl/1.jpg",), ("carl/2.jpg",), ("dora",)]
-    assert groups.of_people(4, [0, 1, 1, 2, 2, 3], names).tolist() == [1, 0, -1, -1]
+    numbers, unmatched = groups.of_people(4, [0, 1, 1, 2, 2, 3], names)
+    assert numbers.tolist() == [1, 0, -1, -1] and unmatched == []
+    assert groups.of_people(1, [0], [("anna",)]).unmatched[0] == "bert/2.jpg"
 
 
 def test_worst_group_and_ratio():
@@ -188,6 +198,7 @@ def test_drawn_groups_differ_as_they_were_made(drawn):
     assert comparison["worst"]["eer"] == comparison["worst"]["Accuracy-Flip"] == "alike"
     assert groups["few"] == {"genuine_pairs": 0, "impostor_pairs": 0}
     assert "drawn: --groups: 30 of 30 people are in a group" in uncertainty.notes
+    assert "drawn: --groups: names that match nothing: 1, first 'nobody'" in uncertainty.notes
     assert any("few has 0 genuine and 0 impostor pairs: too few" in n for n in uncertainty.notes)
     for of_set in (figures, distinct, alike):
         for key in ("Accuracy-Flip", "eer", "fnmr_at_fmr_0.01"):
@@ -211,7 +222,7 @@ def test_ratio_where_both_groups_have_false_accepts(tmp_path):
         "many",
         Uncertainty(0, read_groups(tmp_path / "groups.csv")),
         4,
-        lambda groups: person,
+        lambda groups: GroupsOfPeople(person, []),
         same,
         first,
         first + 1,
