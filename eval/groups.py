@@ -56,7 +56,7 @@ class Groups(NamedTuple):
         of_people = np.full(count, -1)
         torn = set()
         for person, spellings in zip(people, names, strict=True):
-            for group in filter(None.__ne__, map(self.of_name.get, spellings)):
+            for group in (self.of_name[name] for name in spellings if name in self.of_name):
                 if of_people[person] not in (-1, group):
                     torn.add(int(person))
                 of_people[person] = group

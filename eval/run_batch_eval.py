@@ -33,6 +33,7 @@ from eval.bootstrap import Difference, subtract
 from eval.report import figure_keys, files, tables
 from eval.uncertainty import Uncertainty
 from utils import distributed
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_folder, printable, read_json, write_json
 
@@ -281,11 +282,7 @@ def name_of(checkpoint: Path, folder: Path) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint-dir",
         type=Path,

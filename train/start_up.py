@@ -174,7 +174,7 @@ def write_config(cfg, resume_step: int) -> None:
     """Write config.json; when resuming, say what has changed since the run was started."""
     path = Path(cfg.output) / "config.json"
     if resume_step and path.exists():
-        before = read_json(path)
+        before = read_json(path, "a dict of configuration values")
         for key, value in cfg.items():
             if before.get(key) != value and key != "global_step":
                 logging.warning(
