@@ -7,7 +7,9 @@ are.
 
 import atexit
 import os
+import pickle
 import sys
+import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -21,6 +23,8 @@ _alone = False
 begun = 0
 # the slowest wait of a rank: another one writing checkpoints or loading sets
 TIMEOUT = timedelta(minutes=30)
+# seconds in which gloo's thread has long let go of a collective's tensors
+LET_GO = 1.0
 # where every rank does work of its own
 PATIENCE = timedelta(days=30)
 
@@ -156,6 +160,25 @@ def begin() -> None:
     begun += 1
 
 
+@contextmanager
+def settled(*tensors: torch.Tensor):
+    """Around a collective: wait until gloo's thread has let go of the tensors, too.
+
+    It does so a moment after the collective has ended, and takes Python's interpreter lock for it.
+    A process that is forked in this moment (a DataLoader's worker) would wait for ever, in Python
+    before 3.13, for a lock that the thread holds: that thread does not exist there.
+    """
+    if tensors[0].device.type != "cpu":
+        yield
+        return
+    before = [sys.getrefcount(tensor) for tensor in tensors]
+    yield
+    last = time.monotonic() + LET_GO
+    while [sys.getrefcount(tensor) for tensor in tensors] > before and time.monotonic() < last:
+        # the other threads' turn
+        time.sleep(0)
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
@@ -201,7 +224,8 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     """Reduce in place over all ranks ("sum" or "max") and return the tensor."""
     if world_size() > 1:
         begin()
-        dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+        with settled(tensor):
+            dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
     return tensor
 
 
@@ -214,7 +238,8 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     """Overwrite the tensor with rank 0's and return it."""
     if world_size() > 1:
         begin()
-        dist.broadcast(tensor, 0)
+        with settled(tensor):
+            dist.broadcast(tensor, 0)
     return tensor
 
 
@@ -225,9 +250,14 @@ def all_gather_object(value, group=None) -> list:
     if world_size() == 1:
         return [value]
     begin()
-    values = [None] * world_size()
-    dist.all_gather_object(values, value, group)
-    return values
+    content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    sizes = gather_equal(torch.tensor([len(content)]), group).tolist()
+    padded = content.new_zeros(max(sizes))
+    padded[: len(content)] = content
+    parts = gather_equal(padded, group).split(len(padded))
+    return [
+        pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)
+    ]
 
 
 def patient_group():
@@ -267,8 +297,13 @@ def all_gather(tensor: torch.Tensor) -> torch.Tensor:
     if world_size() == 1:
         return tensor
     begin()
+    return gather_equal(tensor.contiguous())
+
+
+def gather_equal(tensor: torch.Tensor, group=None) -> torch.Tensor:
     gathered = tensor.new_empty((world_size() * tensor.shape[0], *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous())
+    with settled(tensor, gathered):
+        dist.all_gather_into_tensor(gathered, tensor, group)
     return gathered
 
 
@@ -303,7 +338,9 @@ class _GatherFeatures(torch.autograd.Function):
     def backward(ctx, grad):
         begin()
         own_rows = grad.new_empty((ctx.rows, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(own_rows, grad.contiguous())
+        grad = grad.contiguous()
+        with settled(own_rows, grad):
+            dist.reduce_scatter_tensor(own_rows, grad)
         return own_rows * world_size()
 
 
@@ -314,10 +351,15 @@ def gather_features(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if world_size() == 1 else _GatherFeatures.apply(tensor)
 
 
+def is_own_row(rows: int, device: torch.device) -> torch.Tensor:
+    """(rows,) bool: of what was gathered from all ranks in equal parts, those of this rank."""
+    return torch.arange(rows, device=device) // (rows // world_size()) == rank()
+
+
 def sync_buffers(module: torch.nn.Module) -> None:
     """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save one
     network.
     """
     if world_size() > 1:
         for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
+            broadcast(buffer)
