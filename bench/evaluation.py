@@ -1,7 +1,7 @@
 """Evaluation protocols on given features: ours against straightforward loops.
 
     python bench/evaluation.py             # an eighth of the images and pairs: a minute or two
-    python bench/evaluation.py --full      # all of them: about seven minutes and 5 GB
+    python bench/evaluation.py --full      # all of them: about eight minutes and 5 GB
     python bench/evaluation.py --limits    # only ours, full size, beside time and memory limits
 
 The data are made up, with the shapes of IJB-C, TinyFace and LFW. The loops do what published
