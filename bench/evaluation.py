@@ -1,14 +1,16 @@
 """Evaluation protocols on given features: ours against straightforward loops.
 
     python bench/evaluation.py             # an eighth of the images and pairs: a minute or two
-    python bench/evaluation.py --full      # all of them: about seven minutes and 5 GB
+    python bench/evaluation.py --full      # all of them: about eight minutes and 5 GB
     python bench/evaluation.py --limits    # only ours, full size, beside time and memory limits
 
 The data are made up, with the shapes of IJB-C, TinyFace and LFW. The loops do what published
 evaluators do: search all images for those of each template, average media by media, fetch two rows
-for each pair, sort the whole gallery for each probe, try every threshold on every fold. Both must
-give the same figures, else this ends with an error. Both run in this process, in turns; short ones
-several times, of which the median counts. Memory is the process's peak, inputs included.
+for each pair, sort the whole gallery for each probe, try every threshold on every fold. Intervals
+come from 1,000 draws of people; the loop does a few of them, a weighted ROC of all pairs each, and
+its seconds are those of all. Both must give the same figures, else this ends with an error. Both
+run in this process, in turns; short ones several times, of which the median counts. Memory is the
+process's peak, inputs included.
 """
 
 import argparse
@@ -27,6 +29,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from bench import plain_evaluation as plain
 from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
+from eval.bootstrap import NOBODY, PairPeople, draw_people
+from eval.roc import FPRS
+from eval.uncertainty import make_pairs, measure_errors
 from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import write_json
@@ -43,6 +48,8 @@ IJBC = {
 }
 TINYFACE = {"people": 2_569, "probes": 3_728, "gallery": 4_443, "distractors": 153_428}
 PAIRS = 6_000
+# of people: those of ours, and those that the loop does
+DRAWS, PLAIN_DRAWS = 1_000, 2
 # repeat until one of both is reached: times, seconds
 ROUNDS, ENOUGH = 7, 5.0
 
@@ -54,6 +61,8 @@ class Work(NamedTuple):
     # limits of ours at full size, on 2 CPU cores
     seconds: float
     gigabytes: float | None = None
+    # how much of the work the plain way does
+    plain_share: float = 1
 
 
 def main() -> None:
@@ -89,6 +98,8 @@ def measure_all(scale: int, measure: Callable[[Work], dict]) -> Iterator[dict]:
     yield from measure_ijb(scale, measure)
     yield measure_tinyface(scale, measure)
     yield measure_pairs(measure)
+    yield measure_pair_intervals(measure)
+    yield measure_ijb_intervals(scale, measure)
 
 
 def measure_ijb(scale: int, measure: Callable[[Work], dict]) -> Iterator[dict]:
@@ -125,7 +136,7 @@ def measure_tinyface(scale: int, measure: Callable[[Work], dict]) -> dict:
 
 
 def measure_pairs(measure: Callable[[Work], dict]) -> dict:
-    embeddings, issame = make_pairs()
+    embeddings, issame = make_pairs_of_faces()
 
     def ours() -> dict:
         _, _, accuracy, val, *_ = verification.evaluate(embeddings, issame)
@@ -141,10 +152,76 @@ def measure_pairs(measure: Callable[[Work], dict]) -> dict:
     )
 
 
+def measure_pair_intervals(measure: Callable[[Work], dict]) -> dict:
+    """Accuracy, EER and FNMR at six FMRs, of people with one image in most pairs."""
+    embeddings, issame = make_pairs_of_faces()
+    person = np.arange(2 * PAIRS)
+    second = np.where(issame, NOBODY, person[1::2])
+    people = PairPeople(person[0::2], second, draw_people(2 * PAIRS, DRAWS))
+    scores = np.einsum("nd,nd->n", embeddings[0::2], embeddings[1::2])
+
+    def ours() -> dict:
+        verification.sample_accuracy(embeddings, issame, people)
+        return name_draws([measure_errors(scores, make_pairs(issame, people, 1)).samples])
+
+    return measure(
+        Work(
+            "pair set, intervals",
+            plain=lambda: plain.intervals([scores], issame, *few_draws(people)),
+            ours=ours,
+            seconds=2,
+            plain_share=PLAIN_DRAWS / DRAWS,
+        )
+    )
+
+
+def measure_ijb_intervals(scale: int, measure: Callable[[Work], dict]) -> dict:
+    """Three variants; the loop does the first one."""
+    rng = np.random.default_rng(3)
+    size = {name: number // scale for name, number in IJBC.items()}
+    pairs, people = size["genuine"] + size["impostor"], size["people"]
+    same = np.zeros(pairs, bool)
+    same[rng.permutation(pairs)[: size["genuine"]]] = True
+    first = rng.integers(0, people, pairs, dtype=np.int32)
+    second = (first + rng.integers(1, people, pairs, dtype=np.int32)) % people
+    of_pairs = PairPeople(first, np.where(same, NOBODY, second), draw_people(people, DRAWS))
+    variants = [
+        (rng.standard_normal(pairs, np.float32) / 10 + 0.5 * same).astype(np.float32)
+        for _ in range(3)
+    ]
+
+    def ours() -> dict:
+        made = make_pairs(same, of_pairs, 1)
+        return name_draws([measure_errors(scores, made).samples for scores in variants][:1])
+
+    return measure(
+        Work(
+            "IJB-C 1:1, intervals",
+            plain=lambda: plain.intervals(variants[:1], same, *few_draws(of_pairs)),
+            ours=ours,
+            seconds=60,
+            gigabytes=6,
+            plain_share=PLAIN_DRAWS / DRAWS / len(variants),
+        )
+    )
+
+
+def few_draws(people: PairPeople) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return people.first, people.second, people.counts[:, :PLAIN_DRAWS]
+
+
+def name_draws(samples: list[dict]) -> dict:
+    return {
+        f"variant {variant} fnmr_at_fmr_{fmr:g}": of_variant[f"fnmr_at_fmr_{fmr:g}"][:PLAIN_DRAWS]
+        for variant, of_variant in enumerate(samples)
+        for fmr in FPRS
+    }
+
+
 def measure_both(work: Work) -> dict:
     plain_calls, our_calls = in_turns(work.plain, work.ours)
     check_equal(work.name, plain_calls[-1].result, our_calls[-1].result)
-    plain_seconds, our_seconds = median(plain_calls), median(our_calls)
+    plain_seconds, our_seconds = median(plain_calls) / work.plain_share, median(our_calls)
     return {
         "what": work.name,
         "plain": plain_seconds,
@@ -321,7 +398,7 @@ def make_tinyface(scale: int) -> tuple[np.ndarray, list[str], dict]:
     return features, [path for role in paths.values() for path in role], meta
 
 
-def make_pairs() -> tuple[np.ndarray, np.ndarray]:
+def make_pairs_of_faces() -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(2)
     issame = np.arange(PAIRS) % 600 < 300
     person = np.arange(2 * PAIRS)

@@ -8,6 +8,7 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from eval import ijb
+from eval.roc import FPRS
 
 
 def verification(embeddings: np.ndarray, issame: np.ndarray) -> dict:
@@ -40,6 +41,20 @@ def accuracy_at(threshold: float, distances: np.ndarray, issame: np.ndarray) -> 
 def far_at(threshold: float, distances: np.ndarray, issame: np.ndarray) -> float:
     impostors = np.logical_not(issame)
     return np.sum(np.logical_and(distances < threshold, impostors)) / np.sum(impostors)
+
+
+def intervals(variants: list, issame: np.ndarray, first, second, counts) -> dict:
+    """FNMR at six FMRs in every draw, each by a ROC of all pairs with their weights."""
+    figures = {}
+    for variant, scores in enumerate(variants):
+        draws = []
+        for count in counts.T.astype(float):
+            weights = np.where(issame, count[first], count[first] * count[second])
+            fpr, tpr, _ = roc_curve(issame, scores, sample_weight=weights)
+            draws.append([1 - tpr[fpr <= fmr * (1 + 1e-9)][-1] for fmr in FPRS])
+        for fmr, of_draws in zip(FPRS, np.transpose(draws), strict=True):
+            figures[f"variant {variant} fnmr_at_fmr_{fmr:g}"] = of_draws
+    return figures
 
 
 def template_features(

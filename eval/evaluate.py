@@ -10,7 +10,9 @@ import torch
 from easydict import EasyDict
 
 from config.load import ROOT, load_config
+from eval.groups import check_names, read_groups
 from eval.test_sets import KINDS, make, run_test_set
+from eval.uncertainty import Uncertainty
 from utils import distributed
 from utils.errors import InputError
 from utils.files import prepare_folder, read_json
@@ -104,6 +106,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="add the features of the mirror images",
         )
     parser.add_argument(
+        "--intervals",
+        type=int,
+        default=0,
+        metavar="N",
+        help="give every rate its 95 %% interval, from N draws of people (1000 are good; 0: none)",
+    )
+    parser.add_argument(
+        "--groups",
+        type=Path,
+        metavar="FILE",
+        help="csv with the lines name,group of people or images: figures by group",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",
@@ -146,6 +161,10 @@ class Evaluator:
         self.cfg = load_config(arguments.config or ROOT / "config" / "config.py", self.overrides)
         self.device = distributed.init(self.cfg.device)
         self.precision = choose_precision(arguments.precision, self.device)
+        if arguments.intervals < 0:
+            raise InputError(f"--intervals {arguments.intervals}: a number of draws, 0 for none")
+        self.draws = arguments.intervals
+        self.groups = read_groups(arguments.groups) if arguments.groups else None
         self.feature_folder = arguments.features
         if self.feature_folder:
             prepare_folder(self.feature_folder, "--features")
@@ -180,6 +199,8 @@ class Evaluator:
         """
         network = self.network_of(checkpoint)
         test_sets = self.find_test_sets(self.cfg if self.config_named else network)
+        if self.groups:
+            check_names(self.groups, test_sets)
         return Job(checkpoint, network, test_sets)
 
     def find_test_sets(self, cfg) -> list:
@@ -229,15 +250,20 @@ class Evaluator:
         folder_has_none = root_key in self.named and not test_sets
         return test_sets, missing, reason if folder_has_none else None
 
-    def evaluate_checkpoint(self, job: Job, exhibits: list | None = None) -> dict:
+    def evaluate_checkpoint(
+        self, job: Job, exhibits: list | None = None, uncertainty: Uncertainty | None = None
+    ) -> dict:
         """{"verification": {set: figures}, "ijb": {set: figures}, "tinyface": {set: figures}} as
-        the public functions of eval/ return them.
+        the public functions of eval/ return them, with what eval/bootstrap.py and eval/groups.py
+        add.
 
-        exhibits: a list to which rank 0 adds what a report page shows.
+        exhibits: a list to which rank 0 adds what a report page shows. uncertainty: to which it
+        adds what the draws gave, from ``self.uncertainty()``.
         Raises InputError if the file is missing, unreadable, of another network, an image
         unreadable, or a feature not finite.
         """
         backbone = self.load(job)
+        uncertainty = uncertainty or self.uncertainty()
         options = dict(
             device=self.device,
             precision=self.precision,
@@ -246,11 +272,18 @@ class Evaluator:
             checkpoint=job.sha256() if self.feature_folder else "",
             color_space=self.order(job),
             exhibits=exhibits,
+            uncertainty=uncertainty,
         )
         results = {"verification": {}, "ijb": {}, "tinyface": {}}
         for test_set in job.test_sets:
             results[test_set.kind][test_set.name] = run_test_set(test_set, backbone, **options)
+        for (kind, name), groups in uncertainty.by_group.items():
+            results.setdefault("groups", {}).setdefault(kind, {})[name] = groups
         return results
+
+    def uncertainty(self) -> Uncertainty:
+        """What the command line asks for beside figures."""
+        return Uncertainty(self.draws, self.groups)
 
     def load(self, job: Job) -> torch.nn.Module:
         """The network on this rank's device, RGB images to features, whatever it was trained on."""
@@ -306,6 +339,9 @@ class Evaluator:
                 precision=self.precision,
             )
         settings["color_space"] = self.color_space_of(job)
+        settings["intervals"] = self.draws
+        if self.groups:
+            settings["groups"] = sha256(self.groups.path)
         settings["sets"] = {
             f"{test_set.kind}.{test_set.name}": dict(
                 identity=test_set.identity, flip=test_set.options["flip"]

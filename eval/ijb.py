@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.bootstrap import sample_ranks
 from eval.ijb_templates import (
     WEIGHTS,
     check_ids,
@@ -170,10 +171,10 @@ def identify(
     gallery = pool(
         images, "Norm:True_Det:True", group_images(images, gallery_ids, "the gallery list")
     )
-    found = search(probes, gallery, probe_subjects, gallery_subjects)
-    mated = found.mates >= 0
+    hits = search(probes, gallery, probe_subjects, gallery_subjects)
+    mated = hits.mates >= 0
     check_mated(mated)
-    return Identification(found.ranks[mated], found.mate_scores[mated], found.other_scores[~mated])
+    return Identification(hits.ranks[mated], hits.mate_scores[mated], hits.other_scores[~mated])
 
 
 def identification_figures(identification: Identification, fars: Sequence[float] = FARS) -> dict:
@@ -189,6 +190,47 @@ def identification_figures(identification: Identification, fars: Sequence[float]
         "mated": len(identification.ranks),
         "non_mated": len(identification.non_mated_maxima),
     }
+
+
+def choose(
+    identification: Identification, mated: np.ndarray, non_mated: np.ndarray
+) -> Identification:
+    """Of some probes, by masks."""
+    ranks, mate_scores, maxima = identification
+    return Identification(ranks[mated], mate_scores[mated], maxima[non_mated])
+
+
+def sample_identification(
+    identification: Identification,
+    mated_weights: np.ndarray,
+    non_mated_weights: np.ndarray,
+    fars: Sequence[float] = FARS,
+) -> dict:
+    """The rates and thresholds of ``evaluate_1n`` in every draw of people, (draws,) each; weights:
+    (mated, draws) and (non_mated, draws).
+    """
+    ranks, mate_scores, maxima = identification
+    top = sample_ranks(ranks, mated_weights, (1, 5, 10))
+    hits = np.flatnonzero(ranks == 1)
+    hits = hits[np.argsort(-mate_scores[hits], kind="stable")]
+    draws = np.arange(mated_weights.shape[1])
+    hit_weights = np.cumsum(mated_weights[hits], axis=0, dtype=np.int64)
+    hit_weights = np.vstack([np.zeros((1, len(draws)), int), hit_weights])
+    falling = np.argsort(-maxima, kind="stable")
+    above = np.cumsum(non_mated_weights[falling], axis=0, dtype=np.int64)
+    mated = mated_weights.sum(axis=0, dtype=np.float64)
+    tpir, thresholds = [], []
+    for far in fars:
+        # as _threshold_at chooses among the maxima that were drawn
+        needed = np.maximum((above[-1] * far).astype(int), 1)
+        position = (above < needed).sum(axis=0)
+        threshold = np.append(maxima[falling], np.nan)[position]
+        accepted = np.searchsorted(-mate_scores[hits], -(threshold + TIE), side="left")
+        with np.errstate(invalid="ignore"):
+            rate = hit_weights[accepted, draws] / mated
+        tpir.append(np.where(np.isnan(threshold), np.nan, rate))
+        thresholds.append(threshold)
+    return dict(top1=top[0], top5=top[1], top10=top[2], tpir=tpir, thresholds=thresholds)
 
 
 def tpir_at(identification: Identification, thresholds: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.report.comparison_plots import GUESSING, add_legend, drawing, styles_of
+from eval.report.tables import cut_middle
 from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import printable, replacing
@@ -108,49 +110,90 @@ def all_sets(accuracies: dict) -> list[str]:
 
 
 def draw(curves: dict, accuracies: dict, path: Path) -> None:
-    """Three panels: loss against step, how the student follows the teacher, accuracies with their
-    deviations.
+    """Panels: loss against step, how the student follows the teacher (where a run has one),
+    accuracies with their deviations; one legend of the runs below.
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-    colors = {name: f"C{index}" for index, name in enumerate(curves)}
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    losses, follows, bars = figure.subplots(1, 3)
-    for name, rows in curves.items():
-        steps = [row["step"] for row in rows]
-        losses.plot(steps, [row["loss"] for row in rows], color=colors[name], label=name)
-        for key, style in (("cos_st", "-"), ("alpha", ":")):
-            if rows and key in rows[0]:
-                follows.plot(
-                    steps,
-                    [row[key] for row in rows],
-                    style,
-                    color=colors[name],
-                    label=f"{name}: {key}",
-                )
-    losses.set(title="Training loss", xlabel="step", yscale="log")
-    follows.set(title="cosine student-teacher and weight alpha of the old centre", xlabel="step")
-    sets = all_sets(accuracies)
-    for index, (name, figures) in enumerate(accuracies.items()):
-        places = [sets.index(of_set) + 0.8 * (index + 0.5) / len(accuracies) for of_set in figures]
-        means, deviations = zip(*figures.values(), strict=True)
-        bars.bar(
-            places,
-            means,
-            0.8 / len(accuracies),
-            yerr=deviations,
-            color=colors.get(name, "grey"),
-            label=name,
-            capsize=2,
-        )
-    bars.set_xticks([place + 0.4 for place in range(len(sets))], sets)
-    bars.set(title="Accuracy on unseen people (%), deviation of the folds", ylim=(50, 100))
-    for axes in (losses, follows, bars):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small")
-    with replacing(path) as file:
+    has_teacher = any("cos_st" in row for rows in curves.values() for row in rows)
+    styles = styles_of([*curves, *accuracies])
+    with drawing() as Figure, replacing(path) as file:
+        panels = 3 if has_teacher else 2
+        figure = Figure(figsize=(5.2 * panels, 4.8), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+        losses, *follows, bars = figure.subplots(1, panels)
+        handles = draw_losses(losses, curves, styles)
+        for axes in follows:
+            draw_followers(axes, curves, styles)
+        handles |= draw_accuracies(bars, accuracies, styles)
+        for axes in figure.axes:
+            axes.grid(alpha=0.3)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        add_legend(figure, handles)
         figure.savefig(file, format="png", dpi=110)
+
+
+def draw_losses(axes, curves: dict, styles: dict) -> dict:
+    """Returns {run: its line}."""
+    from matplotlib.ticker import LogLocator
+
+    lines = {}
+    for name, rows in curves.items():
+        color, style = styles[name]
+        steps, losses = columns_of(rows, "loss")
+        (lines[name],) = axes.plot(steps, losses, color=color, linestyle=style)
+    axes.set_title("Training loss")
+    axes.set(xlabel="training step", ylabel="loss (logarithmic)", yscale="log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    # 2, 5, 10 instead of powers of ten
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    return lines
+
+
+def draw_followers(axes, curves: dict, styles: dict) -> None:
+    """What an AdaDistill run logs: cos_st and alpha."""
+    meanings = (
+        ("cos_st", "-", "solid: cos_st, cosine of the embeddings of student and teacher"),
+        ("alpha", ":", "dotted: alpha, share of the old class centre that stays"),
+    )
+    for name, rows in curves.items():
+        for key, style, _ in meanings:
+            axes.plot(*columns_of(rows, key), style, color=styles[name][0])
+    explanation = "\n".join(meaning for *_, meaning in meanings)
+    axes.set_title(f"The student follows the teacher\n{explanation}")
+    axes.set(xlabel="training step", ylabel="cos_st, alpha")
+
+
+def columns_of(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the rows that have the key."""
+    rows = [row for row in rows if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def draw_accuracies(axes, accuracies: dict, styles: dict) -> dict:
+    """Bars for each set, a run beside the other; returns {run: its bars}."""
+    sets = all_sets(accuracies)
+    width = 0.85 / len(accuracies)
+    drawn = {}
+    for index, (name, figures) in enumerate(accuracies.items()):
+        places = [sets.index(of_set) + width * (index + 0.5) for of_set in figures]
+        means, deviations = zip(*figures.values(), strict=True)
+        drawn[name] = axes.bar(
+            places, means, width, yerr=deviations, color=styles[name][0], capsize=2
+        )
+    lowest = min(mean for figures in accuracies.values() for mean, _ in figures.values())
+    axes.set_ylim(min(GUESSING, lowest - 1), 101)
+    axes.set_xticks(
+        [place + 0.425 for place in range(len(sets))],
+        # as many letters as fit side by side
+        [cut_middle(name, max(6, 48 // len(sets))) for name in sets],
+    )
+    axes.set_title(
+        "Accuracy on pairs of people whom no run was trained on\n"
+        f"lines: ± standard deviation of the folds; {GUESSING} % is guessing"
+    )
+    axes.set(xlabel="pair set", ylabel="accuracy (%)")
+    return drawn
 
 
 def print_paths(folder: Path) -> None:

@@ -98,6 +98,28 @@ def tpr_at(roc: Roc, fprs: tuple[float, ...] = FPRS) -> tuple[np.ndarray, np.nda
     return roc.tpr[nearest], roc.thresholds[nearest]
 
 
+def threshold_at(roc: Roc, fpr: float) -> tuple[float, float]:
+    """(threshold, TPR) of the curve's last point whose FPR is at most ``fpr``; an infinite
+    threshold accepts nobody.
+    """
+    last = int(np.searchsorted(roc.fpr, fpr * (1 + 1e-9), side="right")) - 1
+    return float(roc.thresholds[last]), float(roc.tpr[last])
+
+
+def error_figures(roc: Roc, unit: float = 1) -> dict[str, float]:
+    """FNMR, the share of genuine pairs that are rejected, at FMRs of at most 1e-6 ... 1e-1, and
+    the EER: the lowest rate that one threshold holds both errors down to.
+
+    FMR and FNMR are ISO/IEC 19795-1's words for FPR and 1 - TPR of comparisons. ``unit``: 100 for
+    percent.
+    """
+    figures = {
+        f"fnmr_at_fmr_{fmr:g}": unit * (1 - threshold_at(roc, fmr)[1]) for fmr in reversed(FPRS)
+    }
+    figures["eer"] = unit * float(np.maximum(roc.fpr, 1 - roc.tpr).min())
+    return figures
+
+
 def resolves(fpr: float, impostor: int) -> bool:
     """Whether ``impostor`` pairs can show this FPR: at least one false accept is expected at it."""
     return fpr * impostor > 1 - 1e-9  # 1, but for rounding
@@ -215,7 +237,7 @@ def search(
     # A product of D terms of unit vectors is off by at most D u (u = eps / 2), the vectors' lengths
     # by as much; and two scores are compared.
     slack = 2 * probes.shape[1] * float(np.finfo(np.float32).eps)
-    found = []
+    results = []
     for start in range(0, len(probes), PROBES_AT_A_TIME):
         part = slice(start, start + PROBES_AT_A_TIME)
         block = probes[part]
@@ -225,10 +247,10 @@ def search(
             scores = _cosines(block, gallery)
         for probe, row, subject in zip(block, scores, probe_subjects[part], strict=True):
             exactly = row.take if crowded else partial(_cosines_with, probe, gallery)
-            found.append(
+            results.append(
                 _rank(row, gallery_subjects == subject, TIE if crowded else slack, exactly)
             )
-    return Search(*map(np.array, zip(*found, strict=True)))
+    return Search(*map(np.array, zip(*results, strict=True)))
 
 
 def cmc(ranks: np.ndarray, up_to: int) -> np.ndarray:

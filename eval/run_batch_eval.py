@@ -11,18 +11,27 @@ metrics.pdf (every metric against the step) over all; a name is 600backbone, or 
 for the run in the sub-folder student. --checkpoint-suffix .onnx takes the ONNX models of
 deploy/export_onnx.py: 600backbone.onnx, 600backbone.int8.onnx. A checkpoint whose report is there,
 newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
+
+    python eval/run_batch_eval.py --checkpoint-dir output --intervals 1000 \\
+        --against standalone_600backbone
+
+adds, for every other checkpoint and figure, the difference to that one with its 95 % interval, and
+a mark where it excludes 0, and draws them in differences.png (docs/uncertainty.md).
 """
 
 import argparse
 import re
 import sys
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate
-from eval.report import files, tables
+from eval.bootstrap import Difference, subtract
+from eval.report import figure_keys, files, tables
+from eval.uncertainty import Uncertainty
 from utils import distributed
 from utils.command_line import command_parser
 from utils.errors import InputError, run
@@ -33,6 +42,7 @@ def main() -> None:
     arguments = parse_arguments()
     checkpoints = find_checkpoints(arguments.checkpoint_dir, arguments.checkpoint_suffix)
     folder = arguments.report_dir or arguments.checkpoint_dir / "reports"
+    check_against(arguments, checkpoints)
     prepare_folder(folder, "--report-dir")
     evaluator = evaluate.Evaluator(arguments)
     reports = Reports(folder, arguments, evaluator)
@@ -71,6 +81,21 @@ def find_checkpoints(folder: Path, suffix: str) -> list[Path]:
     return sorted(checkpoints, key=by_run_and_step)
 
 
+def check_against(arguments: argparse.Namespace, checkpoints: list[Path]) -> None:
+    """Raises InputError unless --against is one of the checkpoints' names, and there are draws."""
+    if arguments.against is None:
+        return
+    names = [name_of(checkpoint, arguments.checkpoint_dir) for checkpoint in checkpoints]
+    if arguments.against not in names:
+        near = get_close_matches(arguments.against, names, 5, 0) or names[:5]
+        raise InputError(
+            f"--against {arguments.against!r}: no such checkpoint in {arguments.checkpoint_dir}; "
+            f"the nearest names: {', '.join(near)}"
+        )
+    if not arguments.intervals:
+        raise InputError("--against needs the draws of --intervals N, for example --intervals 1000")
+
+
 def step_of(checkpoint: Path) -> int | None:
     number = re.match(r"\d+", checkpoint.name)
     return int(number[0]) if number else None
@@ -107,12 +132,13 @@ def evaluate_all(
     the others.
     """
     for job in jobs:
+        uncertainty = evaluator.uncertainty()
         try:
-            results = evaluator.evaluate_checkpoint(job)
+            results = evaluator.evaluate_checkpoint(job, None, uncertainty)
         except InputError as error:
             reports.add_failure(job.checkpoint, str(error))
             continue
-        reports.add(job, results)
+        reports.add(job, results, uncertainty)
 
 
 class Reports:
@@ -127,18 +153,24 @@ class Reports:
         self.rows = {}
         self.failures = {}
 
-    def add(self, job: evaluate.Job, results: dict) -> None:
-        name = self.add_row(job.checkpoint, tables.flatten(results))
+    def add(self, job: evaluate.Job, results: dict, uncertainty: Uncertainty) -> None:
+        of_sets = {kind: results[kind] for kind in figure_keys.KINDS}
+        name = self.add_row(job.checkpoint, figure_keys.flatten(of_sets))
         # a name that means nothing: said at the first checkpoint, not after the last
         if self.arguments.sort_by:
-            tables.find_metric(self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures))
+            figure_keys.find_metric(
+                self.arguments.sort_by, sorted(self.rows[job.checkpoint].figures)
+            )
         if distributed.is_main():
             description = self.evaluator.describe(job)
-            print(f"{name} ({description})\n{tables.format_results(results)}\n", flush=True)
+            print(f"{name} ({description})\n{tables.format_results(results)}")
+            print("\n".join([*uncertainty.notes, ""]), flush=True)
             self.settings_of(name).parent.mkdir(exist_ok=True)
             files.write_metrics(self.metrics_of(name), self.rows[job.checkpoint].figures)
             if self.arguments.save_json:
                 write_json(self.figures_of(name), results)
+            if uncertainty.samples:
+                files.write_samples(self.samples_of(name), uncertainty.samples)
             write_json(self.settings_of(name), self.evaluator.settings(job))
 
     def add_earlier(self, job: evaluate.Job) -> bool:
@@ -149,6 +181,8 @@ class Reports:
         report = [self.metrics_of(name), self.settings_of(name)]
         if self.arguments.save_json:
             report.append(self.figures_of(name))
+        if self.evaluator.draws:
+            report.append(self.samples_of(name))
         if self.arguments.force or not all(is_newer(path, job.checkpoint) for path in report):
             return False
         try:
@@ -172,7 +206,9 @@ class Reports:
     def add_row(self, checkpoint: Path, figures: dict) -> str:
         name = name_of(checkpoint, self.arguments.checkpoint_dir)
         run_name = printable(checkpoint.absolute().parent.name)
-        self.rows[checkpoint] = tables.Row(printable(name), run_name, step_of(checkpoint), figures)
+        self.rows[checkpoint] = figure_keys.Row(
+            printable(name), run_name, step_of(checkpoint), figures
+        )
         return name
 
     def add_failure(self, checkpoint: Path, error: str) -> None:
@@ -183,6 +219,10 @@ class Reports:
 
     def figures_of(self, name: str) -> Path:
         return self.folder / f"{name}_metrics.json"
+
+    def samples_of(self, name: str) -> Path:
+        """What every draw gave for every figure."""
+        return self.folder / "settings" / f"{name}.npz"
 
     def settings_of(self, name: str) -> Path:
         return self.folder / "settings" / f"{name}.json"
@@ -200,15 +240,33 @@ class Reports:
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[tables.Row], checkpoints: int) -> None:
+    def compare(self, rows: list[figure_keys.Row], checkpoints: int) -> None:
         if rows:
-            files.write_summary(self.folder, rows, self.arguments.sort_by)
+            files.write_summary(self.folder, rows, self.arguments.sort_by, self.differences())
             skipped = files.format_skipped(self.evaluator.skipped)
+            forest = ", differences.png" if self.arguments.against else ""
             print(
                 f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
-                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf",
+                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf{forest}",
                 flush=True,
             )
+
+    def differences(self) -> dict[str, dict[str, Difference]] | None:
+        """{name of a row: {figure: its difference to --against}}, None without --against."""
+        against = self.arguments.against
+        if against is None:
+            return None
+        rows = {
+            name_of(path, self.arguments.checkpoint_dir): row for path, row in self.rows.items()
+        }
+        if against not in rows:
+            return {}
+        samples = {name: files.read_samples(self.samples_of(name)) for name in rows}
+        return {
+            row.name: subtract(row.figures, samples[name], rows[against].figures, samples[against])
+            for name, row in rows.items()
+            if name != against
+        }
 
 
 def is_newer(path: Path, checkpoint: Path) -> bool:
@@ -254,6 +312,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="METRIC",
         help="order of the summaries, best first: a metric's name or the end of one, e.g. "
         "lfw.Accuracy-Flip, rank-1",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="NAME",
+        help="compare all others with this checkpoint, named as its report is; needs --intervals",
     )
     parser.add_argument(
         "--force",

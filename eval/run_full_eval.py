@@ -11,6 +11,9 @@ set that only the configuration names and that is not there. --report-dir adds r
 thresholds.json: the cosine to ask for at a false accept rate, which deploy/compare_faces.py decides
 by. A checkpoint may be an ONNX model (requirements/onnx.txt), so that what is deployed is measured.
 
+--intervals N gives every rate its 95 % interval from N draws of people, --groups FILE the figures
+by group (docs/uncertainty.md).
+
 A set that the command line names must be there; so must the folder. On several ranks: torchrun
 --nproc_per_node 4 eval/run_full_eval.py ...
 """
@@ -23,6 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate
 from eval.report import files, tables
+from eval.report.group_tables import tabulate_groups
 from eval.report.html_report import write_page
 from eval.report.thresholds import write_thresholds
 from utils import distributed
@@ -43,9 +47,10 @@ def main() -> None:
     evaluator = evaluate.Evaluator(arguments)
     job = evaluator.plan(arguments.checkpoint)
     exhibits = [] if arguments.report_dir else None
-    results = evaluator.evaluate_checkpoint(job, exhibits)
+    uncertainty = evaluator.uncertainty()
+    results = evaluator.evaluate_checkpoint(job, exhibits, uncertainty)
     if distributed.is_main():
-        report(arguments, evaluator, job, results, exhibits)
+        report(arguments, evaluator, job, results, exhibits, uncertainty.notes)
     distributed.shutdown()
 
 
@@ -55,12 +60,17 @@ def report(
     job: evaluate.Job,
     results: dict,
     exhibits: list | None,
+    notes: list[str],
 ) -> None:
     """Print the figures and write what the command line asks for."""
-    skipped = files.format_skipped(evaluator.skipped)
+    notes = [*files.format_skipped(evaluator.skipped).splitlines(), *notes]
     description = evaluator.describe(job)
     print(f"{arguments.checkpoint} ({description})\n{tables.format_results(results)}")
-    print(skipped, end="")
+    for table in tabulate_groups(results):
+        if not table.minor:
+            print(f"\n{tables.format_table(table)}\n{table.remark}")
+    for note in notes:
+        print(note)
     if arguments.results_json:
         write_json(arguments.results_json, results)
     if not arguments.report_dir:
@@ -80,7 +90,7 @@ def report(
         results,
         exhibits,
         {"Evaluation": evaluation, "Run": evaluator.run_configuration(arguments.checkpoint)},
-        skipped.splitlines(),
+        notes,
     )
     thresholds = arguments.report_dir / "thresholds.json"
     write_thresholds(thresholds, arguments.checkpoint, digest, order, exhibits)

@@ -3,13 +3,16 @@
 A test set has ``kind`` ("verification", "ijb", "tinyface": the key of its figures in a report),
 ``name``, ``images``, ``fingerprint`` (of what decides the features), ``identity`` (of all that
 decides the figures) and ``options`` (batch_size, flip, num_workers of ``embed``), and turns
-features into figures: ``measure(plain, mirrored, exhibits)``, all (N, D) float32, mirrored None
-without flip. ``exhibits``: a list to which it adds what a report page shows, or None. Its class has
+features into figures: ``measure(plain, mirrored, exhibits, uncertainty)``, all (N, D) float32,
+mirrored None without flip. ``exhibits``: a list to which it adds what a report page shows, or None;
+``uncertainty``: which intervals and groups are asked for. Its class has
 ``keys`` (of the configuration: root, targets, then what the constructor takes), ``find(root,
-name)``, a path, ``load(root, name)``, and ``pattern``, what ``find`` looks for.
+name)``, a path, ``load(root, name)``, and ``pattern``, what ``find`` looks for. ``people`` are
+those on its images or templates, ``groups_of`` says which group each is in.
 """
 
 import hashlib
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,21 +22,31 @@ from torch.utils.data import Dataset, Subset
 from eval import ijb, tinyface, verification
 from eval.embed import embed
 from eval.feature_store import open_store
-from eval.report.html_report import PairExhibit, RankExhibit
-from eval.roc import Roc, cmc, roc_curve, separate
+from eval.groups import Groups, GroupsOfPeople
+from eval.quality import mean_norms
+from eval.report.exhibits import (
+    exhibit_pairs,
+    exhibit_ranking,
+    exhibit_searches,
+    exhibit_templates,
+)
+from eval.report.thresholds import FARS as THRESHOLD_FARS
 from eval.sets.arrow import saved_fingerprint
 from eval.sets.folder import check_images
 from eval.sets.ijb import IJBSet, find_ijb, load_ijb
+from eval.sets.people import (
+    TemplatePeople,
+    connect_templates,
+    find_people,
+    names_file,
+    read_names,
+    spellings,
+)
 from eval.sets.tinyface import TinyFaceSet, find_tinyface, load_tinyface
+from eval.uncertainty import ErrorRates, Measurement, PairMeasurement, Pairs, Uncertainty
 from utils import distributed
 from utils.errors import InputError
 from utils.weights.read import sha256
-
-CMC_RANKS = 50
-# searches of TinyFace that a page shows
-MISSES = 8
-# of the TPIR curve
-CURVE_FARS = np.geomspace(1e-4, 1, 50)
 
 
 class PairTestSet:
@@ -44,35 +57,62 @@ class PairTestSet:
     keys = ("val_rec", "val_targets", "val_batch_size")
     find = staticmethod(verification.find_pair_set)
 
-    def __init__(self, name: str, data: tuple[verification.DataSet, str], batch_size: int):
+    def __init__(self, name: str, data: tuple, batch_size: int):
         self.name = name
-        (self.images, self.issame), self.fingerprint = data
+        (self.images, self.issame), self.fingerprint, self.names = data
         self.identity = self.fingerprint
         self.options = dict(batch_size=batch_size, flip=True)
 
     @staticmethod
-    def load(root: str | Path, name: str) -> tuple[verification.DataSet, str]:
-        """The set and the SHA-256 of its file, or of what tells its folder from others."""
+    def load(root: str | Path, name: str) -> tuple[verification.DataSet, str, list[str]]:
+        """The set, the SHA-256 of its file (or of what tells its folder from others), and the names
+        of its images ([] if it has none).
+        """
         path = verification.find_pair_set(root, name)
         digest = saved_fingerprint(path) if path.is_dir() else sha256(path)
-        return verification.load_targets(root, [name])[name], digest
+        data = verification.load_targets(root, [name])[name]
+        return data, digest, read_names(names_file(root, name), len(data[1]))
 
-    def measure(self, plain, mirrored, exhibits: list | None) -> dict:
-        if exhibits is not None:
-            exhibits.append(self.exhibit(verification.add_flips((plain, mirrored))))
-        return verification.figures((plain, mirrored), self.issame)
+    @cached_property
+    def people(self) -> np.ndarray:
+        """(2N,) the person of each image."""
+        return find_people(self.images, self.issame, self.names)
 
-    def exhibit(self, embeddings: np.ndarray) -> PairExhibit:
+    def groups_of(self, groups: Groups) -> GroupsOfPeople:
+        named = self.people[: len(self.names)]
+        return groups.of_people(self.people.max() + 1, named, map(spellings, self.names))
+
+    def measure(self, plain, mirrored, exhibits: list | None, uncertainty: Uncertainty) -> dict:
+        flips = torch.stack([plain, mirrored])
+        embeddings = verification.add_flips(flips)
         scores = np.einsum("nd,nd->n", embeddings[0::2], embeddings[1::2])
-        return PairExhibit(
+        people = self.people if uncertainty.is_asked else np.zeros(len(self.images), int)
+        measurement = PairMeasurement(
             self.name,
-            {"cosine": roc_curve(scores, self.issame)},
-            separate(scores, self.issame),
-            images=lambda pair: (self.images[2 * pair], self.images[2 * pair + 1]),
-            captions=lambda pair: f"pair {pair}",
-            score_name="cosine similarity",
-            scores_of=lambda pair: float(scores[pair]),
+            uncertainty,
+            people.max() + 1,
+            self.groups_of,
+            self.issame,
+            people[0::2],
+            people[1::2],
+            least=verification.FOLDS,
         )
+
+        def figures_of(rates: ErrorRates, chosen, pairs: Pairs) -> tuple[dict, dict]:
+            of_pairs = tuple(flips.unflatten(1, (-1, 2))[:, chosen].flatten(1, 2))
+            figures = verification.figures(of_pairs, pairs.same) | rates.figures | pairs.sizes()
+            samples = dict(rates.samples)
+            if pairs.people:
+                samples["Accuracy-Flip"] = verification.sample_accuracy(
+                    verification.add_flips(of_pairs), pairs.same, pairs.people
+                )
+            return figures, samples
+
+        fars = THRESHOLD_FARS if exhibits is not None else ()
+        whole = measurement.add_scores(scores, figures_of, fars)
+        if exhibits is not None:
+            exhibits.append(exhibit_pairs(self, scores, whole, mean_norms(plain, mirrored)))
+        return measurement.close(self.kind)
 
 
 class ImageTestSet:
@@ -114,55 +154,77 @@ class IJBTestSet(ImageTestSet):
                 digest.update(column.tobytes())
         self.identity = digest.hexdigest()
 
-    def measure(self, plain, mirrored, exhibits: list | None) -> dict:
+    def measure(self, plain, mirrored, exhibits: list | None, uncertainty: Uncertainty) -> dict:
         data = self.set
         rows = (add(plain, mirrored), data.faceness_scores, data.templates, data.medias)
-        figures, rocs, first_scores = {}, {}, None
-        for variant, scores in ijb.compare(*rows, data.p1, data.p2):
-            rocs[variant] = roc_curve(scores, data.label)
-            figures |= ijb.figures(variant, rocs[variant])
-            first_scores = scores if first_scores is None else first_scores
-        figures["genuine_pairs"] = rocs[variant].genuine
-        figures["impostor_pairs"] = rocs[variant].impostor
-        searches = {}
-        for name, gallery in data.galleries.items():
-            search = ijb.identify(*rows, *gallery, *data.probes)
-            searches[f"1N_{name}"] = search
-            figures[f"1N_{name}"] = name_rates(ijb.identification_figures(search, ijb.FARS))
-        if exhibits is not None:
-            exhibits.append(self.exhibit_pairs(rocs, first_scores))
-            if searches:
-                exhibits.append(self.exhibit_searches(searches))
-        return figures
-
-    def exhibit_pairs(self, rocs: dict[str, Roc], scores: np.ndarray) -> PairExhibit:
-        """scores: of the first variant."""
-        return PairExhibit(
+        measurement = PairMeasurement(
             self.name,
-            rocs,
-            separate(scores, self.set.label),
-            images=self.show_pair,
-            captions=lambda pair: f"templates {self.set.p1[pair]} and {self.set.p2[pair]}",
-            score_name=f"score, {ijb.VARIANTS[0]}",
-            scores_of=lambda pair: float(scores[pair]),
+            uncertainty,
+            self.people.count,
+            self.groups_of,
+            data.label == 1,
+            self.people.of(data.p1),
+            self.people.of(data.p2),
+            unit=100,
         )
+        rates, first_scores = {}, None
+        for variant, scores in ijb.compare(*rows, data.p1, data.p2):
+            fars = THRESHOLD_FARS if exhibits is not None and not rates else ()
+            rates[variant] = measurement.add_scores(scores, partial(variant_figures, variant), fars)
+            first_scores = scores if first_scores is None else first_scores
+        measurement.add(measurement.pairs.sizes(), {})
+        searches = {
+            f"1N_{name}": self.search(f"1N_{name}", rows, gallery, measurement)
+            for name, gallery in data.galleries.items()
+        }
+        if exhibits is not None:
+            norms = mean_norms(plain, mirrored)
+            exhibits.append(exhibit_templates(self.name, data, rates, first_scores, norms))
+            if searches:
+                exhibits.append(exhibit_searches(self.name, searches))
+        return measurement.close(self.kind)
 
-    def exhibit_searches(self, searches: dict[str, ijb.Identification]) -> RankExhibit:
-        cmc_curves, tpir_curves = {}, {}
-        for name, search in searches.items():
-            tpir = ijb.identification_figures(search, CURVE_FARS)["tpir"]
-            cmc_curves[name] = cmc(search.ranks, CMC_RANKS)
-            tpir_curves[name] = (CURVE_FARS, np.array(tpir))
-        return RankExhibit(self.name, cmc_curves, tpir_curves)
+    @cached_property
+    def people(self) -> TemplatePeople:
+        data = self.set
+        same = data.label == 1
+        return connect_templates(data.templates, data.p1[same], data.p2[same], self.lists)
 
-    def show_pair(self, pair: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each template the image that the face detector was surest of."""
-        first, second = self.set.p1[pair], self.set.p2[pair]
-        return self.images[self.best_image(first)], self.images[self.best_image(second)]
+    @property
+    def lists(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(templates, subjects) of the galleries and the probes."""
+        return [rows for rows in (*self.set.galleries.values(), self.set.probes) if rows]
 
-    def best_image(self, template: int) -> int:
-        members = np.flatnonzero(self.set.templates == template)
-        return int(members[self.set.faceness_scores[members].argmax()])
+    def groups_of(self, groups: Groups) -> GroupsOfPeople:
+        data = self.set
+        people = [self.people.of(data.templates)]
+        names = [spellings(self.images.name_of(index)) for index in range(len(self.images))]
+        for templates, subjects in self.lists:
+            people.append(self.people.of(templates))
+            names += [(str(subject),) for subject in subjects]
+        return groups.of_people(self.people.count, np.concatenate(people), names)
+
+    def search(self, key: str, rows: tuple, gallery: tuple, measurement: Measurement):
+        """Search a gallery for the probes, and add the figures under ``key``."""
+        search = ijb.identify(*rows, *gallery, *self.set.probes)
+        templates, subjects = ijb.list_templates("the probe list", *self.set.probes)
+        mated = np.isin(subjects, gallery[1])
+        for group, chosen, weights in measurement.parts_of(self.people.of(templates)):
+            part = ijb.choose(search, chosen[mated], chosen[~mated])
+            if not (len(part.ranks) and len(part.non_mated_maxima)):
+                measurement.note(
+                    f"{key}: {group} has {len(part.ranks)} probes with and "
+                    f"{len(part.non_mated_maxima)} without a mate: too few, no figures"
+                )
+                continue
+            samples = {}
+            if weights is not None:
+                samples = ijb.sample_identification(
+                    part, weights[mated[chosen]], weights[~mated[chosen]]
+                )
+            figures = ijb.identification_figures(part, ijb.FARS)
+            measurement.add(name_rates(figures), name_rates(samples), group, key)
+        return search
 
 
 class TinyFaceTestSet(ImageTestSet):
@@ -179,26 +241,33 @@ class TinyFaceTestSet(ImageTestSet):
     find = staticmethod(find_tinyface)
     load = staticmethod(load_tinyface)
 
-    def measure(self, plain, mirrored, exhibits: list | None) -> dict:
+    def measure(self, plain, mirrored, exhibits: list | None, uncertainty: Uncertainty) -> dict:
         ranking = tinyface.rank_probes(add(plain, mirrored), self.set.image_paths, self.set.meta)
         if exhibits is not None:
-            curves = {self.name: cmc(ranking.ranks, CMC_RANKS)}
-            exhibits.append(RankExhibit(self.name, curves, {}, self.show_misses(ranking)))
-        return tinyface.figures(ranking.ranks)
+            exhibits.append(exhibit_ranking(self.name, self.images, ranking))
+        people = self.people
+        measurement = Measurement(self.name, uncertainty, people.max() + 1, self.groups_of)
+        for group, chosen, weights in measurement.parts_of(people):
+            ranks = ranking.ranks[chosen]
+            if group is not None:
+                measurement.add({"probes": len(ranks)}, {}, group)
+            if not len(ranks):
+                measurement.note(f"{group} has no probes: no figures")
+                continue
+            samples = tinyface.sample_figures(ranks, weights) if weights is not None else {}
+            measurement.add(tinyface.figures(ranks), samples, group)
+        return measurement.close(self.kind)
 
-    def show_misses(self, ranking: tinyface.Ranking) -> list[tuple[list[np.ndarray], str]]:
-        """The probes whose mate came last: the probe, the wrong image that came first, the mate."""
-        missed = np.flatnonzero((ranking.ranks > 1) & (ranking.ranks != tinyface.NO_MATE))
-        worst_first = missed[np.argsort(-ranking.ranks[missed], kind="stable")]
-        strips = []
-        for probe in worst_first[:MISSES]:
-            image = int(ranking.probes[probe])
-            shown = [self.images[int(index)] for index in (image, *ranking.hardest[probe])]
-            caption = (
-                f"{self.images.name_of(image)}: wrong first, mate at rank {ranking.ranks[probe]}"
-            )
-            strips.append((shown, caption))
-        return strips
+    @cached_property
+    def people(self) -> np.ndarray:
+        """(probes,) the person of each, numbered from 0."""
+        identities = [tinyface.identity_of(path) for path in self.set.meta["probe_paths"]]
+        return np.unique(identities, return_inverse=True)[1]
+
+    def groups_of(self, groups: Groups) -> GroupsOfPeople:
+        paths = self.set.meta["probe_paths"]
+        names = [(*spellings(path), tinyface.identity_of(path)) for path in paths]
+        return groups.of_people(self.people.max() + 1, self.people, names)
 
 
 KINDS = (PairTestSet, IJBTestSet, TinyFaceTestSet)
@@ -208,14 +277,21 @@ def add(plain: torch.Tensor, mirrored: torch.Tensor | None) -> np.ndarray:
     return (plain if mirrored is None else plain + mirrored).numpy()
 
 
+def variant_figures(variant: str, rates: ErrorRates, *_) -> tuple[dict, dict]:
+    """(figures, samples) of IJB's 1:1 in one variant."""
+    figures = {f"{variant}_{key}": value for key, value in rates.figures.items()}
+    samples = {f"{variant}_{key}": value for key, value in rates.samples.items()}
+    return ijb.figures(variant, rates.roc) | figures, samples
+
+
 def name_rates(figures: dict) -> dict:
-    """The figures of a 1:N search with a name for every rate: tpir and thresholds become
-    tpir_at_fpir_0.01, threshold_at_fpir_0.01, ...
+    """The figures of a 1:N search, or what draws gave, with a name for every rate: tpir and
+    thresholds become tpir_at_fpir_0.01, threshold_at_fpir_0.01, ...
     """
     named = {key: value for key, value in figures.items() if key not in ("tpir", "thresholds")}
     for key, name in (("tpir", "tpir_at_fpir"), ("thresholds", "threshold_at_fpir")):
-        for far, value in zip(ijb.FARS, figures[key], strict=True):
-            named[f"{name}_{far:g}"] = float(value)
+        for far, value in zip(ijb.FARS, figures.get(key, ()), strict=False):
+            named[f"{name}_{far:g}"] = value
     return named
 
 
@@ -261,11 +337,13 @@ def run_test_set(
     checkpoint: str = "",
     color_space: str = "RGB",
     exhibits: list | None = None,
+    uncertainty: Uncertainty | None = None,
 ) -> dict:
     """Embed a test set's images on all ranks and measure on the first; all receive the figures.
 
-    feature_folder: keeps the features of the checkpoint with this SHA-256, taken to be trained on
-    images of this colour order; None: they are not kept. Raises InputError, on all ranks, naming
+    uncertainty: which intervals and groups are asked for. feature_folder: keeps the features of the
+    checkpoint with this SHA-256, taken to be trained on images of this colour order; None: they are
+    not kept. Raises InputError, on all ranks, naming
     the test set.
     """
     try:
@@ -291,6 +369,9 @@ def run_test_set(
             store=store,
             name=test_set.name,
         )
-        return distributed.main_computes(lambda: test_set.measure(plain, mirrored, exhibits))
+        uncertainty = uncertainty or Uncertainty()
+        return distributed.main_computes(
+            lambda: test_set.measure(plain, mirrored, exhibits, uncertainty)
+        )
     except InputError as error:
         raise InputError(f"{test_set.name}: {error}") from error

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eval.bootstrap import sample_ranks
 from eval.roc import check_norms, cmc, search
 from utils.errors import InputError
 
@@ -47,12 +48,20 @@ def evaluate(
     return figures(rank_probes(features, image_paths, meta).ranks, ranks)
 
 
-def figures(found: np.ndarray, ranks: Sequence[int] = RANKS) -> dict[str, float]:
-    """The dict of ``evaluate`` from the ranks (probes,) of ``rank_probes``."""
+def figures(ranks_of_probes: np.ndarray, ranks: Sequence[int] = RANKS) -> dict[str, float]:
+    """The dict of ``evaluate`` from ``ranks_of_probes`` (P,), those of ``rank_probes``."""
     if min(ranks) < 1:
         raise InputError(f"rank {min(ranks)}: ranks start at 1")
-    rates = cmc(found, max(ranks))
+    rates = cmc(ranks_of_probes, max(ranks))
     return {f"rank-{rank}": 100 * float(rates[rank - 1]) for rank in ranks}
+
+
+def sample_figures(
+    ranks_of_probes: np.ndarray, weights: np.ndarray, ranks: Sequence[int] = RANKS
+) -> dict[str, np.ndarray]:
+    """The dict of ``evaluate`` in every draw of people, (draws,) each; ``weights``: (P, draws)."""
+    rates = sample_ranks(ranks_of_probes, weights, ranks)
+    return {f"rank-{rank}": 100 * rate for rank, rate in zip(ranks, rates, strict=True)}
 
 
 def rank_probes(
@@ -79,16 +88,16 @@ def rank_probes(
         [identity_of(image_paths[index]) for index in (*probes, *gallery)], return_inverse=True
     )[1]
     searched = np.append(gallery, distractors)
-    found = search(
+    hits = search(
         features[probes] / norms[probes, None],
         features[searched] / norms[searched, None],
         people[: len(probes)],
         np.append(people[len(probes) :], np.full(len(distractors), DISTRACTOR)),
     )
     hardest = np.stack(
-        [np.where(best < 0, -1, searched[best]) for best in (found.others, found.mates)], axis=1
+        [np.where(best < 0, -1, searched[best]) for best in (hits.others, hits.mates)], axis=1
     )
-    return Ranking(np.where(found.mates < 0, NO_MATE, found.ranks), hardest, probes)
+    return Ranking(np.where(hits.mates < 0, NO_MATE, hits.ranks), hardest, probes)
 
 
 def find_roles(image_paths: Sequence[str], meta: dict[str, Sequence[str]]) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from eval.bootstrap import PairPeople
 from eval.embed import embed
 from eval.sets.arrow import METADATA, open_pairs
 from utils.errors import InputError
@@ -21,6 +22,8 @@ ACCURACY_THRESHOLDS = np.arange(0, 4, 0.01)  # squared L2 distance of unit vecto
 VAL_THRESHOLDS = np.arange(0, 4, 0.001)
 VAL_FAR = 1e-3
 FOLDS = 10
+# of the accuracy: 16 MB of counts
+DRAWS_AT_A_TIME = 256
 
 DataSet = tuple[np.ndarray, np.ndarray]  # images (2N, H, W, 3) uint8 RGB, issame (N,) bool
 
@@ -174,25 +177,56 @@ def evaluate(
     issame = np.asarray(actual_issame, bool)
     embeddings = np.asarray(embeddings)
     _check(embeddings, issame, nrof_folds)
-    distances = np.square(embeddings[0::2] - embeddings[1::2]).sum(axis=1)
-    folds = np.repeat(
-        np.arange(nrof_folds), [len(part) for part in np.array_split(issame, nrof_folds)]
-    )
+    distances, folds = _distances(embeddings), _folds(len(issame), nrof_folds)
     tpr, fpr, accuracy = _roc(distances, issame, folds, nrof_folds)
     val, far = _val(distances, issame, folds, nrof_folds)
     return tpr, fpr, accuracy, float(val.mean()), float(val.std()), float(far.mean())
+
+
+def sample_accuracy(
+    embeddings: np.ndarray, issame: np.ndarray, people: PairPeople, nrof_folds: int = FOLDS
+) -> np.ndarray:
+    """The mean accuracy of the folds in every draw of people, (draws,); a fold without any pair
+    that was drawn does not count.
+    """
+    folds = _folds(len(issame), nrof_folds)
+    cell, shape = _cells(_distances(embeddings), issame, folds, nrof_folds, ACCURACY_THRESHOLDS)
+    order = np.argsort(cell, kind="stable")
+    occupied, starts = np.unique(cell[order], return_index=True)
+    accuracies = []
+    for part in people.parts(DRAWS_AT_A_TIME):
+        weights = part.weights(order)
+        counts = np.zeros((np.prod(shape), weights.shape[1]), np.int64)
+        counts[occupied] = np.add.reduceat(weights, starts, axis=0, dtype=np.int64)
+        counts = counts.reshape(*shape, -1).cumsum(axis=2)
+        with np.errstate(invalid="ignore"):
+            accuracies.append(_accuracies(counts[:, :, :-1], counts[:, :, -1]))
+    return np.nanmean(np.concatenate(accuracies, axis=1), axis=0)
+
+
+def _distances(embeddings: np.ndarray) -> np.ndarray:
+    return np.square(embeddings[0::2] - embeddings[1::2]).sum(axis=1)
+
+
+def _folds(pairs: int, nrof_folds: int) -> np.ndarray:
+    sizes = [len(part) for part in np.array_split(np.arange(pairs), nrof_folds)]
+    return np.repeat(np.arange(nrof_folds), sizes)
 
 
 def _roc(
     distances: np.ndarray, issame: np.ndarray, folds: np.ndarray, nrof_folds: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     accepts, totals = _count_accepts(distances, issame, folds, nrof_folds, ACCURACY_THRESHOLDS)
+    false_rates, true_rates = _rates(accepts, totals).swapaxes(0, 1)
+    return true_rates.mean(axis=0), false_rates.mean(axis=0), _accuracies(accepts, totals)
+
+
+def _accuracies(accepts: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """(folds, ...) from accepts (folds, 2, thresholds, ...) and totals (folds, 2, ...)."""
     correct = accepts[:, 1] + totals[:, 0, None] - accepts[:, 0]
     # on all other folds; the first of equals
     best = (correct.sum(axis=0) - correct).argmax(axis=1)
-    accuracy = correct[np.arange(nrof_folds), best] / totals.sum(axis=1)
-    false_rates, true_rates = _rates(accepts, totals).swapaxes(0, 1)
-    return true_rates.mean(axis=0), false_rates.mean(axis=0), accuracy
+    return np.take_along_axis(correct, best[:, None], axis=1)[:, 0] / totals.sum(axis=1)
 
 
 def _val(
@@ -219,11 +253,22 @@ def _count_accepts(
     """Pairs with distance < threshold, (folds, 2, thresholds), and all pairs, (folds, 2); the
     middle axis is different, same.
     """
-    first_accepting = np.searchsorted(thresholds, distances, side="right")
-    shape = (nrof_folds, 2, len(thresholds) + 1)
-    cell = np.ravel_multi_index((folds, issame.astype(int), first_accepting), shape)
+    cell, shape = _cells(distances, issame, folds, nrof_folds, thresholds)
     counts = np.bincount(cell, minlength=np.prod(shape)).reshape(shape).cumsum(axis=-1)
     return counts[..., :-1], counts[..., -1]
+
+
+def _cells(
+    distances: np.ndarray,
+    issame: np.ndarray,
+    folds: np.ndarray,
+    nrof_folds: int,
+    thresholds: np.ndarray,
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """(cell of each pair in an array of (folds, 2, first threshold that accepts it), its shape)."""
+    first_accepting = np.searchsorted(thresholds, distances, side="right")
+    shape = (nrof_folds, 2, len(thresholds) + 1)
+    return np.ravel_multi_index((folds, issame.astype(int), first_accepting), shape), shape
 
 
 def _rates(accepts: np.ndarray, totals: np.ndarray) -> np.ndarray:

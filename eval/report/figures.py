@@ -6,17 +6,25 @@ import io
 import math
 from collections.abc import Callable
 from itertools import cycle
+from statistics import NormalDist
 
 import numpy as np
 
-from eval.report.tables import short
-from eval.roc import FPRS, Roc, Separation, resolves, tpr_at
+from eval.quality import RejectCurves
+from eval.report.tables import cut_middle, short
+from eval.roc import FPRS, Roc, Separation, resolves, threshold_at, tpr_at
 
 GENUINE, IMPOSTOR = "#2166ac", "#d6604d"  # can be told apart by the colour-blind
 COLORS = ("#2166ac", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#666666")
 POINTS = 300  # of a curve: one or two a pixel of its axis
 DOT = dict(linestyle="", marker="o", markersize=4.5, clip_on=False, zorder=3)
-SIZE = (6.2, 4.3)
+# inches; small, so that the text is still read on a telephone, where the width is 370 pixels
+SIZE = (4.7, 3.8)
+# of the axes of a DET curve
+DET_FMRS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5)
+DET_FNMRS = (1e-4, 1e-3, 1e-2, 0.05, 0.2, 0.5, 0.8, 0.95, 0.99)
+# normal deviate of a share between 0 and 1
+probit = np.vectorize(NormalDist().inv_cdf, otypes=[float])
 
 
 def draw_rocs(rocs: dict[str, Roc]) -> str:
@@ -57,6 +65,81 @@ def draw_rocs(rocs: dict[str, Roc]) -> str:
         set_rate_axes(axes, FPRS[0], "false positive rate", "true positive rate (%)")
 
     return svg(plot, "ROC")
+
+
+def draw_dets(rocs: dict[str, Roc]) -> str:
+    """FNMR against FMR, both as normal deviates; the operating points are dots, as in the ROC.
+
+    Of an error that no pair makes there is no normal deviate: the curve ends before it.
+    """
+    low_fmr = max(FPRS[0], decade_below(min(1 / roc.impostor for roc in rocs.values())))
+    low_fnmr = max(DET_FNMRS[0], decade_below(min(1 / roc.genuine for roc in rocs.values())))
+
+    def plot(axes):
+        deviates = np.linspace(*probit([low_fmr, DET_FMRS[-1]]), POINTS)
+        rates = np.array([NormalDist().cdf(deviate) for deviate in deviates])
+        highest = DET_FMRS[-1]
+        for color, (name, roc) in zip(cycle(COLORS), rocs.items()):
+            fnmr = 1 - step_values(rates, roc.fpr, roc.tpr)
+            drawn = (fnmr > 0) & (fnmr < 1)
+            axes.plot(deviates[drawn], probit(fnmr[drawn]), color=color, linewidth=1.4, label=name)
+            highest = max(highest, fnmr[drawn].max(initial=0))
+            for rate in FPRS:
+                error = 1 - threshold_at(roc, rate)[1]
+                if rate >= low_fmr and 0 < error < 1:
+                    face = color if resolves(rate, roc.impostor) else "white"
+                    axes.plot(probit(rate), probit(error), color=color, markerfacecolor=face, **DOT)
+        if not any(len(line.get_xdata()) for line in axes.lines):
+            axes.text(
+                0.5,
+                0.5,
+                "every genuine pair scores above every impostor pair",
+                transform=axes.transAxes,
+                ha="center",
+            )
+        diagonal = probit([low_fnmr, DET_FMRS[-1]])
+        axes.plot(diagonal, diagonal, color="#555555", linewidth=0.8, linestyle=":")
+        top = next((tick for tick in DET_FNMRS if tick >= highest), 0.999)
+        axes.set(
+            xlim=probit([low_fmr, DET_FMRS[-1]]),
+            ylim=probit([low_fnmr, top]),
+            xlabel="false match rate (FMR, %)",
+            ylabel="false non-match rate (FNMR, %)",
+        )
+        set_deviate_ticks(axes.xaxis, [rate for rate in DET_FMRS if rate >= low_fmr])
+        set_deviate_ticks(axes.yaxis, [rate for rate in DET_FNMRS if low_fnmr <= rate <= top])
+
+    return svg(plot, "DET")
+
+
+def set_deviate_ticks(axis, rates: list[float]) -> None:
+    """Percentages where their normal deviates are."""
+    axis.set_ticks(probit(rates), [f"{100 * rate:g}" for rate in rates])
+
+
+def draw_rejects(curves: RejectCurves) -> str:
+    """FNMR against the share of the samples that are rejected for their quality, and the level at
+    which rejecting at random would keep it.
+    """
+
+    def plot(axes):
+        for color, (fmr, fnmr) in zip(COLORS, curves.fnmr.items(), strict=False):
+            axes.axhline(100 * fnmr[0], color=color, linewidth=0.9, linestyle=":")
+            axes.plot(
+                100 * curves.shares,
+                100 * fnmr,
+                color=color,
+                linewidth=1.4,
+                label=f"at FMR {short(fmr)}",
+            )
+        axes.set(
+            xlim=(0, 100 * curves.shares[-1]),
+            xlabel=f"{curves.samples} rejected, smallest feature norms first (%)",
+            ylabel="FNMR of the pairs left (%)",
+        )
+        axes.set_ylim(bottom=0)
+
+    return svg(plot, "Error versus reject")
 
 
 def draw_separation(separation: Separation, roc: Roc | None, score_name: str) -> str:
@@ -185,8 +268,28 @@ def draw_tpir(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> str:
     return svg(plot, "TPIR at FPIR")
 
 
-def svg(plot: Callable, title: str) -> str:
-    """Let ``plot(axes)`` draw and return the SVG.
+def draw_groups(panels: dict[str, tuple[dict[str, tuple[float, float, float]], str]]) -> str:
+    """A panel for each figure: a dot for each group with its interval, the worst in red.
+
+    panels: {figure: ({group: (value, low, high)}, worst group)}.
+    """
+
+    def plot(*all_axes):
+        for axes, (figure, (values, worst)) in zip(all_axes, panels.items(), strict=True):
+            for place, (group, (value, low, high)) in enumerate(values.items()):
+                color = IMPOSTOR if group == worst else GENUINE
+                axes.hlines(place, low, high, color=color, linewidth=1.2)
+                axes.plot(value, place, marker="o", markersize=5, color=color)
+            axes.set_yticks(range(len(values)), [cut_middle(group, 20) for group in values])
+            axes.set_ylim(len(values) - 0.5, -0.5)
+            axes.set_title(figure, loc="left", fontsize=9)
+
+    lines = sum(len(values) + 3 for values, _ in panels.values())
+    return svg(plot, "Groups", len(panels), (SIZE[0], 0.5 + 0.19 * lines))
+
+
+def svg(plot: Callable, title: str, panels: int = 1, size: tuple[float, float] = SIZE) -> str:
+    """Let ``plot(axes, ...)``, of so many panels below each other, draw and return the SVG.
 
     Its text stays text, in the reader's fonts; the legend stands below, where it covers nothing.
     """
@@ -197,13 +300,15 @@ def svg(plot: Callable, title: str) -> str:
     with rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False, "font.size": 9}
     ):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        plot(axes)
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=10)
+        all_axes = figure.subplots(panels, squeeze=False)[:, 0]
+        for axes in all_axes:
+            axes.grid(color="#dddddd", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        plot(*all_axes)
+        if any(axes.get_legend_handles_labels()[0] for axes in all_axes):
+            figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}

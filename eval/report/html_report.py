@@ -11,7 +11,9 @@ import cv2
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from eval.quality import RejectCurves
 from eval.report import figures
+from eval.report.group_tables import list_panels, tabulate_groups
 from eval.report.tables import EXPLANATION, MARK, tabulate
 from eval.roc import Roc, Separation
 from utils.files import write_text
@@ -27,6 +29,33 @@ QUALITY = 82
 Strip = tuple[Sequence[np.ndarray], str]
 
 
+# how to read a plot, below it
+CAPTIONS = {
+    "ROC": "Genuine pairs that are accepted against impostor pairs that are. Higher is better; the "
+    "dots are the operating points of the table.",
+    "DET": "The share of genuine pairs rejected (FNMR) against that of impostor pairs accepted "
+    "(FMR), both on normal-deviate axes. Lower is better; scores with normal distributions give a "
+    "straight line. A curve meets the dotted line at its equal error rate.",
+    "histograms": "Scores of the two kinds of pair, logarithmic. The less they overlap the better.",
+    "rejects": "FNMR of the pairs that are left when the faces with the smallest feature norms "
+    "are rejected, at the threshold that gives all pairs the FMR. A falling curve: the norm tells "
+    "a good picture from a bad one. The dotted level: rejected at random.",
+    "groups": "A dot for each group of people, with its 95 % interval if that was asked for; the "
+    "worst group in red. FMR and FNMR are those at one threshold for all groups.",
+    "CMC": "Searches whose mate is among the k best. Higher is better.",
+    "TPIR": "Searches that find their mate above the threshold, against those of people who are "
+    "not in the gallery and find somebody. Higher is better.",
+}
+
+
+class Plot(NamedTuple):
+    """description, caption: what it shows, and how to read it."""
+
+    description: str
+    caption: str
+    svg: str
+
+
 class PairExhibit(NamedTuple):
     """What a set of pairs shows: its curves, the scores of its first variant, and how to get the
     pictures of a pair by its index.
@@ -39,14 +68,21 @@ class PairExhibit(NamedTuple):
     captions: Callable[[int], str]
     score_name: str
     scores_of: Callable[[int], float]
+    # {FAR: {"cosine-95": interval, "tar-95": interval}} of thresholds.json
+    intervals: dict[float, dict] = {}
+    rejects: RejectCurves | None = None
 
-    def plots(self) -> dict[str, str]:
-        """{what it shows: SVG}."""
+    def plots(self) -> list[Plot]:
         first = next(iter(self.rocs.values()), None)
-        histograms = figures.draw_separation(self.separation, first, self.score_name)
-        plots = {f"score histograms of {self.set_name}": histograms}
+        plots = []
         if self.rocs:
-            plots = {f"ROC of {self.set_name}": figures.draw_rocs(self.rocs)} | plots
+            plots.append(Plot("ROC", CAPTIONS["ROC"], figures.draw_rocs(self.rocs)))
+            plots.append(Plot("DET", CAPTIONS["DET"], figures.draw_dets(self.rocs)))
+        histograms = figures.draw_separation(self.separation, first, self.score_name)
+        plots.append(Plot("score histograms", CAPTIONS["histograms"], histograms))
+        if self.rejects and self.rejects.fnmr:
+            curves = figures.draw_rejects(self.rejects)
+            plots.append(Plot("error versus reject", CAPTIONS["rejects"], curves))
         return plots
 
     def strips(self) -> dict[str, list[Strip]]:
@@ -79,25 +115,44 @@ class RankExhibit(NamedTuple):
     tpir: dict[str, tuple[np.ndarray, np.ndarray]]
     misses: Sequence[Strip] = ()
 
-    def plots(self) -> dict[str, str]:
-        plots = {}
+    def plots(self) -> list[Plot]:
+        plots = []
         if self.cmc:
-            plots[f"CMC of {self.set_name}"] = figures.draw_cmc(self.cmc)
+            plots.append(Plot("CMC", CAPTIONS["CMC"], figures.draw_cmc(self.cmc)))
         if self.tpir:
-            plots[f"TPIR against FPIR of {self.set_name}"] = figures.draw_tpir(self.tpir)
+            curves = figures.draw_tpir(self.tpir)
+            plots.append(Plot("TPIR against FPIR", CAPTIONS["TPIR"], curves))
         return plots
 
     def strips(self) -> dict[str, Sequence[Strip]]:
         return {"Hardest searches: the mate came last": self.misses[:MOST_PAIRS]}
 
 
-class SetSection(NamedTuple):
-    """The section of a set: (description, SVG in base64) of its plots, (title, strips) of its
-    pictures.
+class GroupExhibit(NamedTuple):
+    """What a set shows of its groups.
+
+    panels: {figure: ({group: (value, low, high)}, worst group)}; low and high are NaN without
+    intervals.
     """
 
+    set_name: str
+    panels: dict[str, tuple[dict[str, tuple[float, float, float]], str]]
+
+    def plots(self) -> list[Plot]:
+        return [Plot("groups", CAPTIONS["groups"], figures.draw_groups(self.panels))]
+
+    def strips(self) -> dict[str, Sequence[Strip]]:
+        return {}
+
+
+Exhibit = PairExhibit | RankExhibit | GroupExhibit
+
+
+class SetSection(NamedTuple):
+    """The section of a set: its plots, and (title, strips) of its pictures."""
+
     name: str
-    plots: list[tuple[str, str]]
+    plots: list[Plot]
     galleries: list[tuple[str, Sequence[Strip]]]
 
 
@@ -105,7 +160,7 @@ def write_page(
     path: str | Path,
     title: str,
     results: dict,
-    exhibits: Sequence[PairExhibit | RankExhibit],
+    exhibits: Sequence[Exhibit],
     settings: dict,
     notes: Sequence[str] = (),
 ) -> None:
@@ -121,8 +176,12 @@ def write_page(
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    environment.filters["split_cell"] = split_cell
     environment.filters["thumbnail"] = encode_thumbnail
-    tables = tabulate(results)
+    # an SVG as an image, not inline: the identifiers inside several of them cannot meet
+    environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
+    tables = tabulate(results) + tabulate_groups(results)
+    exhibits = [*exhibits, *list_group_exhibits(results)]
     heading, *subtitle = title.splitlines()
     page = environment.get_template("template.html").render(
         heading=heading,
@@ -138,18 +197,30 @@ def write_page(
     write_text(path, page)
 
 
-def list_sections(exhibits: Sequence[PairExhibit | RankExhibit]) -> list[SetSection]:
+def list_group_exhibits(results: dict) -> list[GroupExhibit]:
+    exhibits = []
+    for kind, sets in results.get("groups", {}).items():
+        for name, comparison in sets.items():
+            panels = list_panels(kind, name, comparison)
+            if panels:
+                exhibits.append(GroupExhibit(name, panels))
+    return exhibits
+
+
+def list_sections(exhibits: Sequence[Exhibit]) -> list[SetSection]:
     """A section for each set, in the order of its first exhibit."""
     sections = {exhibit.set_name: SetSection(exhibit.set_name, [], []) for exhibit in exhibits}
     for exhibit in exhibits:
         section = sections[exhibit.set_name]
-        # as an image, not inline: the identifiers inside several SVGs cannot meet
-        section.plots.extend(
-            (description, base64.b64encode(svg.encode()).decode())
-            for description, svg in exhibit.plots().items()
-        )
+        section.plots.extend(exhibit.plots())
         section.galleries.extend(exhibit.strips().items())
     return list(sections.values())
+
+
+def split_cell(cell: str) -> tuple[str, bool, str]:
+    """(figure, whether it is marked, its interval or "") of a table's cell."""
+    value, bracket, limits = cell.replace(MARK, "").partition(" [")
+    return value, MARK in cell, bracket.strip() + limits
 
 
 def encode_thumbnail(image: np.ndarray) -> str:

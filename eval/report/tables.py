@@ -1,18 +1,13 @@
 """Results as tables: which figure stands where, in which unit, with how many decimals. The
 terminal, summary.md and report.html show the same.
 
-A "result" is the dict of ``Evaluator.evaluate_checkpoint``; flat, its keys are dotted:
-``verification.lfw.Accuracy-Flip``.
+A "result" is the dict of ``Evaluator.evaluate_checkpoint``.
 """
 
-import re
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import NamedTuple
 
 from eval.roc import resolves
-from utils.errors import InputError
-from utils.files import printable
 
 MARK = "†"
 EXPLANATION = (
@@ -20,30 +15,6 @@ EXPLANATION = (
     "there among the impostor pairs (1:N: the probes without a mate), "
     "so the figure is that of the nearest point"
 )
-
-KINDS = ("verification", "ijb", "tinyface")
-FRACTIONS = re.compile(
-    r"verification\..+\.Accuracy-(Flip|Std)|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)"
-)
-PERCENTAGES = re.compile(r"ijb\..+_tpr_at_fpr_.+|tinyface\..+\.rank-\d+")
-COUNTS = re.compile(r"ijb\..+\.(genuine_pairs|impostor_pairs|mated|non_mated)")
-
-HEADLINES = (  # the figures that papers compare, and what the heads of columns call them
-    (r"verification\.(.+)\.Accuracy-Flip", r"\1"),
-    (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_0\.0001", r"\1 1e-4"),
-    (r"ijb\.(.+)\.Norm:True_Det:True_tpr_at_fpr_1e-05", r"\1 1e-5"),
-    (r"ijb\.(.+)\.1N_(.+)\.top1", r"\1 \2 rank-1"),
-    (r"tinyface\.(.+)\.rank-1", r"\1 rank-1"),
-)
-
-
-class Row(NamedTuple):
-    """One evaluated checkpoint. step: None for one without a number, such as best_backbone.pth."""
-
-    name: str
-    run: str
-    step: int | None
-    figures: dict[str, float]
 
 
 class Table(NamedTuple):
@@ -60,9 +31,6 @@ class Table(NamedTuple):
 
     def is_marked(self) -> bool:
         return any(MARK in cell for cells in self.rows.values() for cell in cells)
-
-
-# --- all figures of one checkpoint
 
 
 def format_results(results: dict) -> str:
@@ -94,7 +62,7 @@ def tabulate(results: dict) -> list[Table]:
     """
     tables = []
     if results["verification"]:
-        tables.append(pair_table(results["verification"]))
+        tables += pair_tables(results["verification"])
     for name, figures in results["ijb"].items():
         tables += ijb_tables(name, figures)
     if results["tinyface"]:
@@ -102,15 +70,35 @@ def tabulate(results: dict) -> list[Table]:
     return tables
 
 
-def pair_table(sets: dict) -> Table:
-    rows = {
-        name: [
-            f"{100 * figures['Accuracy-Flip']:.2f} ± {100 * figures['Accuracy-Std']:4.2f}",
+def pair_tables(sets: dict) -> list[Table]:
+    rows, errors, equal = {}, {}, {}
+    for name, figures in sets.items():
+        accuracy = f"{100 * figures['Accuracy-Flip']:.2f} ± {100 * figures['Accuracy-Std']:4.2f}"
+        rows[name] = [
+            accuracy + limits(figures, "Accuracy-Flip", 100),
             f"{figures['XNorm']:.4g}",
         ]
-        for name, figures in sets.items()
-    }
-    return Table("Pair sets", "pair set", ["Accuracy-Flip ± Std (%)", "XNorm"], rows)
+        if "eer" in figures:
+            errors[name] = rates(figures, "fnmr_at_fmr_", 100, figures["impostor_pairs"])
+            equal[name] = cell(figures, "eer", 100)
+    tables = [Table("Pair sets", "pair set", ["Accuracy-Flip ± Std (%)", "XNorm"], rows)]
+    if errors:
+        tables.append(error_table("Pair sets", "pair set", errors, equal))
+    return tables
+
+
+def error_table(
+    title: str, corner: str, errors: dict[str, dict], equal: dict[str, str], **options
+) -> Table:
+    """``errors``: {row: {FMR: cell of its FNMR}}; ``equal``: {row: cell of its EER}."""
+    columns, rows = grid(errors)
+    return Table(
+        f"{title}: EER, and FNMR at FMR, in %",
+        f"{corner} EER, FNMR (%) at FMR",
+        ["EER", *columns],
+        {name: [equal[name], *cells] for name, cells in rows.items()},
+        **options,
+    )
 
 
 def ijb_tables(name: str, figures: dict) -> list[Table]:
@@ -120,16 +108,15 @@ def ijb_tables(name: str, figures: dict) -> list[Table]:
     size = ""
     if impostors is not None:
         size = f"{figures['genuine_pairs']:,.0f} genuine and {impostors:,.0f} impostor pairs"
-    tpr, thresholds = {}, {}
-    for key, value in figures.items():
-        match = re.fullmatch(r"(.+)_(tpr|thresh)_at_fpr_(.+)", key)
-        if match is None:
-            continue
-        variant, fpr = match[1], float(match[3])
-        is_tpr = match[2] == "tpr"
-        cell = f"{value:.2f}" if is_tpr else f"{value:.4f}"
-        rows = tpr if is_tpr else thresholds
-        rows.setdefault(variant, {})[fpr] = cell + mark(fpr, impostors)
+    tpr, thresholds, errors, equal = {}, {}, {}, {}
+    for variant in dict.fromkeys(
+        key.partition("_tpr_at_fpr_")[0] for key in figures if "_tpr_at_fpr_" in key
+    ):
+        tpr[variant] = rates(figures, f"{variant}_tpr_at_fpr_", 1, impostors)
+        thresholds[variant] = rates(figures, f"{variant}_thresh_at_fpr_", 1, impostors, decimals=4)
+        if f"{variant}_eer" in figures:
+            errors[variant] = rates(figures, f"{variant}_fnmr_at_fmr_", 1, impostors)
+            equal[variant] = cell(figures, f"{variant}_eer")
     galleries = {
         key.removeprefix("1N_"): inner for key, inner in figures.items() if key.startswith("1N_")
     }
@@ -143,25 +130,20 @@ def ijb_tables(name: str, figures: dict) -> list[Table]:
         Table(
             f"{name}: thresholds at FPR", f"{name} threshold at FPR", *grid(thresholds), minor=True
         ),
+        *([error_table(f"{name}: 1:1", name, errors, equal, minor=True)] if errors else []),
         *(identification_tables(name, galleries) if galleries else []),
     ]
 
 
 def identification_tables(name: str, galleries: dict) -> list[Table]:
-    ranks, rates, thresholds = {}, {}, {}
+    ranks, tpir, thresholds = {}, {}, {}
     for gallery, figures in galleries.items():
         non_mated = figures["non_mated"]
-        ranks[gallery] = percentages(figures, "top", 100)
-        rates[gallery] = {
-            far: f"{100 * value:.2f}{mark(far, non_mated)}"
-            for far, value in numbered(figures, "tpir_at_fpir_").items()
-        }
-        thresholds[gallery] = {
-            far: f"{value:.4f}{mark(far, non_mated)}"
-            for far, value in numbered(figures, "threshold_at_fpir_").items()
-        }
+        ranks[gallery] = rates(figures, "top", 100)
+        tpir[gallery] = rates(figures, "tpir_at_fpir_", 100, non_mated)
+        thresholds[gallery] = rates(figures, "threshold_at_fpir_", 1, non_mated, decimals=4)
     rank_columns, rank_rows = grid(ranks, "rank-{:.0f}".format)
-    rate_columns, rate_rows = grid(rates, lambda far: f"TPIR@{short(far)}")
+    rate_columns, rate_rows = grid(tpir, lambda far: f"TPIR@{short(far)}")
     sizes = "; ".join(
         f"{gallery}: {figures['mated']:,.0f} probes with and "
         f"{figures['non_mated']:,.0f} without a mate"
@@ -185,23 +167,36 @@ def identification_tables(name: str, galleries: dict) -> list[Table]:
 
 
 def tinyface_table(sets: dict) -> Table:
-    rows = {name: percentages(figures, "rank-") for name, figures in sets.items()}
+    rows = {name: rates(figures, "rank-") for name, figures in sets.items()}
     cells = grid(rows, "rank-{:.0f}".format)
     return Table("TinyFace: identification rate in %", "TinyFace (%)", *cells)
 
 
-def numbered(figures: dict, prefix: str) -> dict[float, float]:
-    """{number: figure} of the keys that are the prefix and a number."""
-    return {
-        float(key.removeprefix(prefix)): value
-        for key, value in figures.items()
-        if key.startswith(prefix)
-    }
+def rates(
+    figures: dict, prefix: str, factor: float = 1, impostors: float | None = None, decimals: int = 2
+) -> dict[float, str]:
+    """{number: cell} of the figures whose keys are the prefix and a number; marked where
+    ``impostors`` cannot resolve the number as a rate.
+    """
+    cells = {}
+    for key in figures:
+        if key.startswith(prefix) and not key.endswith("-95"):
+            number = float(key.removeprefix(prefix))
+            cells[number] = cell(figures, key, factor, decimals) + mark(number, impostors)
+    return cells
 
 
-def percentages(figures: dict, prefix: str, factor: float = 1) -> dict[float, str]:
-    """{number: figure times ``factor`` with two decimals} of the keys as in ``numbered``."""
-    return {number: f"{factor * value:.2f}" for number, value in numbered(figures, prefix).items()}
+def cell(figures: dict, key: str, factor: float = 1, decimals: int = 2) -> str:
+    """A figure times ``factor``, and its interval if there is one."""
+    return f"{factor * figures[key]:.{decimals}f}" + limits(figures, key, factor, decimals)
+
+
+def limits(figures: dict, key: str, factor: float = 1, decimals: int = 2) -> str:
+    """`` [low, high]`` of the interval beside a figure, "" if there is none."""
+    if f"{key}-95" not in figures:
+        return ""
+    low, high = (f"{factor * limit:.{decimals}f}" for limit in figures[f"{key}-95"])
+    return f" [{low}, {high}]"
 
 
 def mark(rate: float, impostors: float | None) -> str:
@@ -227,120 +222,9 @@ def grid(
     return list(map(head, numbers)), cells_of_rows
 
 
-# --- single figures of many checkpoints, by their dotted keys
-
-
-def flatten(results: dict) -> dict[str, float]:
-    """Nested figures with dotted keys, sorted."""
-    flat = {}
-    for key, value in results.items():
-        # the name of a set is that of a file
-        key = printable(key)
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": figure for inner, figure in flatten(value).items()}
-        else:
-            flat[key] = value
-    return dict(sorted(flat.items()))
-
-
-def headlines(keys) -> dict[str, str]:
-    """{key: label} of the figures that summaries show, by kind and set."""
-    labelled = [
-        (KINDS.index(kind_of(key)), match[1], number, key, match.expand(label))
-        for key in keys
-        for number, (pattern, label) in enumerate(HEADLINES)
-        if (match := re.fullmatch(pattern, key))
-    ]
-    return {key: label for *_, key, label in sorted(labelled)}
-
-
-def is_key(text: str) -> bool:
-    return kind_of(text) in KINDS and text.count(".") >= 2
-
-
-def kind_of(key: str) -> str:
-    return key.split(".", 1)[0]
-
-
-def set_of(key: str) -> str:
-    """kind.set of a dotted key; the name of a set and the rate at the end can hold dots
-    themselves.
-    """
-    return re.fullmatch(r"(.+?\..+?)\.(1N_.+|[^.]+_at_fpr_.+|[^.]+)", key)[1]
-
-
-def label_of(key: str) -> str:
-    return headlines([key]).get(key) or key.split(".", 1)[1]
-
-
-def is_count(key: str) -> bool:
-    """The size of a set, which no checkpoint changes."""
-    return bool(COUNTS.fullmatch(key))
-
-
-def is_percentage(key: str) -> bool:
-    return bool(FRACTIONS.fullmatch(key) or PERCENTAGES.fullmatch(key))
-
-
-def scaled(key: str, value: float) -> float:
-    """Rates in percent, whichever way the result holds them; all else as it is."""
-    return 100 * value if FRACTIONS.fullmatch(key) else value
-
-
-def show(key: str, figures: dict[str, float]) -> str:
-    """One figure of a checkpoint as a cell: rates in percent with two decimals, marked if need be;
-    "" if the checkpoint lacks it.
-    """
-    if key not in figures:
-        return ""
-    if is_count(key):
-        return f"{figures[key]:,.0f}"
-    form = "{:.2f}" if is_percentage(key) else "{:.4g}"
-    return form.format(scaled(key, figures[key])) + mark_of(key, figures)
-
-
-def mark_of(key: str, figures: dict[str, float]) -> str:
-    match = re.fullmatch(r"(ijb\..+\.)[^.]+_at_fpi?r_(.+)", key)
-    if match is None:
-        return ""
-    count = "non_mated" if "_at_fpir_" in key else "impostor_pairs"
-    return mark(float(match[2]), figures.get(match[1] + count))
-
-
-def find_metric(name: str, keys) -> str:
-    """The key that a person means: the key itself, the label of a headline (lfw, IJBC 1e-4), a set
-    with one headline, or the end of one key (lfw.XNorm).
-
-    Raises InputError that lists the nearest keys if there is none, and the candidates if there are
-    several.
-    """
-    labels = headlines(keys)
-    if name in keys:
+def cut_middle(name: str, most: int = 34) -> str:
+    """A long name without its middle, for names of runs differ at both ends."""
+    if len(name) <= most:
         return name
-    meant = (
-        [key for key, label in labels.items() if label == name]
-        or [key for key in keys if key.endswith(name) and key[-len(name) - 1] in "._:"]
-        or [key for key in labels if key.split(".", 1)[1].startswith(f"{name}.")]
-    )
-    if len(meant) == 1:
-        return meant[0]
-    if meant:
-        raise InputError(f"--sort-by {name!r} is ambiguous: {listing(meant)}")
-    near = nearest_keys(name, keys)
-    advice = f"the nearest: {listing(near)}" if near else f"there are: {listing(list(keys))}"
-    raise InputError(f"--sort-by {name!r}: no such figure; {advice}")
-
-
-def nearest_keys(name: str, keys) -> list[str]:
-    """The keys that are, or whose parts or labels are, spelled much like a name."""
-    key_of = {}
-    for key in keys:
-        for spelling in (key, *key.split("."), label_of(key)):
-            key_of[spelling.lower()] = key
-    matches = get_close_matches(name.lower(), key_of, 5, 0.4)
-    return list(dict.fromkeys(key_of[match] for match in matches))
-
-
-def listing(keys: list[str], most: int = 8) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    behind = most // 2
+    return f"{name[: most - behind - 1]}…{name[-behind:]}"

@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from eval.report.html_report import PairExhibit
-from eval.roc import Roc, resolves
+from eval.roc import Roc, resolves, threshold_at
 from utils.errors import InputError
 from utils.files import write_json
 
@@ -42,7 +40,8 @@ def write_thresholds(
     sets = {}
     for exhibit in exhibits:
         if isinstance(exhibit, PairExhibit) and exhibit.rocs:
-            sets[exhibit.set_name] = list_thresholds(next(iter(exhibit.rocs.values())))
+            roc = next(iter(exhibit.rocs.values()))
+            sets[exhibit.set_name] = list_thresholds(roc, exhibit.intervals)
     content = dict(
         score="cosine",
         checkpoint=checkpoint.name,
@@ -53,21 +52,13 @@ def write_thresholds(
     write_json(path, content)
 
 
-def list_thresholds(roc: Roc) -> dict:
+def list_thresholds(roc: Roc, intervals: dict[float, dict]) -> dict:
     at_far = {}
     for far in FARS:
         cosine, tar = threshold_at(roc, far)
         if resolves(far, roc.impostor) and math.isfinite(cosine):
-            at_far[f"{far:g}"] = dict(cosine=cosine, tar=tar)
+            at_far[f"{far:g}"] = dict(cosine=cosine, tar=tar) | intervals.get(far, {})
     return dict(genuine_pairs=roc.genuine, impostor_pairs=roc.impostor, at_far=at_far)
-
-
-def threshold_at(roc: Roc, far: float) -> tuple[float, float]:
-    """(threshold, true accept rate) of the curve's last point whose false accept rate is at most
-    ``far``; an infinite threshold accepts nobody.
-    """
-    last = int(np.searchsorted(roc.fpr, far * (1 + 1e-9), side="right")) - 1
-    return float(roc.thresholds[last]), float(roc.tpr[last])
 
 
 def read_threshold(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.tensorboard import SummaryWriter
 
-from eval.report import files, tables
+from eval.report import figure_keys, files
 from eval.report.html_report import write_page
 from tests.commands import ROOT, environment, run
 from tests.dataset.test_dataset import jpeg
@@ -135,13 +135,13 @@ def test_figures_of_a_set_of_such_a_name(folder):
     """Tables, plots, the page and TensorBoard."""
     figures = {"Accuracy-Flip": 0.75, "Accuracy-Std": 0.1, "XNorm": 3.0}
     results = {"verification": {NAME: figures}, "ijb": {}, "tinyface": {}}
-    flat = tables.flatten(results)
+    flat = figure_keys.flatten(results)
     assert flat[f"verification.{SHOWN}.Accuracy-Flip"] == 0.75
     files.write_metrics(folder / "metrics.csv", flat)
     assert files.read_metrics(folder / "metrics.csv") == flat
     write_json(folder / "results.json", results)
     assert read_json(folder / "results.json") == results
-    files.write_summary(folder, [tables.Row(printable(NAME), printable(NAME), 1, flat)])
+    files.write_summary(folder, [figure_keys.Row(printable(NAME), printable(NAME), 1, flat)])
     assert SHOWN in (folder / "summary.csv").read_text("utf-8")
     assert SHOWN in (folder / "summary.md").read_text("utf-8")
     write_page(folder / "page.html", NAME, results, [], {"val_rec": NAME}, [NAME])

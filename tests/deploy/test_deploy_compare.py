@@ -16,8 +16,8 @@ from deploy import compare_faces
 from deploy.gallery import FaceReader
 from deploy.model import embed_faces, load_model
 from eval.report.html_report import PairExhibit
-from eval.report.thresholds import read_threshold, threshold_at, write_thresholds
-from eval.roc import roc_curve
+from eval.report.thresholds import read_threshold, write_thresholds
+from eval.roc import roc_curve, threshold_at
 from tests import rounding
 from tests.backbones.test_backbones import fill
 from tests.commands import ROOT, environment

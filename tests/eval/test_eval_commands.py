@@ -12,7 +12,8 @@ import torch
 
 from backbones import build_backbone
 from data import make_synthetic
-from eval import evaluate, verification
+from eval import evaluate, run_batch_eval, verification
+from eval.report import files
 from eval.run_batch_eval import find_checkpoints, name_of
 from tests.commands import ROOT, run
 from utils.errors import InputError
@@ -88,7 +89,8 @@ def assert_close(found: dict, wanted: dict) -> None:
     """
     assert found.keys() == wanted.keys()
     for name, figures in wanted.items():
-        assert found[name] == pytest.approx(figures, rel=1e-4, abs=1e-9), name
+        of_set = {key: found[name][key] for key in figures}
+        assert of_set == pytest.approx(figures, rel=1e-4, abs=1e-9), name
 
 
 class HostilePayload:
@@ -362,6 +364,63 @@ def test_batch_eval_reports(runs, sets, tmp_path):
         cell.startswith("**") for cell in bold
     ]
     assert (reports / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def batch(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["run_batch_eval.py", *map(str, arguments)])
+    run_batch_eval.main()
+
+
+def test_checkpoints_against_one(runs, sets, tmp_path, monkeypatch, capsys):
+    for plot in ("plot_all", "plot_headlines", "plot_differences"):
+        monkeypatch.setattr(files, plot, lambda *_: None)
+    how = [
+        "--checkpoint-dir",
+        runs / "student",
+        *HOW,
+        "--val-targets",
+        "frontal",
+        "--intervals",
+        "40",
+    ]
+    how += ["--report-dir", tmp_path, "--features", tmp_path / "features"]
+    how += ["--val-data", sets]
+    batch(monkeypatch, *how, "--against", "10backbone")
+    rows = {row["checkpoint"]: row for row in csv.DictReader((tmp_path / "summary.csv").open())}
+    assert len(rows) == 3
+    against, key = rows.pop("10backbone"), "verification.frontal.eer"
+    assert against[f"difference.{key}"] == ""
+    marks = []
+    for row in rows.values():
+        difference, low, high = (
+            float(row[f"difference.{key}{end}"]) for end in ("", "-95.low", "-95.high")
+        )
+        # three numbers of six decimals each
+        assert difference == pytest.approx(float(row[key]) - float(against[key]), abs=2e-6)
+        assert low <= high and row[f"difference.{key}.mark"] == ("*" if low > 0 or high < 0 else "")
+        assert float(row[f"{key}-95.low"]) <= float(row[f"{key}-95.high"])
+        marks.append(row[f"difference.{key}.mark"])
+    text = (tmp_path / "summary.md").read_text()
+    assert "Differences to 10backbone with 95 % intervals" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| frontal.eer |"))
+    assert [cell.strip().endswith("*") for cell in line.split("|")[2:4]] == list(map(bool, marks))
+
+    # from the draws that were kept, against another one
+    capsys.readouterr()
+    batch(monkeypatch, *how, "--against", "2backbone")
+    assert capsys.readouterr().out.count("the report is newer") == 3
+    again = {row["checkpoint"]: row for row in csv.DictReader((tmp_path / "summary.csv").open())}
+    assert float(again["10backbone"][f"difference.{key}"]) == pytest.approx(
+        -float(rows["2backbone"][f"difference.{key}"])
+    )
+    for arguments, message in (
+        (["--against", "10back"], "no such checkpoint.*nearest names: 10backbone"),
+        (["--against", "10backbone", "--intervals", "0"], "needs the draws of --intervals"),
+        (["--intervals", "-1"], "--intervals -1: a number of draws"),
+        (["--groups", tmp_path / "none.csv"], "--groups: no file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            batch(monkeypatch, *how, *arguments)
 
 
 @pytest.mark.processes

@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import NormalDist
 from xml.etree import ElementTree
 
 import cv2
@@ -16,10 +17,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from eval import plot_curves
-from eval.report import figures, files, step_plots, tables
-from eval.report.html_report import MOST_PAIRS, PairExhibit, RankExhibit, write_page
-from eval.report.tables import Row
-from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate
+from eval.groups import compare_groups
+from eval.quality import RejectCurves
+from eval.report import comparison_plots, figure_keys, figures, files, tables
+from eval.report.figure_keys import Row
+from eval.report.html_report import CAPTIONS, MOST_PAIRS, PairExhibit, RankExhibit, write_page
+from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate, threshold_at
 from utils.errors import InputError
 from utils.files import read_json, write_json
 
@@ -128,6 +131,8 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
             self.texts.setdefault(tag, []).append("")
+        if tag in ("th", "td"):
+            self.row.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -147,10 +152,7 @@ class Page(HTMLParser):
         for tag in set(self.open):
             self.texts[tag][-1] += data
         if "tr" in self.open and self.open[-1] in ("th", "td", "sup"):
-            if self.open[-1] == "sup":
-                self.row[-1] += data
-            else:
-                self.row.append(data)
+            self.row[-1] += data
 
     def images(self, kind: str) -> list[bytes]:
         sources = [attributes["src"] for tag, attributes in self.elements if tag == "img"]
@@ -190,8 +192,9 @@ def page(tmp_path_factory):
         name: (np.geomspace(1e-3, 1, 20), np.linspace(level, 1, 20))
         for name, level in (("G1", 0.4), ("G2", 0.3))
     }
+    rejects = RejectCurves("images", np.linspace(0, 0.5, 51), {1e-2: np.linspace(0.3, 0, 51)})
     exhibits = [
-        pair_exhibit(),
+        pair_exhibit()._replace(rejects=rejects),
         pair_exhibit("IJBC", 1234, 5000, VARIANTS),
         RankExhibit("IJBC", {"G1": np.ones(10), "G2": np.linspace(0.3, 1, 10)}, tpir),
         rank_exhibit(misses=misses),
@@ -306,13 +309,19 @@ def test_pictures_are_the_hardest_pairs(page):
         assert np.abs(picture.astype(int) - image).mean() < 6, (
             "RGB, apart from the loss of the JPEG"
         )
-    assert page.texts["figcaption"] == [
+    captions = [text for text in page.texts["figcaption"] if text not in CAPTIONS.values()]
+    assert captions == [
         f"{exhibit.scores_of(pair):.4f} · pair {pair}" for exhibit, pair in pairs
     ] + ["rank 70, probe 5.jpg"]
 
 
 def test_plots_are_labelled(page):
-    lfw_roc, lfw_scores, ijb_roc, ijb_scores, ijb_cmc, ijb_tpir, tiny_cmc = page.svg_texts()
+    lfw, ijb, tiny_cmc = page.svg_texts()[:4], page.svg_texts()[4:9], page.svg_texts()[9]
+    (lfw_roc, lfw_det, lfw_scores, lfw_rejects), (ijb_roc, ijb_det, *ijb_others) = lfw, ijb
+    ijb_scores, ijb_cmc, ijb_tpir = ijb_others
+    assert {"false match rate (FMR, %)", "0.1", "50", "cosine"} <= lfw_det
+    assert {*VARIANTS, "0.01"} <= ijb_det
+    assert {"images rejected, smallest feature norms first (%)", "at FMR 1e-2"} <= lfw_rejects
     assert {
         "false positive rate",
         "1e-6",
@@ -332,6 +341,29 @@ def test_plots_are_labelled(page):
     assert {"impostor (5,000 pairs)"} <= ijb_scores and "1e-4" not in ijb_scores
     assert {"rank", "G1", "G2", "5", "10"} <= ijb_cmc and {"TinyFace", "50"} <= tiny_cmc
     assert {"false positive identification rate (FPIR)", "1e-3", "1"} <= ijb_tpir
+
+
+def test_det_has_normal_deviate_axes(monkeypatch):
+    """Scores of two normal distributions give the line probit(FNMR) = -probit(FMR) - d; its dots
+    and the equal error rate lie where the ROC has them.
+    """
+    axes = Figure().subplots()
+    monkeypatch.setattr(figures, "svg", lambda plot, title: plot(axes))
+    normal, shift, pairs = NormalDist(), 2.0, 100_000
+    quantiles = np.array([normal.inv_cdf((i + 0.5) / pairs) for i in range(pairs)])
+    roc = roc_curve(np.append(quantiles, quantiles + shift), np.arange(2 * pairs) >= pairs)
+    figures.draw_dets({"all": roc})
+    curve, *dots, diagonal = axes.lines
+    x, y = curve.get_xdata(), curve.get_ydata()
+    # of either error a step of 1e-5 is 0.003 of a deviate wide at 1e-3, and narrower above it
+    above = x >= normal.inv_cdf(1e-3)
+    np.testing.assert_allclose(y[above], -x[above] - shift, atol=0.01)
+    np.testing.assert_array_equal(diagonal.get_xdata(), diagonal.get_ydata())
+    ticks = [normal.inv_cdf(float(label.get_text()) / 100) for label in axes.get_xticklabels()]
+    np.testing.assert_allclose(axes.get_xticks(), ticks)
+    points = {round(normal.cdf(dot.get_xdata()[0]), 9): dot.get_ydata()[0] for dot in dots}
+    for rate in (1e-3, 1e-2, 1e-1):
+        assert normal.cdf(points[rate]) == pytest.approx(1 - threshold_at(roc, rate)[1])
 
 
 @pytest.mark.parametrize("impostors, hollow", [(700, 4), (20_000, 2), (2_000_000, 0)])
@@ -357,6 +389,34 @@ def test_every_operating_point_is_in_sight(monkeypatch, impostors, hollow):
     assert ("finer than the pairs resolve" in [line.get_label() for line in axes.lines]) == (
         hollow > 0
     )
+
+
+def test_groups_on_the_page(tmp_path):
+    """A table and a plot: values, intervals, the worst, the ratio; a group with too few pairs."""
+    common = ("fmr_at_common_threshold", "fnmr_at_common_threshold")
+    by_group = {
+        "A": {"genuine_pairs": 90, "impostor_pairs": 80, "Accuracy-Flip": 0.91, "XNorm": 20.0}
+        | {"Accuracy-Flip-95": [0.9, 0.93]}
+        | dict(zip(common, (0.004, 0.02), strict=True)),
+        HOSTILE: {"genuine_pairs": 70, "impostor_pairs": 60, "Accuracy-Flip": 0.88, "XNorm": 19.0}
+        | dict(zip(common, (0.001, 0.05), strict=True)),
+        "few": {"genuine_pairs": 3, "impostor_pairs": 0},
+    }
+    results = all_results() | {
+        "groups": {"verification": {"lfw": compare_groups(by_group, 0.3123)}}
+    }
+    page = page_of(tmp_path, results)
+    table = page.tables["lfw by group"]
+    name = tables.cut_middle(HOSTILE, 20)
+    assert table["accuracy (%)", "A"] == "91.00"
+    assert "[90.00, 93.00]" in page.texts["small"]
+    assert table["accuracy (%)", "worst"] == table["FNMR at common threshold (%)", "worst"] == name
+    assert table["FMR at common threshold (%)", "worst"] == "A"
+    assert table["impostor pairs", "few"] == "0" and table["accuracy (%)", "few"] == ""
+    assert ("XNorm", "A") not in table and page.tables["lfw by group: every figure"]["XNorm", "A"]
+    assert "largest to smallest FMR there: 4" in page.texts["body"][0]
+    (plot,) = page.svg_texts()
+    assert {"A", name, "few", "accuracy (%)", "FMR at common threshold (%)"} <= plot
 
 
 def test_hostile_names_are_text(tmp_path):
@@ -424,7 +484,8 @@ def test_empty_and_extreme_exhibits(tmp_path):
         ),
     ]
     page = page_of(tmp_path, exhibits=exhibits)
-    assert len(page.images("svg")) == 1 + 0 + 2 + 2 + 2 + 2
+    assert len(page.images("svg")) == 1 + 0 + 3 + 3 + 3 + 2
+    assert "every genuine pair scores above every impostor pair" in page.svg_texts()[5]
 
 
 def test_page_stays_small(tmp_path):
@@ -523,14 +584,14 @@ def test_short_rates(rate, text):
     ],
 )
 def test_set_of_a_key(key, group):
-    assert tables.set_of(key) == group
+    assert figure_keys.set_of(key) == group
 
 
 # --- metrics of one checkpoint
 
 
 def test_metrics_come_back(tmp_path):
-    flat = tables.flatten(all_results()) | {
+    flat = figure_keys.flatten(all_results()) | {
         "ijb.IJBC.Norm:True_Det:True_thresh_at_fpr_1e-06": np.inf,
         'verification.odd, "name".XNorm': 1.5,
     }
@@ -614,7 +675,7 @@ def test_summary_of_everything(tmp_path):
             f"{run}_{step or 'best_'}backbone",
             run,
             step,
-            tables.flatten(all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}),
+            figure_keys.flatten(all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}),
         )
         for seed, (run, step) in enumerate([("a$b", 10), ("a$b", 2), ("a$b", None), ("c|d", 5)])
     ]
@@ -672,7 +733,7 @@ def test_summary_of_everything(tmp_path):
 
 
 def test_pages_of_the_plots():
-    groups = step_plots.group_by_page(list(tables.flatten(all_results())))
+    groups = comparison_plots.group_by_page(list(figure_keys.flatten(all_results())))
     assert {title: len(keys) for title, keys in groups.items()} == {
         "verification": 6,
         "ijb.IJBC": 62,
@@ -688,8 +749,10 @@ def test_drawing_leaves_out_what_is_not_finite(tmp_path):
     rows = rows_of(0.5, np.inf, None) + [
         Row("best_backbone", "run", None, {"verification.lfw.Accuracy-Flip": np.inf})
     ]
-    with step_plots.drawing() as Figure:
-        drawn = step_plots.draw(Figure().subplots(), "verification.lfw.Accuracy-Flip", "lfw", rows)
+    with comparison_plots.drawing() as Figure:
+        drawn = comparison_plots.draw_lines(
+            Figure().subplots(), "verification.lfw.Accuracy-Flip", rows
+        )
     assert {label: line.get_xydata().tolist() for label, line in drawn.items()} == {
         "run": [[0, 50]]
     }
@@ -725,7 +788,7 @@ def test_sorted_by_what_no_headline_shows(tmp_path):
     ]
 
 
-KEYS = sorted(tables.flatten(all_results()))
+KEYS = sorted(figure_keys.flatten(all_results()))
 
 
 @pytest.mark.parametrize(
@@ -743,7 +806,7 @@ KEYS = sorted(tables.flatten(all_results()))
     ],
 )
 def test_names_of_metrics(name, key):
-    assert tables.find_metric(name, KEYS) == key
+    assert figure_keys.find_metric(name, KEYS) == key
 
 
 @pytest.mark.parametrize(
@@ -773,7 +836,7 @@ def test_names_of_metrics(name, key):
 )
 def test_other_names_of_metrics(tmp_path, name, message):
     with pytest.raises(InputError, match=message):
-        tables.find_metric(name, KEYS)
+        figure_keys.find_metric(name, KEYS)
 
 
 def test_unknown_sort_writes_nothing(tmp_path):

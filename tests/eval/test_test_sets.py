@@ -175,6 +175,9 @@ def test_the_page_and_the_table_show_everything(evaluated):
         "false rejects",
         "mobilefacenet",
         "SHA-256",
+        "DET of frontal",
+        "error versus reject of frontal",
+        "DET of IJBsynth",
     ):
         assert text in page, text
     assert page.count("data:image/jpeg") >= 8 and page.count("data:image/svg+xml") >= 6
