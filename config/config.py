@@ -70,6 +70,11 @@ config.geom_margin_w = 1.0
 config.geom_margin_k = 3.0
 # epochs until the geometry margin counts fully; 0: at once
 config.geom_margin_warmup_epoch = 1.0
+# weight of the loss above; 0: leave it out, the class centres stay as they are
+config.header_weight = 1.0
+# AMLDistill and AdaDistill add feature_weight x mean(1 - cos(student's feature, teacher's)); 32 and
+# 64 are strong
+config.feature_weight = 0.0
 # share of the classes in each softmax, those of the batch always among them (Partial FC)
 config.sample_rate = 1.0
 # where class centres and their momentum lie: "auto" (with the network), "cpu" (the host's memory,
@@ -104,6 +109,20 @@ config.batch_size = 128
 config.accumulate = 1
 # at 512 images a step; scaled by batch_size x processes / 512
 config.lr = 0.1
+# its factor over the run: "step" (x 0.1 from each of `milestones` on), "poly" ((1 - t/T)^power) or
+# "cosine" ((1 + cos(pi t/T)) / 2), t of T steps after the warm-up of warmup_epoch epochs
+config.schedule = "step"
+# the power of "poly"
+config.schedule_power = 1.0
+# a list of factors, one an epoch, instead of warm-up and schedule
+config.lr_func = None
+# factor on that of the network; the class centres learn at the whole rate
+config.backbone_lr = 1.0
+# epochs at the start in which the class centres learn alone (fine-tuning on few people)
+config.freeze = 0
+# decay of an average of the network's weights that is kept beside it, measured and saved as
+# <step>ema.pth; 0: none
+config.ema = 0.0
 config.momentum = 0.9
 config.weight_decay = 5e-4
 # largest gradient norm of the backbone; 0: unbounded
@@ -188,6 +207,25 @@ config.tinyface_flip = True
 #   Milestone m: learning rate x 0.1 from epoch index m - 1. num_classes, num_image 0: as many as
 #   the set has.
 LFW_AND_CO = ["lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw"]
+
+
+def archive(folder: str, num_classes: int, num_image: int) -> dict:
+    """An entry for a large set; epochs, milestones and pair sets as InsightFace's for Glint360K."""
+    return dict(
+        db_file_format="rec",
+        rec=folder,
+        data_path="",
+        sample=0,
+        num_classes=num_classes,
+        num_image=num_image,
+        num_epoch=20,
+        warmup_epoch=0,
+        milestones=[8, 12, 15, 18],
+        val_rec=folder,
+        val_targets=["lfw", "cfp_fp", "agedb_30"],
+    )
+
+
 DATASETS = {
     "emoreIresNet": dict(
         db_file_format="rec",
@@ -215,6 +253,11 @@ DATASETS = {
         val_rec="data/faces_webface_112x112",
         val_targets=LFW_AND_CO,
     ),
+    "MS1MV3": archive("data/ms1m-retinaface-t1", 93431, 5179510),
+    "Glint360K": archive("data/glint360k", 360232, 17091657),
+    "WebFace4M": archive("data/WebFace4M", 205990, 4235242),
+    "WebFace12M": archive("data/WebFace12M", 617970, 12720066),
+    "WebFace42M": archive("data/WebFace42M", 2059906, 42474557),
     "Idifface": dict(
         db_file_format="folder",
         rec="",
