@@ -217,7 +217,7 @@ def write_ijb(output: Path, studio, seed: int, nuisance: float, subjects: int) -
     with replacing_folder(loose, made) as folder, replacing_folder(arrow, made) as arrow_folder:
         write_insightface_ijb(folder, frames, shots, pairs)
         write_identification_lists(folder / "meta", frames)
-        write_arrow(arrow_folder, [shot.aligned for shot in shots], metadata)
+        write_arrow(arrow_folder, [shot.aligned for shot in shots], {}, metadata)
         write_identification_lists(arrow_folder / "meta", frames)
     print(
         f"{loose}: {subjects} subjects, {len(owner)} templates, {frames[-1].media} media, "
@@ -305,7 +305,7 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
             (folder / name).mkdir()
         for path, face in zip(image_paths, faces, strict=True):
             (folder / path).write_bytes(face)
-        write_arrow(arrow_folder, faces, metadata, path=image_paths)
+        write_arrow(arrow_folder, faces, {"path": image_paths}, metadata)
     counts = ", ".join(f"{len(names)} {name}" for name, names in paths.items())
     print(f"{tree}: {identities} identities, {counts}")
     print(f"{arrow}: the same in CVLFace's layout")
@@ -315,7 +315,7 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
 # -- both
 
 
-def write_arrow(folder: Path, faces: list[bytes], metadata: dict, **texts: list[str]) -> None:
+def write_arrow(folder: Path, faces: list[bytes], texts: dict, metadata: dict) -> None:
     """Write CVLFace's layout: a ``save_to_disk`` folder of faces, index and texts; metadata.pt."""
     # these two take seconds to load, and the workers import this module too
     import datasets
