@@ -131,6 +131,8 @@ def prepare(arguments: argparse.Namespace, output: Path) -> list[str]:
     values = [*COMMON, *arguments.overrides]
     cache = output / "teacher"
     centers = output / "centers.pth"
+    if centers.exists():
+        return values
     for command in (
         ["cache_teacher.py", "--from", arguments.features, "--output", cache, *values],
         ["class_centers.py", f"teacher_embeddings={cache}", *values, f"output={centers}"],
