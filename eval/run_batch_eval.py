@@ -8,9 +8,11 @@
 prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports,
 <name>_metrics.csv (and <name>.json) for each and summary.csv, summary.md, summary.png and
 metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone
-for the run in the sub-folder student. --checkpoint-suffix .onnx takes the ONNX models of
-deploy/export_onnx.py: 600backbone.onnx, 600backbone.int8.onnx. A checkpoint whose report is there,
-newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
+for the run in the sub-folder student. Runs whose config.json differ in seed and output only are
+seeds of one method: seeds.md and seeds.csv have one row for them, the mean ± standard deviation.
+--checkpoint-suffix .onnx takes the ONNX models of deploy/export_onnx.py: 600backbone.onnx,
+600backbone.int8.onnx. A checkpoint whose report is there, newer than the file and made with the
+same settings (settings/<name>.json) is not evaluated again.
 """
 
 import argparse
@@ -22,10 +24,11 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate
-from eval.report import files, tables
+from eval.report import files, seeds, tables
 from utils import distributed
 from utils.errors import InputError, run
 from utils.files import prepare_folder, printable, read_json, write_json
+from utils.weights.load import run_beside
 
 
 def main() -> None:
@@ -191,7 +194,7 @@ class Reports:
 
         Raises InputError that names the checkpoints that could not be evaluated.
         """
-        rows = [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows]
+        rows = {path: self.rows[path] for path in checkpoints if path in self.rows}
         distributed.main_computes(lambda: self.compare(rows, len(checkpoints)))
         if self.failures:  # after the comparison is written: this ends the other ranks
             raise InputError(
@@ -199,15 +202,25 @@ class Reports:
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[tables.Row], checkpoints: int) -> None:
-        if rows:
-            files.write_summary(self.folder, rows, self.arguments.sort_by)
-            skipped = files.format_skipped(self.evaluator.skipped)
-            print(
-                f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
-                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf",
-                flush=True,
-            )
+    def compare(self, rows: dict[Path, tables.Row], checkpoints: int) -> None:
+        if not rows:
+            return
+        files.write_summary(self.folder, list(rows.values()), self.arguments.sort_by)
+        methods = seeds.group_by_method(list(rows.values()), list(map(configuration_of, rows)))
+        several = seeds.write_seeds(self.folder, methods)
+        skipped = files.format_skipped(self.evaluator.skipped)
+        print(
+            f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
+            f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf"
+            f"{', '.join(['', *seeds.FILES]) if several else ''}",
+            flush=True,
+        )
+
+
+def configuration_of(checkpoint: Path) -> dict:
+    """What the run of a checkpoint wrote beside it; empty if it is no run's."""
+    beside = run_beside(checkpoint)
+    return read_json(beside) if beside else {}
 
 
 def is_newer(path: Path, checkpoint: Path) -> bool:

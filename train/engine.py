@@ -83,7 +83,7 @@ class Engine:
                 logging.warning(
                     "going back to step %d: the states of steps %s are removed", step, steps
                 )
-            write_config(cfg, run.resume_step)
+            write_config(cfg, self.state.method, run.resume_step)
         self.progress = Progress(cfg, run.device, self.feed, self.total_steps, step)
         stop = StopRequest()
         if cfg.run_eval_at_start and step == 0:
