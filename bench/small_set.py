@@ -100,9 +100,14 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--features", type=Path, metavar="FILE", help="of the teacher, an .npz")
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
-    parser.add_argument("--networks", nargs="+", choices=NAMES, default=["mobilefacenet"])
-    parser.add_argument("--epochs", type=int, choices=tuple(MILESTONES), default=3)
+    methods = ", ".join(METHODS)
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME", help=methods
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=NAMES, default=["mobilefacenet"], metavar="NAME"
+    )
+    parser.add_argument("--epochs", type=int, choices=MILESTONES, default=3)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], metavar="N")
     parser.add_argument("--table", action="store_true", help="train nothing, print the table")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. rec=SET")
