@@ -70,6 +70,11 @@ config.geom_margin_w = 1.0
 config.geom_margin_k = 3.0
 # epochs until the geometry margin counts fully; 0: at once
 config.geom_margin_warmup_epoch = 1.0
+# weight of the loss above; 0: leave it out, the class centres stay as they are
+config.header_weight = 1.0
+# AMLDistill and AdaDistill add feature_weight x mean(1 - cos(student's feature, teacher's)); 32 to
+# 64 weighs as much as the loss above
+config.feature_weight = 0.0
 # share of the classes in each softmax, those of the batch always among them (Partial FC)
 config.sample_rate = 1.0
 # where class centres and their momentum lie: "auto" (with the network), "cpu" (the host's memory,
@@ -104,6 +109,13 @@ config.batch_size = 128
 config.accumulate = 1
 # at 512 images a step; scaled by batch_size x processes / 512
 config.lr = 0.1
+# its factor over the run: "step" (x 0.1 from each of `milestones` on), "poly" ((1 - t/T)^power) or
+# "cosine" ((1 + cos(pi t/T)) / 2), t of T steps after the warm-up of warmup_epoch epochs
+config.schedule = "step"
+# the power of "poly"
+config.schedule_power = 1.0
+# a list of factors, one an epoch, instead of warm-up and schedule
+config.lr_func = None
 config.momentum = 0.9
 config.weight_decay = 5e-4
 # largest gradient norm of the backbone; 0: unbounded

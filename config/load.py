@@ -119,7 +119,7 @@ def load_config(path: str | Path, overrides=()) -> edict:
             f"the configuration has no {', '.join(missing)}: set it in config/config.py "
             f"or in its DATASETS entry {name!r}"
         )
-    rules.check_combinations(values)
+    rules.check_combinations(values, given)
     if values["device"] == "mps":
         # BatchNorm's gradient there cannot be computed in this layout before PyTorch 2.13
         values["channels_last"] = False
@@ -212,7 +212,7 @@ def parse_text(text: str, kind):
     """A text of the command line as a value: strings bare, lists by commas, else literals."""
     if kind is str:
         return text
-    if isinstance(kind, list) and not text.startswith("["):
+    if isinstance(kind, list) and not text.startswith("[") and text.lower() != "none":
         items = [item.strip() for item in text.split(",") if item.strip()]
         return items if kind[0] is str else [literal(item) for item in items]
     return literal(text)

@@ -36,13 +36,16 @@ WORDS = {
     "centers_precision": ("fp32", "bf16"),
     "header_format": ("auto", "file", "shards"),
     "color_space": ("auto", "RGB", "BGR"),
+    "schedule": ("step", "poly", "cosine"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "db_file_format": ("rec", "folder"),
     "rec_backend": ("native", "mxnet"),
     "rec_labels": ("auto", "shared", "separate"),
 }
 # Keys that may be None, with the type they have otherwise.
-MAY_BE_NONE = {"m": float}
+MAY_BE_NONE = {"m": float, "lr_func": [float]}
+# What lr_func takes the place of.
+SCHEDULE_KEYS = ("schedule", "milestones", "warmup_epoch")
 # Numbers are at least 0, and at least this where it says so.
 LEAST = {
     "embedding_size": 1,
@@ -119,12 +122,7 @@ def check_value(key: str, value, kind, base: Path):
             raise wrong(key, value, "a path")
         return absolute(value, base) if str(value) else ""
     if isinstance(kind, list):
-        item_type = kind[0]
-        if not isinstance(value, (list, tuple)) or any(
-            type(item) is not item_type for item in value
-        ):
-            raise wrong(key, value, f"a list of {item_type.__name__}")
-        return list(value)
+        return check_list(key, value, kind[0])
     if key == "teacher" and str(value).startswith(ONNX):
         return ONNX + absolute(value.removeprefix(ONNX), base)
     if kind in (int, float):
@@ -132,6 +130,16 @@ def check_value(key: str, value, kind, base: Path):
     if type(value) is not kind:
         raise wrong(key, value, kind.__name__)
     return value
+
+
+def check_list(key: str, value, item_type: type) -> list:
+    if not isinstance(value, (list, tuple)):
+        raise wrong(key, value, f"a list of {item_type.__name__}")
+    if item_type is float:
+        return [check_number(key, item, float) for item in value]
+    if any(type(item) is not item_type for item in value):
+        raise wrong(key, value, f"a list of {item_type.__name__}")
+    return list(value)
 
 
 def check_number(key: str, value, kind: type) -> int | float:
@@ -164,9 +172,13 @@ def wrong(key: str, value, expected: str) -> InputError:
     return InputError(f"{key}={value!r} has the wrong type or value: expected {expected}")
 
 
-def check_combinations(values: dict) -> None:
-    """Refuse what single values cannot show. Raises InputError."""
+def check_combinations(values: dict, overrides: dict) -> None:
+    """Refuse what single values cannot show. Raises InputError.
+
+    overrides: those of ``values`` that the command line has set.
+    """
     check_student_and_loss(values)
+    check_schedule(values, overrides)
     check_teacher(values)
     check_device(values)
     check_data(values)
@@ -190,12 +202,18 @@ def check_training(values: dict, method: str) -> None:
                     f"{key}={values[key]} cannot be used with device=mps: "
                     f"set {key}={allowed[-1]}, or another device"
                 )
-    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"], method)
+    check_options(**of_header(values), method=method)
     if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
             "teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, "
             "or set teacher_embeddings="
         )
+
+
+def of_header(values: dict) -> dict:
+    """What ``check_options`` looks at."""
+    keys = ("loss", "use_geom_margin", "sample_rate", "header_weight", "feature_weight")
+    return {key: values[key] for key in keys}
 
 
 def check_student_and_loss(values: dict) -> None:
@@ -209,13 +227,28 @@ def check_student_and_loss(values: dict) -> None:
         )
     if values["SE"] and not network.startswith("iresnet"):
         raise InputError(f"SE=True needs an iresnet, not network={network}")
-    check_options(values["loss"], values["use_geom_margin"], values["sample_rate"])
+    check_options(**of_header(values))
+
+
+def check_schedule(values: dict, overrides: dict) -> None:
+    factors, num_epoch = values["lr_func"], values["num_epoch"]
+    if factors is not None:
+        for key in SCHEDULE_KEYS:
+            if key in overrides:
+                raise InputError(
+                    f"{key}={overrides[key]} does nothing beside lr_func, whose factors are all "
+                    "of the schedule: set lr_func=None, or leave it out"
+                )
+        if len(factors) != num_epoch:
+            raise InputError(
+                f"lr_func has the factors of {len(factors)} epochs, but num_epoch={num_epoch}: "
+                "give one an epoch, or set lr_func=None for the schedule"
+            )
     if any(milestone < 1 for milestone in values["milestones"]):
         raise InputError(f"milestones={values['milestones']}: epochs are counted from 1")
-    if values["warmup_epoch"] >= values["num_epoch"]:
+    if values["warmup_epoch"] >= num_epoch:
         raise InputError(
-            f"warmup_epoch={values['warmup_epoch']} leaves nothing of "
-            f"num_epoch={values['num_epoch']}"
+            f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={num_epoch}"
         )
 
 

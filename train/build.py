@@ -132,17 +132,20 @@ def load_teacher_centers(header, cfg) -> None:
     """Take the teacher's class centres, which AMLDistill never moves.
 
     From pretrained_teacher_header_path or pretrained_header_path; raises InputError if both are
-    set.
+    set. Where header_weight=0 leaves the header out, neither need be.
     """
     if cfg.pretrained_header_path and cfg.pretrained_teacher_header_path:
         raise InputError(
             "AMLDistill's centres are the teacher's: set "
             "pretrained_teacher_header_path or pretrained_header_path, not both"
         )
+    path = cfg.pretrained_teacher_header_path or cfg.pretrained_header_path
+    if not path and not cfg.header_weight:
+        return
     load_centers(
         header,
         cfg,
-        cfg.pretrained_teacher_header_path or cfg.pretrained_header_path,
+        path,
         "teacher header (pretrained_teacher_header_path)",
         "train a teacher with run_standalone.sh and take its last <step>header.pth, or "
         "compute the centres with train/class_centers.py",

@@ -20,21 +20,11 @@ from train.feed import Feed
 from train.gradients import FiniteGuard, make_scaler
 from train.progress import Progress
 from train.run_state import Position, RunState
+from train.schedule import learning_rate
 from train.start_up import StopRequest, write_config
 from utils import distributed
 from utils.precision import autocast
 from utils.run.hang_watch import Watch
-
-
-def learning_rate(cfg, epoch: int, fraction: float) -> float:
-    """Learning rate at ``fraction`` of ``epoch``.
-
-    lr per 512 images, squared warm-up, x 0.1 from epoch index m - 1 for every milestone m.
-    """
-    base = cfg.lr / 512 * cfg.batch_size * distributed.world_size()
-    if epoch < cfg.warmup_epoch:
-        return base * ((epoch + fraction + 1) / (cfg.warmup_epoch + 1)) ** 2
-    return base * 0.1 ** sum(milestone - 1 <= epoch for milestone in cfg.milestones)
 
 
 class Engine:

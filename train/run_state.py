@@ -153,7 +153,8 @@ class RunState:
         """
         own, file = self.engine.header, self.folder.header(step)
         centers = own.centers
-        configured = None if centers.moves else centers.weight.clone()
+        unused = not self.engine.cfg.header_weight
+        configured = None if centers.moves or unused else centers.weight.clone()
         if header is None:
             # torch.distributed.checkpoint takes a second to import
             from utils.run import header_shards

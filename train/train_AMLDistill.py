@@ -5,7 +5,10 @@
 
 The student's features are pulled to where the teacher's classifier keeps each class
 (train/class_centers.py computes it where only a backbone is published); the teacher's network
-itself, or teacher_embeddings, is needed only for the geometry margin.
+itself, or teacher_embeddings, is needed only for the geometry margin and for feature_weight:
+
+    ./run_AMLDistill.sh feature_weight=32 teacher_embeddings=data/teacher \\
+        pretrained_teacher_header_path=output/teacher/295672header.pth
 """
 
 import logging
@@ -30,11 +33,11 @@ def main():
         student = build.build_student(cfg)
         header = build.build_header(cfg, "AMLDistill")
         build.load_teacher_centers(header, cfg)
-        teacher = build.open_teacher(cfg, run, dataset) if cfg.use_geom_margin else None
+        teacher = build.open_teacher(cfg, run, dataset) if header.needs_teacher else None
         if cfg.teacher_embeddings and not teacher:
             logging.info(
-                "teacher_embeddings are not read: without the geometry margin AMLDistill "
-                "needs the teacher's class centres only"
+                "teacher_embeddings are not read: without the geometry margin and feature_weight "
+                "AMLDistill needs the teacher's class centres only"
             )
 
         def loss_of(student, batch, epoch):

@@ -314,6 +314,11 @@ def gather_features(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if world_size() == 1 else _GatherFeatures.apply(tensor)
 
 
+def is_own_row(rows: int, device: torch.device) -> torch.Tensor:
+    """(rows,) bool: of what was gathered from all ranks in equal parts, those of this rank."""
+    return torch.arange(rows, device=device) // (rows // world_size()) == rank()
+
+
 def sync_buffers(module: torch.nn.Module) -> None:
     """Give every rank rank 0's buffers (BatchNorm statistics), so that all evaluate and save one
     network.

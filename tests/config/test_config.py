@@ -223,6 +223,8 @@ def test_the_last_override_wins():
         ("milestones=3,5", "milestones", [3, 5]),
         ("milestones=[3, 5]", "milestones", [3, 5]),
         ("milestones=", "milestones", []),
+        ("schedule=poly", "schedule", "poly"),
+        ("lr_func=None", "lr_func", None),
         ("val_targets=lfw, cfp_fp", "val_targets", ["lfw", "cfp_fp"]),
         ("val_targets=['lfw']", "val_targets", ["lfw"]),
         ("network=iresnet50", "network", "iresnet50"),
@@ -305,6 +307,11 @@ def test_unknown_keys_name_the_nearest(tmp_path):
             r"a list of int",
         ),
         ("milestones=3.5", "milestones"),
+        ("milestones=None", "milestones=None .*expected a list of int"),
+        ("schedule=polynomial", "schedule='polynomial' is unknown, did you mean 'poly'?"),
+        ("schedule_power=-1", "schedule_power=-1.* expected float of at least 0"),
+        ("lr_func=0.1", "lr_func has the factors of 1 epochs, but num_epoch=26"),
+        ("lr_func=1,fast", "lr_func='fast' .*expected float"),
         ("num_epoch=None", "num_epoch=None"),
         ("m=[]", "m="),
         ("m={[]: 1}", "m="),
@@ -371,6 +378,22 @@ def test_wrong_types_in_a_file(tmp_path, values, message):
 def test_bad_combinations(overrides, message):
     refused(message, DEFAULTS, *overrides)
     assert load_config(DEFAULTS, ["val_rec=", "val_targets="]).val_targets == []
+
+
+def test_lr_func_takes_the_place_of_the_schedule(tmp_path):
+    """Its factors beat what the files say of a schedule; the command line may not say both."""
+    config = partial(tmp_path, lr_func=[1, 0.5], num_epoch=2, milestones=[1], schedule="poly")
+    cfg = load_config(config)
+    assert cfg.lr_func == [1.0, 0.5] and type(cfg.lr_func[0]) is float
+    assert load_config(DEFAULTS, ["lr_func=1, 0.5", "num_epoch=2"]).lr_func == [1.0, 0.5]
+    for override in ("schedule=step", "milestones=1", "warmup_epoch=0"):
+        refused(f"{override.split('=')[0]}=.* does nothing beside lr_func", config, override)
+        assert load_config(config, ["lr_func=None", override]).lr_func is None
+    run = write(tmp_path, json.dumps(cfg), "config.json")
+    assert load_config(run) == cfg
+    refused("lr_func has the factors of 2 epochs, but num_epoch=3", run, "num_epoch=3")
+    refused("lr_func=-1.0 .*expected float of at least 0", partial(tmp_path, lr_func=[-1.0]))
+    refused("lr_func=0.1 .*expected a list of float", partial(tmp_path, lr_func=0.1))
 
 
 @pytest.mark.parametrize(

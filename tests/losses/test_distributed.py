@@ -28,7 +28,7 @@ LR = 0.1
 CENTER_LENGTH = 1.5
 
 
-def train_header(method, loss, classes, out, sample_rate=1.0):
+def train_header(method, loss, classes, out, sample_rate=1.0, **options):
     """A few steps on fixed features; rank r takes its contiguous part of each batch. Saves what
     rank 0 sees.
 
@@ -50,6 +50,7 @@ def train_header(method, loss, classes, out, sample_rate=1.0):
         use_geom_margin=geometry,
         geom_margin_warmup_epoch=1,
         sample_rate=sample_rate,
+        **options,
     )
     deferred = header.centers.learned and sample_rate < 1
     header.centers.defer = deferred
@@ -131,6 +132,18 @@ def test_samples_of_few_classes_are_all_of_them(method, classes, results):
     too.
     """
     load_and_compare(results, 3, f"sampled-{method}-{classes}.pt")
+
+
+@pytest.mark.parametrize("header_weight", [0.5, 0.0])
+@pytest.mark.parametrize("method", ["AMLDistill", "AdaDistill"])
+def test_ranks_equal_one_with_a_feature_weight(method, header_weight, results):
+    """Its gradient is less off than what load_and_compare allows the header's: half of it, with
+    other factors of the cosines' rounding, 32 against 2 * 64 * 64 / 2.
+    """
+    one, _ = load_and_compare(results, 2, f"feature-{method}-{header_weight}.pt")
+    assert all("feature" in seen for seen in one["seen"])
+    if not header_weight:
+        assert torch.equal(one["state"]["kernel"], one["start"])
 
 
 def load_and_compare(results, ranks, file):
@@ -256,6 +269,12 @@ if __name__ == "__main__":
                 folder / f"sampled-{method}-{classes}.pt",
                 sample_rate=0.5,
             )
+    if distributed.world_size() < 3:
+        for method in ("AMLDistill", "AdaDistill"):
+            for weight in (0.5, 0.0):
+                out = folder / f"feature-{method}-{weight}.pt"
+                weights = dict(header_weight=weight, feature_weight=32.0)
+                train_header(method, "AdaFace", 23, out, **weights)
     loss, _ = build_header("standalone", "ArcFace", SIZE, 8, sample_rate=0.1)(
         torch.randn(4, SIZE), torch.zeros(4, dtype=torch.int64)
     )

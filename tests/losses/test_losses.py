@@ -178,6 +178,62 @@ def test_geometry_margin_widens_arcface_and_cosface():
         assert value > plain(features, labels)[0]
 
 
+@pytest.mark.parametrize("header_weight", [1.0, 0.25, 0.0])
+@pytest.mark.parametrize("method", ["AMLDistill", "AdaDistill"])
+def test_the_feature_term_against_float64(method, header_weight):
+    """header_weight * cross-entropy + feature_weight * mean(1 - cos(f, t)), and its gradient.
+
+    The second part's is a sum of unit vectors by (weight / B) / |f|, off by a cosine's rounding in
+    its factor and as much in its directions.
+    """
+    torch.manual_seed(0)
+    features, teacher, labels = 3 * torch.randn(6, 16), torch.randn(6, 16), torch.arange(6)
+    weights = dict(header_weight=header_weight, feature_weight=32.0)
+    header = build_header(method, "CosFace", 16, 9, m=0.3, **weights)
+    ours = features.clone().requires_grad_(True)
+    loss, stats = header(ours, labels, teacher)
+    loss.backward()
+
+    # after the centres have moved, as in AdaDistill's step
+    kernel = header.state_dict()["kernel"].double()
+    exact = features.double().requires_grad_(True)
+    f, t, w = (torch.nn.functional.normalize(x) for x in (exact, teacher.double(), kernel.t()))
+    logits = 64 * (f @ w.t() - 0.3 * torch.eye(6, 9))
+    feature = 1 - (f * t).sum(1).mean()
+    entropy = torch.nn.functional.cross_entropy(logits, labels)
+    expected = header_weight * entropy + 32 * feature
+    expected.backward()
+    off = 2 * cosine(16)
+    assert abs(stats["feature"] - feature) < off
+    assert abs(loss - expected) < header_weight * 2 * logit(16) + 32 * off
+    gradient = header_weight * feature_gradient(features)
+    gradient += off * float((32 / 6 / features.norm(dim=1)).norm())
+    assert (ours.grad - exact.grad).norm() < gradient
+
+
+@pytest.mark.parametrize("method", ["AMLDistill", "AdaDistill"])
+def test_a_header_of_weight_0_does_not_move(method):
+    header = build_header(method, "AdaFace", 8, 5, header_weight=0.0, feature_weight=1.0)
+    before = {key: value.clone() for key, value in header.state_dict().items()}
+    _, stats = header(torch.randn(4, 8), torch.arange(4), torch.randn(4, 8))
+    assert list(stats) == ["feature"]
+    assert all(torch.equal(value, before[key]) for key, value in header.state_dict().items())
+
+
+def test_weights_that_make_no_sense_are_refused():
+    for message, method, weights in (
+        ("feature_weight needs a teacher", "standalone", dict(feature_weight=1.0)),
+        ("leave nothing to learn from", "standalone", dict(header_weight=0.0)),
+        ("leave nothing to learn from", "AdaDistill", dict(header_weight=0.0)),
+        ("header_weight=-1.0 must be at least 0", "AdaDistill", dict(header_weight=-1.0)),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_header(method, "ArcFace", 8, 5, **weights)
+    header = build_header("AMLDistill", "ArcFace", 8, 5, feature_weight=1.0)
+    with pytest.raises(ValueError, match="feature_weight need the teacher's features"):
+        header(torch.randn(4, 8), torch.arange(4))
+
+
 def test_sampled_negatives_keep_the_positives_and_their_updates():
     torch.manual_seed(0)
     features, teacher, labels = torch.randn(4, 8), torch.randn(4, 8), torch.tensor([7, 70, 7, 99])

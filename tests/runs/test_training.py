@@ -23,7 +23,6 @@ from tests.commands import LIMIT, ROOT, command, environment, run, run_until
 from tests.runs.outputs import draw_faces, everything, losses, rows
 from train import build
 from train.build import input_dtype
-from train.engine import learning_rate
 from train.run_state import check_settled
 from train.start_up import Run
 from utils.augment import augment
@@ -683,16 +682,6 @@ def test_full_disk_while_saving_keeps_the_previous_checkpoint(faces, tmp_path):
 
 
 # --- the pieces, without processes
-
-
-def test_learning_rate_follows_the_specification():
-    cfg = type("Cfg", (), dict(lr=0.1, batch_size=128, warmup_epoch=2, milestones=[8, 14]))
-    base = 0.1 / 512 * 128
-    assert learning_rate(cfg, 0, 0.0) == pytest.approx(base * (1 / 3) ** 2)
-    assert learning_rate(cfg, 1, 0.5) == pytest.approx(base * (2.5 / 3) ** 2)
-    assert learning_rate(cfg, 2, 0.9) == learning_rate(cfg, 6, 0.9) == pytest.approx(base)
-    assert learning_rate(cfg, 7, 0.0) == learning_rate(cfg, 12, 0.9) == pytest.approx(base * 0.1)
-    assert learning_rate(cfg, 13, 0.0) == pytest.approx(base * 0.01)
 
 
 @pytest.mark.processes

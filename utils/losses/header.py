@@ -18,54 +18,76 @@ class Header(nn.Module):
 
     header(features, labels, features_t=None, epoch=0.0) -> (loss, stats)
         features (b, D) raw student features and labels (b,) of this rank; features_t (b, D) raw
-        teacher features, which AdaDistill and the geometry margin need; epoch: fractional, for the
-        geometry margin's warm-up. loss: 0-d float32, the mean over the global batch, the same on
-        all ranks. stats: 0-d tensors, means over the global batch: alpha, lam, cos_st (AdaDistill);
-        margin_scaler (AdaFace); geom (geometry margin).
+        teacher features, which AdaDistill, the geometry margin and a feature_weight need; epoch:
+        fractional, for the geometry margin's warm-up. loss: 0-d float32, the mean over the global
+        batch, the same on all ranks. stats: 0-d tensors, means over the global batch: alpha, lam,
+        cos_st (AdaDistill); margin_scaler (AdaFace); geom (geometry margin); feature
+        (feature_weight).
+    loss = header_weight * cross-entropy + feature_weight * mean(1 - cos(features, features_t)); a
+    part of weight 0 is not computed, and centres and statistics do not move without the first.
     Everything here is float32, under autocast too: a cosine rounded to bf16 moves a logit by 0.1.
     Feature gradients come times the world size, so that DistributedDataParallel's average is the
     gradient of that mean.
     """
 
-    def __init__(self, centers, margin, s, geometry, sample_rate):
+    def __init__(self, centers, margin, s, geometry, sample_rate, header_weight, feature_weight):
         super().__init__()
         self.centers = centers
         self.margin = margin
         self.s = s
         self.geometry = geometry
         self.sample_rate = sample_rate
+        self.header_weight = header_weight
+        self.feature_weight = feature_weight
+        self.follows_teacher = bool(centers.follows_teacher or geometry)
+        self.needs_teacher = self.follows_teacher or feature_weight > 0
 
     def forward(self, features, labels, features_t=None, epoch=0.0):
-        if features_t is None and (self.centers.follows_teacher or self.geometry):
+        if features_t is None and self.needs_teacher:
             raise ValueError(
-                "AdaDistill and the geometry margin need the teacher's features: "
+                "AdaDistill, the geometry margin and feature_weight need the teacher's features: "
                 "header(features, labels, features_t)"
             )
         with torch.autocast(features.device.type, enabled=False):
             features = distributed.gather_features(features.float())
             labels = distributed.all_gather(labels)
             check_labels(labels, self.centers.num_classes)
-            place = self.centers.locate(labels)
             norms = features.norm(dim=1)
             features = F.normalize(features)
-
-            stats, geom = {}, None
+            teacher = None
             if features_t is not None:
                 teacher = F.normalize(distributed.all_gather(features_t.detach().float()))
-                cos_st = (features.detach() * teacher).sum(1).clamp(-1, 1)
-                # of the centres before they move
-                lam = cosine_to_own_center(teacher, self.centers, place).clamp(1e-6, 1)
-                if self.geometry:
-                    geom = stats["geom"] = self.geometry(lam, cos_st, epoch)
-                stats |= self.centers.follow(teacher, cos_st, lam, place)
 
-            chosen, place = self.centers.sample(place, self.sample_rate)
-            margin = partial(self.margin, norms=norms, geom=geom)
-            loss, margin_stats = margin_softmax(
-                features, self.centers, chosen, place, margin, self.s, self.margin.clip
-            )
-            stats |= margin_stats
+            loss, stats = 0.0, {}
+            if self.header_weight:
+                entropy, stats = self.cross_entropy(features, norms, labels, teacher, epoch)
+                loss = self.header_weight * entropy
+            if self.feature_weight:
+                stats["feature"] = feature_loss(features, teacher)
+                loss = loss + self.feature_weight * stats["feature"]
         return loss, {name: value.detach().mean() for name, value in stats.items()}
+
+    def cross_entropy(self, features, norms, labels, teacher, epoch):
+        """(loss, stats) of the global batch, for which AdaDistill's centres move first.
+
+        features and teacher (B, D) normalised, teacher None if there is none; norms (B,).
+        """
+        place = self.centers.locate(labels)
+        stats, geom = {}, None
+        if self.follows_teacher:
+            cos_st = (features.detach() * teacher).sum(1).clamp(-1, 1)
+            # of the centres before they move
+            lam = cosine_to_own_center(teacher, self.centers, place).clamp(1e-6, 1)
+            if self.geometry:
+                geom = stats["geom"] = self.geometry(lam, cos_st, epoch)
+            stats |= self.centers.follow(teacher, cos_st, lam, place)
+
+        chosen, place = self.centers.sample(place, self.sample_rate)
+        margin = partial(self.margin, norms=norms, geom=geom)
+        loss, margin_stats = margin_softmax(
+            features, self.centers, chosen, place, margin, self.s, self.margin.clip
+        )
+        return loss, stats | margin_stats
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False) -> dict:
         """{"kernel": (D, C) float32 on the CPU, and AdaFace's batch_mean and batch_std}.
@@ -111,6 +133,16 @@ class Header(nn.Module):
         self.centers.weight.copy_(self.centers.shard(kernel))
 
 
+def feature_loss(features: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """mean(1 - cos(f, t)) of the global batch (B, D), both normalised.
+
+    Every rank sees all of it, and gives the gradient of its own images: the ranks' are summed.
+    """
+    cosine = (features * teacher).sum(1)
+    own = distributed.is_own_row(len(cosine), cosine.device)
+    return 1 - torch.where(own, cosine, cosine.detach()).mean()
+
+
 class GeometryMargin:
     """g = w_eff k max(lam - cos_st, 0) lam.
 
@@ -145,6 +177,8 @@ def build_header(
     geom_margin_k=3.0,
     geom_margin_warmup_epoch=0,
     sample_rate=1.0,
+    header_weight=1.0,
+    feature_weight=0.0,
     centers_dtype=torch.float32,
     centers_on_host=False,
 ) -> nn.Module:
@@ -157,6 +191,7 @@ def build_header(
     geom_*: geometry margin, warm-up in epochs.
     sample_rate: share of the classes that enter the softmax of a step, those of the batch always
     among them.
+    header_weight, feature_weight: of the two parts of the loss; see ``Header``.
     centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all
     products are float32. centers_on_host: they stay in the host's memory when the header is moved
     to a GPU.
@@ -167,7 +202,7 @@ def build_header(
             raise InputError(
                 f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
-    check_options(loss, use_geom_margin, sample_rate, method)
+    check_options(loss, use_geom_margin, sample_rate, header_weight, feature_weight, method)
     centers = CENTERS[method](
         num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
     )
@@ -175,10 +210,12 @@ def build_header(
     geometry = None
     if use_geom_margin:
         geometry = GeometryMargin(geom_margin_w, geom_margin_k, geom_margin_warmup_epoch)
-    return Header(centers, margin, s, geometry, sample_rate)
+    return Header(centers, margin, s, geometry, sample_rate, header_weight, feature_weight)
 
 
-def check_options(loss, use_geom_margin, sample_rate, method=None) -> None:
+def check_options(
+    loss, use_geom_margin, sample_rate, header_weight, feature_weight, method=None
+) -> None:
     """Raises InputError for what makes no sense together; method None: not known yet."""
     if use_geom_margin and method == "standalone":
         raise InputError(
@@ -192,6 +229,17 @@ def check_options(loss, use_geom_margin, sample_rate, method=None) -> None:
         )
     if not 0 < sample_rate <= 1:
         raise InputError(f"sample_rate={sample_rate} must be above 0 and at most 1")
+    for key, weight in (("header_weight", header_weight), ("feature_weight", feature_weight)):
+        if not 0 <= weight < float("inf"):
+            raise InputError(f"{key}={weight} must be at least 0 and finite")
+    if feature_weight and method == "standalone":
+        raise InputError(
+            "feature_weight needs a teacher: use AdaDistill or AMLDistill, or set feature_weight=0"
+        )
+    if not header_weight and not feature_weight:
+        raise InputError(
+            "header_weight=0 and feature_weight=0 leave nothing to learn from: set one of them"
+        )
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
