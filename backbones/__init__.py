@@ -6,29 +6,22 @@ from functools import partial
 from torch import nn
 
 from backbones.ir import IR
-from backbones.iresnet import IResNet
+from backbones.iresnet import IRESNETS, IResNet
 from backbones.mobilefacenet import MBF, MobileFaceNet
 from utils.errors import InputError
 
 # Residual blocks in each of the four stages.
-_IRESNETS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
-    "iresnet200": (6, 26, 60, 6),
-}
 _IRS = {
     "ir18": (2, 2, 2, 2),
     "ir50": (3, 4, 14, 3),
     "ir101": (3, 13, 30, 3),
 }
 _MOBILE = {
-    "mobilefacenet": MobileFaceNet,
+    "mobilefacenet": partial(MobileFaceNet, (112, 112)),
     "mbf": partial(MBF, blocks=(1, 4, 6, 2), scale=2),
     "mbf_large": partial(MBF, blocks=(2, 8, 12, 4), scale=4),
 }
-NAMES = (*_MOBILE, *_IRESNETS, *_IRS)
+NAMES = (*_MOBILE, *IRESNETS, *_IRS)
 
 
 def build_backbone(
@@ -46,13 +39,13 @@ def build_backbone(
     """
     if name not in NAMES:
         raise InputError(_unknown(name))
-    if use_se and name not in _IRESNETS:
+    if use_se and name not in IRESNETS:
         raise InputError(
             f"network {name} has no squeeze-and-excitation variant (SE); only "
-            f"{', '.join(_IRESNETS)} have"
+            f"{', '.join(IRESNETS)} have"
         )
-    if name in _IRESNETS:
-        return IResNet(_IRESNETS[name], embedding_size, use_se=use_se, dropout=dropout)
+    if name in IRESNETS:
+        return IResNet(IRESNETS[name], embedding_size, use_se=use_se, dropout=dropout)
     if name in _IRS:
         return IR(_IRS[name], embedding_size, dropout=dropout)
     if dropout:

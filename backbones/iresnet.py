@@ -9,8 +9,17 @@ import torch
 from torch import nn
 
 from backbones.layers import in_float32
+from utils.errors import InputError
 
 _WIDTHS = (64, 128, 256, 512)
+# Residual blocks in each of the four stages.
+IRESNETS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+    "iresnet200": (6, 26, 60, 6),
+}
 
 
 class SEModule(nn.Module):
@@ -102,3 +111,35 @@ def _projection(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
     )
+
+
+# --- as AdaDistill's and InsightFace's scripts call them
+
+
+def _published(name: str):
+    def build(
+        pretrained: bool = False,
+        progress: bool = True,
+        dropout: float = 0.0,
+        num_features: int = 512,
+        use_se: bool = False,
+    ) -> IResNet:
+        """The network with fresh weights; num_features: dimensions of the embedding.
+
+        Raises InputError for pretrained=True: no weights come with it.
+        """
+        if pretrained:
+            raise InputError(
+                f"{name}(pretrained=True): no weights come with the network; load a checkpoint "
+                "with load_state_dict, or set pretrained_backbone_path"
+            )
+        return IResNet(IRESNETS[name], num_features, use_se=use_se, dropout=dropout)
+
+    return build
+
+
+iresnet18 = _published("iresnet18")
+iresnet34 = _published("iresnet34")
+iresnet50 = _published("iresnet50")
+iresnet100 = _published("iresnet100")
+iresnet200 = _published("iresnet200")

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from backbones.layers import in_float32, init_kaiming
+from utils.errors import InputError
 
 # --- AdaDistill's mobilefacenet: keys conv, bn, prelu
 
@@ -72,10 +73,20 @@ class ResidualStage(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """AdaDistill's ``mobilefacenet``: (B, 3, 112, 112) -> (B, embedding_size) float32."""
+    """AdaDistill's ``mobilefacenet``: (B, 3, 112, 112) -> (B, embedding_size) float32.
 
-    def __init__(self, embedding_size: int):
+    input_size and output_name are what AdaDistill's scripts pass. Raises InputError for another
+    input than 112x112, or another output than GDC (global depthwise convolution).
+    """
+
+    def __init__(
+        self, input_size: Sequence[int], embedding_size: int = 512, output_name: str = "GDC"
+    ):
         super().__init__()
+        if tuple(input_size) != (112, 112):
+            raise InputError(f"MobileFaceNet: input_size={input_size}, but images are (112, 112)")
+        if output_name != "GDC":
+            raise InputError(f"MobileFaceNet: output_name={output_name!r}, but only 'GDC' is built")
         self.conv1 = ConvUnit(3, 64, 3, 2, 1)
         self.conv2_dw = ConvUnit(64, 64, 3, 1, 1, groups=64)
         self.conv_23 = Bottleneck(64, 64, 128, 2)

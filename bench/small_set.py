@@ -53,6 +53,11 @@ METHODS = {
     "AdaDistill_ArcFace": "AdaDistill loss=ArcFace",
     "AdaDistill_CosFace": "AdaDistill loss=CosFace",
     "AdaDistill_AdaFace_geometry": "AdaDistill loss=AdaFace use_geom_margin=True",
+    "AdaDistill_alpha0.9": "AdaDistill loss=ArcFace alpha=0.9",
+    "features": "AdaDistill header_weight=0 feature_weight=64",
+    # TH-KD
+    "AMLDistill_features": "AMLDistill loss=ArcFace feature_weight=64",
+    "AdaDistill_features": "AdaDistill loss=ArcFace feature_weight=64",
 }
 KEYS = ("method", "network", "epochs", "seed")
 

@@ -64,6 +64,8 @@ config.h = 0.333
 config.t_alpha = 0.01
 # AdaDistill: weight alpha by the teacher's confidence
 config.adaptive_alpha = True
+# AdaDistill: alpha as a constant, e.g. 0.9 (the paper's ablation); 0: adaptive
+config.alpha = 0.0
 # more margin where the teacher is sure and the student is not there yet
 config.use_geom_margin = False
 config.geom_margin_w = 1.0

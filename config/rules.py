@@ -60,7 +60,9 @@ LEAST = {
     "ijb_batch_size": 1,
     "tinyface_batch_size": 1,
 }
-MOST = {"momentum": 1, "t_alpha": 1}
+# What AdaDistill's files set for no warm-up.
+NO_WARM_UP = -1
+MOST = {"momentum": 1, "t_alpha": 1, "alpha": 1}
 # What training with device=mps is limited to: float32, with everything in the memory that its GPU
 # and CPU share; torch.compile for it is a prototype.
 MPS_TAKES = {
@@ -69,6 +71,8 @@ MPS_TAKES = {
     "centers_device": ("auto",),
     "compile": (False,),
 }
+# Keys of files that people bring along, and that no longer do anything.
+RETIRED = {"geom_margin_mask", "geom_margin_baseline"}
 # What an entry of DATASETS may set, and nothing else: config.py sets all other keys above the
 # table, and these would win.
 DATASET_KEYS = {
@@ -144,6 +148,8 @@ def check_list(key: str, value, item_type: type) -> list:
 
 def check_number(key: str, value, kind: type) -> int | float:
     """An int, or a float that may be written as an int, within its bounds."""
+    if key == "warmup_epoch" and value == NO_WARM_UP:
+        return 0
     if kind is float and type(value) is int:
         value = float(value)
     least = LEAST.get(key, 0)

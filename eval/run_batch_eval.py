@@ -6,7 +6,7 @@
         --share-checkpoints
 
 prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports,
-<name>_metrics.csv (and <name>.json) for each and summary.csv, summary.md, summary.png and
+<name>_metrics.csv (and .json) for each and summary.csv, summary.md, summary.png and
 metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone
 for the run in the sub-folder student. Runs whose config.json differ in seed and output only are
 seeds of one method: seeds.md and seeds.csv have one row for them, the mean ± standard deviation.
@@ -184,7 +184,7 @@ class Reports:
         return self.folder / f"{name}_metrics.csv"
 
     def figures_of(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.folder / f"{name}_metrics.json"
 
     def settings_of(self, name: str) -> Path:
         return self.folder / "settings" / f"{name}.json"
@@ -261,7 +261,9 @@ def parse_arguments() -> argparse.Namespace:
         help="where the reports go (<checkpoint-dir>/reports)",
     )
     parser.add_argument(
-        "--save-json", action="store_true", help="write <name>.json beside each <name>_metrics.csv"
+        "--save-json",
+        action="store_true",
+        help="write <name>_metrics.json beside each <name>_metrics.csv",
     )
     parser.add_argument(
         "--sort-by",

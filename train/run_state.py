@@ -10,6 +10,8 @@ from utils import distributed
 from utils.errors import InputError
 from utils.files import read_json
 from utils.run.folder import RunFolder
+from utils.weights.load import load_backbone
+from utils.weights.read import read_tensors
 
 # What weights are made for: a run cannot go on from its own with another value, but for most
 # losses.
@@ -95,7 +97,13 @@ class RunState:
         header_shards.save_header(folder, self.engine.header)
 
     def resume(self, step: int) -> None:
-        """Take up all that ``save`` wrote; another number of ranks goes on from the same image."""
+        """Take up all that ``save`` wrote; another number of ranks goes on from the same image.
+
+        Where there is no state, the weights alone.
+        """
+        if not self.folder.file(step, "state").is_file():
+            self.resume_weights(step)
+            return
         engine = self.engine
         state = self.folder.load_state(step)
         check_settled(engine.cfg, self.method, self.folder, step, state)
@@ -120,6 +128,39 @@ class RunState:
         engine.validation.best = state["best"]
         engine.validation.done_at_step = step
         self.saved_step = step
+
+    def resume_weights(self, step: int) -> None:
+        """Go on from <step>backbone.pth, and <step>header.pth if it is there, as other trainers
+        leave them, with the first image of the epoch.
+
+        Raises InputError if learned centres are missing.
+        """
+        engine, position = self.engine, self.engine.position
+        check_settled(engine.cfg, self.method, self.folder, step, {})
+        centers = engine.header.centers
+        backbone, file = self.folder.file(step, "backbone"), self.folder.header(step)
+        if centers.learned and not file.exists():
+            raise InputError(
+                f"global_step={step}: no {file}, whose class centres {self.method} goes on with; "
+                f"start a new run (another output=) with pretrained_backbone_path={backbone}"
+            )
+        load_backbone(engine.backbone, backbone, "resume")
+        if file.exists():
+            header = None if file.is_dir() else read_tensors(file, "resume")
+            self.resume_header(step, header, dict(header_moved=False, header_momentum=None))
+        position.step = step
+        position.epoch = min(step // engine.feed.steps_per_epoch, engine.cfg.num_epoch)
+        if not distributed.is_main():
+            return
+        if centers.moves and not file.exists():
+            logging.warning("no %s: the class centres start anew", file)
+        logging.warning(
+            "no %s: going on from the weights of step %d alone, without the optimizer's momentum, "
+            "with the first image of epoch %d",
+            self.folder.file(step, "state"),
+            step,
+            position.epoch,
+        )
 
     def resume_position(self, step: int, state: dict) -> None:
         position, feed = self.engine.position, self.engine.feed
@@ -197,7 +238,8 @@ def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -
     Raises InputError if it is of another method, network or number of classes, or if exactly one
     of the two losses is AdaFace, whose statistics lie in the header.
     """
-    if state["method"] != method:
+    # weights alone do not say it
+    if state.get("method", method) != method:
         raise InputError(
             f"resume: {folder.path} holds a run of {state['method']}, this script "
             f"trains {method}: take that script, or another output="

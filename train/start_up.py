@@ -66,6 +66,8 @@ def start(cfg, resume: bool):
         cfg.output,
         launch_name(),
     )
+    # scripts of people who come from AdaDistill look for this line
+    logging.info("rank_id: %d", distributed.rank())
     for step, damage in passed_over:
         logging.warning("step %d cannot be resumed from: %s; taking the one before", step, damage)
     torch.manual_seed(cfg.seed)
@@ -79,25 +81,27 @@ def where_to_resume(
 ) -> tuple[int, list[tuple[int, str]]]:
     """(step to go on from, [(newer step that cannot be read, what is wrong)]); 0: a fresh start.
 
-    Processes that torchrun has restarted take the newest state of their own run. A collective.
+    Processes that torchrun has restarted take the newest state of their own run. A step that is
+    named may have weights alone. A collective.
     Raises InputError if a state was asked for and is not there, or if a fresh start would overwrite
     another run's checkpoints.
     """
     steps = agreed_steps(folder)
     # a machine that came back starts anew, the others restart: one that was restarted decides
-    if any(distributed.all_gather_object(was_restarted(folder.path / "training.log"))):
-        return newest_sound(folder, steps) if steps else (0, [])
-    if global_step and global_step not in steps:
-        raise InputError(
-            f"global_step={global_step}: no complete state in {folder.path} "
-            f"(complete: {', '.join(map(str, steps)) or 'none'})"
-        )
+    restarted = any(distributed.all_gather_object(was_restarted(folder.path / "training.log")))
+    # states before global_step are of another run: this one has gone on from weights
+    if restarted and steps and steps[-1] >= global_step:
+        return newest_sound(folder, steps)
     if global_step:
+        check_weights(folder, global_step, steps)
         return global_step, []
+    if restarted:
+        return 0, []
     if resume and not steps:
         raise InputError(
             "--resume: no complete state (<step>backbone.pth, <step>header.pth, "
-            f"<step>state.pth) in {folder.path}; start without --resume"
+            f"<step>state.pth) in {folder.path}; start without --resume, or go on from weights "
+            "alone with global_step="
         )
     if resume:
         return newest_sound(folder, steps)
@@ -107,6 +111,16 @@ def where_to_resume(
             "--resume or choose another folder with output="
         )
     return 0, []
+
+
+def check_weights(folder: RunFolder, step: int, complete: list[int]) -> None:
+    """Raises InputError if there are no weights of a step. A collective; rank 0 looks."""
+    weights = folder.file(step, "backbone")
+    if step not in complete and not distributed.main_computes(weights.is_file):
+        raise InputError(
+            f"global_step={step}: no complete state and no {weights.name} in {folder.path} "
+            f"(complete: {', '.join(map(str, complete)) or 'none'})"
+        )
 
 
 def agreed_steps(folder: RunFolder) -> list[int]:

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from backbones import NAMES, build_backbone
+from backbones.iresnet import iresnet18, iresnet34, iresnet50, iresnet100, iresnet200
+from backbones.mobilefacenet import MobileFaceNet
 from tests import rounding
 from utils.errors import InputError
 
@@ -125,3 +127,39 @@ def test_unknown_name_lists_the_known(name, nearest):
 def test_options_a_network_does_not_have(options):
     with pytest.raises(InputError, match=options["name"]):
         build_backbone(**options)
+
+
+def test_networks_as_the_scripts_of_others_build_them():
+    """Keys and shapes of build_backbone's, on the meta device: no weights are drawn."""
+    with torch.device("meta"):
+        for ours, theirs in (
+            (build_backbone("mobilefacenet"), MobileFaceNet(input_size=(112, 112))),
+            (
+                build_backbone("mobilefacenet", 128),
+                MobileFaceNet([112, 112], embedding_size=128, output_name="GDC"),
+            ),
+            (build_backbone("iresnet18"), iresnet18()),
+            (build_backbone("iresnet34", 128), iresnet34(False, True, num_features=128)),
+            (build_backbone("iresnet50", use_se=True), iresnet50(num_features=512, use_se=True)),
+            (build_backbone("iresnet100"), iresnet100(pretrained=False, dropout=0)),
+            (build_backbone("iresnet200", dropout=0.4), iresnet200(False, dropout=0.4)),
+        ):
+            shapes = [
+                {key: value.shape for key, value in network.state_dict().items()}
+                for network in (ours, theirs)
+            ]
+            assert shapes[0] == shapes[1]
+        assert iresnet200(False, dropout=0.4).dropout.p == 0.4
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: MobileFaceNet((224, 224)), r"input_size=\(224, 224\), but images are"),
+        (lambda: MobileFaceNet((112, 112), output_name="GNAP"), "only 'GDC' is built"),
+        (lambda: iresnet50(pretrained=True), r"iresnet50\(pretrained=True\): no weights"),
+    ],
+)
+def test_what_others_networks_cannot_be_here(build, message):
+    with pytest.raises(InputError, match=message):
+        build()

@@ -327,11 +327,11 @@ def test_batch_eval_reports(runs, sets, tmp_path):
         "teacher_5backbone",
     ]
     assert {path.name for path in reports.iterdir()} == SUMMARIES | {
-        name + end for name in names for end in ("_metrics.csv", ".json")
+        name + end for name in names for end in ("_metrics.csv", "_metrics.json")
     }
     assert "4 of 4 checkpoints evaluated" in output and output.count("skipped pose") == 1
 
-    results = json.loads((reports / "teacher_5backbone.json").read_text())
+    results = json.loads((reports / "teacher_5backbone_metrics.json").read_text())
     assert_close(
         results["verification"],
         expected(runs / "teacher" / "5backbone.pth", sets, ["frontal", "lowres"]),

@@ -1,5 +1,6 @@
 """The header against the float64 golden vectors, and its behaviour at the edges."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,42 @@ def test_two_images_of_one_class_are_averaged_whatever_their_order():
     assert torch.equal(kernels[0].t()[[2, 4]].double(), old[[2, 4]])
 
 
+@pytest.mark.parametrize(
+    "options", [dict(alpha=0.9), dict(alpha=0.9, adaptive_alpha=False), dict(adaptive_alpha=False)]
+)
+def test_constant_and_plain_alpha_against_float64(options):
+    """Three steps of CosFace with a class twice in the batch, by the formula."""
+    size, people, s, m = 16, 5, 64.0, 0.35
+    header = build_header("AdaDistill", "CosFace", size, people, s=s, m=m, **options)
+    kernel = header.state_dict()["kernel"].t().double().numpy()
+    random = np.random.default_rng(0)
+    labels = np.array([2, 0, 2, 4])
+    # centres start short: the first update gives them the length of (1 - alpha) t
+    bound = 4 * cosine(size)
+    for _ in range(3):
+        t = unit(random.standard_normal((4, size)))
+        f = unit(t + 0.1 * random.standard_normal((4, size)))
+        cos_st = (f * t).sum(1)
+        alpha = np.full(4, options["alpha"]) if "alpha" in options else cos_st.clip(1e-6, 1)
+        lam = (unit(kernel[labels]) * t).sum(1).clip(1e-6, 1)
+        moved = alpha[:, None] * kernel[labels] + (1 - alpha[:, None]) * t
+        for label in set(labels):
+            kernel[label] = moved[labels == label].mean(0)
+        logits = s * (f @ unit(kernel).T - m * (labels[:, None] == np.arange(people)))
+        own = logits[range(4), labels]
+        expected = (np.log(np.exp(logits - own[:, None]).sum(1))).mean()
+
+        loss, stats = header(*map(torch.from_numpy, (3 * f, labels, 2 * t)))
+        assert loss.item() == pytest.approx(expected, abs=4 * logit(size))
+        assert np.abs(header.state_dict()["kernel"].t().numpy() - kernel).max() < bound
+        for name, value in (("alpha", alpha), ("cos_st", cos_st), ("lam", lam)):
+            assert stats[name].item() == pytest.approx(value.mean(), abs=bound)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def test_geometry_margin_widens_arcface_and_cosface():
     torch.manual_seed(0)
     features, teacher, labels = torch.randn(6, 8), torch.randn(6, 8), torch.arange(6)
@@ -280,7 +317,32 @@ def test_unknown_names(arguments, message):
         build_header(*arguments)
 
 
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("MLLoss", '"standalone", "MLLoss"'),
+        ("ArcFace", '"standalone", "ArcFace"'),
+        ("CosFace", '"standalone", "CosFace"'),
+        ("AdaFace", '"standalone", "AdaFace"'),
+        ("AdaptiveAArcFace", '"AdaDistill", "ArcFace"'),
+        ("AdaptiveACosFace", '"AdaDistill", "CosFace"'),
+        ("AdaptiveAAdaFace", '"AdaDistill", "AdaFace"'),
+        ("ACosFace", '"AdaDistill", "CosFace"'),
+    ],
+)
+def test_classes_of_adadistill_name_the_call_that_replaces_them(name, call):
+    with pytest.raises(ImportError, match=re.escape(f"header = build_header({call}, ")) as caught:
+        exec(f"from utils.losses import {name}")
+    assert ("alpha=0.9" in str(caught.value)) == (name == "ACosFace")
+    with pytest.raises(ImportError, match="cannot import name 'ArcFaces'"):
+        exec("from utils.losses import ArcFaces")
+    exec("from utils.losses import margins")
+
+
 def test_combinations_that_make_no_sense():
+    for alpha in (-0.1, 1.1):
+        with pytest.raises(InputError, match=f"alpha={alpha} must be at least 0"):
+            build_header("AdaDistill", "ArcFace", 8, 6, alpha=alpha)
     with pytest.raises(InputError, match="needs a teacher"):
         build_header("standalone", "ArcFace", 8, 6, use_geom_margin=True)
     with pytest.raises(InputError, match="MLLoss has none"):

@@ -243,6 +243,7 @@ def test_files_and_figures_of_a_run(faces, tmp_path):
         and "Required:" in text
         and "margin_scaler:" in text
     )
+    assert "-rank_id: 0\n" in text and "-Total Step is: 18\n" in text
     names = {path.name for path in output.iterdir()}
     assert names == {
         "training.log",
@@ -288,6 +289,9 @@ def test_files_and_figures_of_a_run(faces, tmp_path):
         "train/loss",
         "train/learning_rate",
         "train/margin_scaler",
+        "train/samples_per_sec",
+        "train/speed_samples_per_sec",
+        "train/epoch",
         "val/frontal/Accuracy_Flip",
         "val/frontal/Accuracy_Highest",
         "val/pose/XNorm",

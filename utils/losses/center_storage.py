@@ -73,10 +73,17 @@ class CenterStorage(nn.Module):
     momentum = None
 
     def __init__(
-        self, num_classes, embedding_size, dtype=torch.float32, on_host=False, adaptive_alpha=True
+        self,
+        num_classes,
+        embedding_size,
+        dtype=torch.float32,
+        on_host=False,
+        adaptive_alpha=True,
+        constant_alpha=0.0,
     ):
         super().__init__()
         self.adaptive_alpha = adaptive_alpha
+        self.constant_alpha = constant_alpha
         share = -(-num_classes // distributed.world_size())
         self.num_classes = num_classes
         self.on_host = on_host

@@ -32,10 +32,11 @@ class AdaptiveCenters(CenterStorage):
 
         cos_st = cos(f, t)                the student's feature f to the teacher's t
         lam    = cos(w_y, t)              the teacher's to the class centre as it was
-        alpha  = cos_st * lam             (weighted; plain: cos_st)
+        alpha  = cos_st * lam             (weighted; plain: cos_st; or a constant)
         w_y   <- alpha w_y + (1 - alpha) t / |t|
 
-    The better the student follows, the slower the centre moves. Of several images of one class in
+    The better the student follows, the slower the centre moves. A constant alpha is the paper's
+    ablation (ACosFace in its code). Of several images of one class in
     the global batch, each alpha is computed from the old centre, and w_y becomes the mean of their
     updated values: neither order nor rank can be seen in it.
     """
@@ -50,6 +51,8 @@ class AdaptiveCenters(CenterStorage):
         """
         alpha = cos_st * lam if self.adaptive_alpha else cos_st
         alpha = alpha.clamp(1e-6, 1)
+        if self.constant_alpha:
+            alpha = torch.full_like(alpha, self.constant_alpha)
         if self.training and len(self.weight):
             old = self.take(place.local_row)
             moved = alpha[:, None] * old + (1 - alpha[:, None]) * teacher

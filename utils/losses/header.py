@@ -179,6 +179,7 @@ def build_header(
     sample_rate=1.0,
     header_weight=1.0,
     feature_weight=0.0,
+    alpha=0.0,
     centers_dtype=torch.float32,
     centers_on_host=False,
 ) -> nn.Module:
@@ -192,6 +193,7 @@ def build_header(
     sample_rate: share of the classes that enter the softmax of a step, those of the batch always
     among them.
     header_weight, feature_weight: of the two parts of the loss; see ``Header``.
+    alpha: AdaDistill's, constant; 0: adaptive.
     centers_dtype: float32 or bfloat16, in which centres (and learned ones' momentum) are kept; all
     products are float32. centers_on_host: they stay in the host's memory when the header is moved
     to a GPU.
@@ -203,8 +205,15 @@ def build_header(
                 f"unknown {what} {name!r}{nearest(name, known)}; known: {', '.join(known)}"
             )
     check_options(loss, use_geom_margin, sample_rate, header_weight, feature_weight, method)
+    if not 0 <= alpha <= 1:
+        raise InputError(f"alpha={alpha} must be at least 0 (adaptive) and at most 1")
     centers = CENTERS[method](
-        num_classes, embedding_size, centers_dtype, centers_on_host, adaptive_alpha=adaptive_alpha
+        num_classes,
+        embedding_size,
+        centers_dtype,
+        centers_on_host,
+        adaptive_alpha=adaptive_alpha,
+        constant_alpha=alpha,
     )
     margin = MARGINS[loss](m, h=h, t_alpha=t_alpha)
     geometry = None

@@ -116,7 +116,10 @@ class RunLog:
             figures["memory_gb"] = memory
         figures |= stats
         self.write(dict(step=step, epoch=epoch, loss=loss, lr=lr, **figures))
-        for name, value in dict(loss=loss, learning_rate=lr, **figures).items():
+        # the last two as AdaDistill names them: people's notebooks look for these tags
+        shown = dict(loss=loss, learning_rate=lr, **figures)
+        shown |= dict(speed_samples_per_sec=samples_per_sec, epoch=epoch)
+        for name, value in shown.items():
             self.board.add_scalar(f"train/{name}", value, step)
 
     def validation(self, step: int, epoch: int, results: dict, highest: dict) -> None:
