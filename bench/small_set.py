@@ -126,29 +126,29 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(arguments: argparse.Namespace, output: Path) -> list[str]:
-    """Import the teacher's features and compute its class centres; the values of every training.
+    """Import the teacher's features, compute its class centres; returns the values of all runs.
 
-    Raises InputError if the rows in the output were measured with other values.
+    Raises InputError if the output was begun with other values.
     """
-    settings = dict(values=arguments.overrides, features=str(arguments.features.absolute()))
-    path = output / "settings.json"
-    if path.exists() and read_json(path) != settings:
-        raise InputError(
-            f"--output: {output} was begun with other values, see {path}; "
-            "give the same, or choose another folder"
-        )
-    write_json(path, settings)
     values = [*COMMON, *arguments.overrides]
-    cache = output / "teacher"
-    centers = output / "centers.pth"
-    if centers.exists():
+    settings = dict(values=values, features=str(arguments.features.absolute()))
+    path = output / "settings.json"
+    if path.exists():
+        if read_json(path) != settings:
+            raise InputError(
+                f"--output: {output} was begun with other values, see {path}; "
+                "give the same, or choose another folder"
+            )
         return values
-    for command in (
-        ["cache_teacher.py", "--from", arguments.features, "--output", cache, *values],
-        ["class_centers.py", f"teacher_embeddings={cache}", *values, f"output={centers}"],
+    cache = output / "teacher"
+    for tool, *options in (
+        ("cache_teacher.py", "--from", arguments.features, "--output", cache),
+        ("class_centers.py", f"teacher_embeddings={cache}", f"output={output / 'centers.pth'}"),
     ):
-        if subprocess.run([sys.executable, ROOT / "train" / command[0], *command[1:]]).returncode:
-            raise InputError(f"train/{command[0]} failed: see above")
+        command = [sys.executable, ROOT / "train" / tool, *values, *options]
+        if subprocess.run(command).returncode:
+            raise InputError(f"train/{tool} failed: see above")
+    write_json(path, settings)
     return values
 
 
