@@ -12,7 +12,6 @@ several times, of which the median counts. Memory is the process's peak, inputs 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,8 +27,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from bench import plain_evaluation as plain
 from bench.processes import resident, start_peak
 from eval import ijb, tinyface, verification
+from utils.command_line import command_parser
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 DIMENSIONS = 512
 IJBC = {
@@ -67,16 +67,11 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps({"scale": scale, "rows": rows}, indent=2) + "\n")
+        write_json(arguments.json, {"scale": scale, "rows": rows})
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--full", action="store_true", help="full sizes")
     size.add_argument(

@@ -4,7 +4,7 @@ Both ways in turns, medians, the same figures from both.
 
     ./bench/run.sh                   on CPU cores, a few minutes
     ./bench/run.sh --cuda            on a GPU: training with 512 images a step
-    ./bench/run.sh --only header     one part: data, header, training or evaluation
+    ./bench/run.sh --only header     one part: data, augmentation, header, training, evaluation
     ./bench/run.sh --full            evaluation at the full sizes of IJB-C and TinyFace
 
 It ends with a table. "floor": what the ratio is meant to reach; "limit": time or memory of what no
@@ -12,7 +12,6 @@ way can do without; "allowed": how many times that ours may take.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -23,10 +22,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from bench import data_path, evaluation, header, training
+from bench import augmentation, data_path, evaluation, header, training
 from bench.processes import Process, run_tool
+from utils.command_line import command_parser
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import write_json
 
 CPU_HAS_BF16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
@@ -58,16 +58,11 @@ def main() -> None:
                 rows += rows_of(Path(folder), device, arguments)
     print("\n" + table(rows))
     if arguments.json:
-        with replacing(str(arguments.json), "w") as file:
-            file.write(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+        write_json(arguments.json, [row._asdict() for row in rows])
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument("--only", default="", choices=tuple(PARTS), help="one part")
     parser.add_argument(
@@ -112,6 +107,14 @@ def data_rows(folder: Path, device: str, arguments) -> list[Row]:
                 row = row._replace(limit=limit, allowed=1 / 0.7)
             rows.append(row)
     return say(rows)
+
+
+def augmentation_rows(folder: Path, device: str, arguments) -> list[Row]:
+    calls = in_turns("bench.augmentation", dict(device=device), rounds=7, limit=False)
+    check_equal("augmentation", calls, "mean", 1e-5)
+    images = augmentation.BATCH * augmentation.BATCHES
+    plain, ours = (1e6 * median(calls[f"{way}.step"]) / images for way in ("Plain", "Ours"))
+    return say([Row(f"augmentation, B={augmentation.BATCH}", "us/image", plain, ours, floor=3)])
 
 
 def header_rows(folder: Path, device: str, arguments) -> list[Row]:
@@ -238,6 +241,7 @@ def evaluation_rows(folder: Path, device: str, arguments) -> list[Row]:
 
 PARTS = {
     "data": data_rows,
+    "augmentation": augmentation_rows,
     "header": header_rows,
     "training": training_rows,
     "evaluation": evaluation_rows,

@@ -173,7 +173,7 @@ class Ours(Way):
         cfg, _ = parse_arguments(__doc__, "AdaDistill")
         self.context = start_up.start(cfg, False)
         run = self.context.__enter__()
-        dataset = build.build_dataset(cfg)
+        self.dataset = dataset = build.build_dataset(cfg)
         cfg = build.with_classes(cfg, dataset)
         validation = Validation(cfg)
         torch.manual_seed(0)
@@ -191,7 +191,7 @@ class Ours(Way):
         self.alone = None
 
     def loss_of_first(self):
-        images = self.feed.loader.dataset.dataset.__getitems__(range(self.batch))
+        images = self.dataset.__getitems__(range(self.batch))
         self.feed.cfg.flip = False
         first = self.feed.to_inputs(images, 0, 0)
         self.feed.cfg.flip = True

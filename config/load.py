@@ -18,6 +18,7 @@ from typing import NamedTuple
 from easydict import EasyDict as edict
 
 from config import rules
+from utils.command_line import command_parser
 from utils.errors import InputError, nearest
 from utils.files import read_json
 
@@ -97,11 +98,7 @@ def argument_parser(
     description: str, example: str, allow_abbrev: bool = False
 ) -> argparse.ArgumentParser:
     """A parser of ``--config FILE`` and ``key=value`` overrides; example: of these."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=allow_abbrev,
-    )
+    parser = command_parser(description, allow_abbrev)
     parser.add_argument(
         "--config",
         default=str(DEFAULTS),

@@ -1,0 +1,1 @@
+"""Training and test sets: commands that make, align, pack, check and decode them."""

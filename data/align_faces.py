@@ -33,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.align import align
+from utils.command_line import command_parser
 from utils.dataset.folder import IMAGE_SUFFIXES
 from utils.dataset.workers import cores
 from utils.detect import (
@@ -46,13 +47,14 @@ from utils.detect import (
     from_left,
 )
 from utils.errors import InputError, run
-from utils.files import read_text, replacing, scratch
+from utils.files import read_text, replacing, temporary_folder
 from utils.images import decode_bgr
 from utils.process_pool import in_parallel
 
 COLUMNS = ["photo", *(f"{axis}{number}" for number in range(1, 6) for axis in "xy")]
 REPORT = "report.csv"
-MIN_SIZE = 40  # pixels: a smaller face would be enlarged to the crop almost threefold
+# pixels: a smaller face would be enlarged to the crop almost threefold
+MIN_SIZE = 40
 
 
 class Task(NamedTuple):
@@ -77,26 +79,19 @@ class Result(NamedTuple):
 def main() -> None:
     args = parse_arguments()
     if not args.points:
-        Detector(args.detector, args.detector_size)  # its errors are better told now
+        # its errors are better told now
+        Detector(args.detector, args.detector_size)
     points = read_points(args.points) if args.points else None
     tasks = list_tasks(args.photos, args.png, points)
     output = args.output.absolute()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output: {output} is there and not an empty folder; name a new one")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with scratch(".align_faces-", output.parent) as temporary:
+    with temporary_folder(".align_faces-", output.parent) as temporary:
         folder = temporary / "faces"
         folder.mkdir()
-        work = Aligner(args, folder)
-        results = list(
-            tqdm(
-                in_parallel(work, tasks, min(args.workers, len(tasks)), chunk=16),
-                "aligning",
-                len(tasks),
-                unit="img",
-                disable=None,
-            )
-        )
+        aligned = in_parallel(Aligner(args, folder), tasks, min(args.workers, len(tasks)), chunk=16)
+        results = list(tqdm(aligned, "aligning", len(tasks), unit="img", disable=None))
         counts = Counter(result.reason for result in results)
         if not counts[""]:
             raise InputError(
@@ -105,21 +100,23 @@ def main() -> None:
             )
         write_report(folder / REPORT, results)
         os.replace(folder, output)
-    people = {os.path.dirname(result.photo) for result in results} - {""}
     unknown = sorted(set(points or ()) - {task.photo for task in tasks})
+    print("\n".join(summary(args.output, results, counts, unknown)))
+
+
+def summary(output: Path, results: list[Result], counts: Counter, unknown: list[str]) -> list[str]:
+    """Lines that say what became of all files. unknown: photographs that only --points knows."""
+    people = {os.path.dirname(result.photo) for result in results} - {""}
     kept = {os.path.dirname(result.crop) for result in results if result.crop}
-    print(
-        f"{args.output}: {counts['']} crops of {len(kept)} people from {len(results)} files of "
-        f"{len(people)}\ndropped: {describe(counts) or 'none'}\n"
-        + "".join(f"nothing left of {person}\n" for person in sorted(people - kept))
-        + (
-            f"points of {len(unknown)} files that are not there, the first: {unknown[0]}\n"
-            if unknown
-            else ""
-        )
-        + "what "
-        f"became of each: {args.output / REPORT}"
-    )
+    lines = [
+        f"{output}: {counts['']} crops of {len(kept)} people from {len(results)} files of "
+        f"{len(people)}",
+        f"dropped: {describe(counts) or 'none'}",
+    ]
+    lines += [f"nothing left of {person}" for person in sorted(people - kept)]
+    if unknown:
+        lines.append(f"points of {len(unknown)} files that are not there, the first: {unknown[0]}")
+    return [*lines, f"what became of each: {output / REPORT}"]
 
 
 def describe(counts: Counter) -> str:
@@ -129,7 +126,7 @@ def describe(counts: Counter) -> str:
 def list_tasks(root: Path, png: bool, points: dict[str, list[Face]] | None) -> list[Task]:
     """Every file of every person, hidden ones apart.
 
-    Errors: InputError if there is no folder of people, no file, or the points are of other
+    Raises InputError if there is no folder of people, no file, or the points are of other
     photographs.
     """
     if not root.is_dir():
@@ -138,38 +135,27 @@ def list_tasks(root: Path, png: bool, points: dict[str, list[Face]] | None) -> l
             "photographs per person"
         )
     tasks = []
-    for person in sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    ):
+    suffix = ".png" if png else ".jpg"
+    for person in visible(root):
+        if not person.is_dir():
+            continue
         taken = set()
-        for name in sorted(
-            entry.name for entry in (root / person).iterdir() if not entry.name.startswith(".")
-        ):
+        for path in visible(person):
             # a.jpg and a.png of one person
-            stem = Path(name).stem if Path(name).stem not in taken else name
+            stem = path.name if path.stem in taken else path.stem
             taken.add(stem)
-            photo = f"{person}/{name}"
-            tasks.append(
-                Task(
-                    photo,
-                    f"{person}/{stem}.{'png' if png else 'jpg'}",
-                    None if points is None else points.get(photo, []),
-                )
-            )
+            photo, crop = f"{person.name}/{path.name}", f"{person.name}/{stem}{suffix}"
+            faces = None if points is None else points.get(photo, [])
+            tasks.append(Task(photo, crop, faces))
     if not tasks:
         raise InputError(
             f"--photos: no photographs in the sub-folders of {root.absolute()}; it "
             "should hold one sub-folder per person"
         )
     tasks += [
-        Task(name, "", [])
-        for name in sorted(
-            entry.name
-            for entry in root.iterdir()
-            if entry.is_file()
-            and entry.name.lower().endswith(IMAGE_SUFFIXES)
-            and not entry.name.startswith(".")
-        )
+        Task(path.name, "", [])
+        for path in visible(root)
+        if path.is_file() and path.name.lower().endswith(IMAGE_SUFFIXES)
     ]
     if points is not None and not any(task.faces for task in tasks):
         raise InputError(
@@ -179,14 +165,19 @@ def list_tasks(root: Path, png: bool, points: dict[str, list[Face]] | None) -> l
     return tasks
 
 
+def visible(folder: Path) -> list[Path]:
+    """What lies in the folder, hidden files apart, by name."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def read_points(path: Path) -> dict[str, list[Face]]:
     """{photo: its faces, from left to right}.
 
-    Errors: InputError naming the file, and the line that is wrong.
+    Raises InputError naming the file, and the line that is wrong.
     """
     if not path.is_file():
         raise InputError(f"--points: no file {path.absolute()}")
-    found = {}
+    faces = {}
     with io.StringIO(read_text(path), newline="") as file:
         reader = csv.DictReader(file)
         missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
@@ -199,18 +190,19 @@ def read_points(path: Path) -> dict[str, list[Face]]:
             try:
                 numbers = np.array([float(row[column]) for column in COLUMNS[1:]]).reshape(5, 2)
                 score = float(row.get("score") or 1)
-            except (TypeError, ValueError) as error:  # TypeError: fewer fields
+            # TypeError: fewer fields
+            except (TypeError, ValueError) as error:
                 raise InputError(
                     f"--points: {path}, line {reader.line_num}: ten numbers are "
                     f"needed for {row['photo']!r}, and a score that is a number or empty"
                 ) from error
             corner = numbers.min(axis=0)
-            found.setdefault(os.path.normpath(row["photo"]), []).append(
-                Face((*corner, *(numbers.max(axis=0) - corner)), numbers, score)
-            )
-    if not found:
+            box = (*corner, *(numbers.max(axis=0) - corner))
+            photo = os.path.normpath(row["photo"])
+            faces.setdefault(photo, []).append(Face(box, numbers, score))
+    if not faces:
         raise InputError(f"--points: {path} lists no photograph")
-    return {photo: from_left(faces) for photo, faces in found.items()}
+    return {photo: from_left(several) for photo, several in faces.items()}
 
 
 class Aligner:
@@ -233,12 +225,8 @@ class Aligner:
         if not task.crop:
             return Result(task.photo, "", "no person", "it lies in no person's sub-folder")
         if not task.photo.lower().endswith(IMAGE_SUFFIXES):
-            return Result(
-                task.photo,
-                "",
-                "not an image",
-                f"files are taken that end in {' '.join(IMAGE_SUFFIXES)}",
-            )
+            detail = f"files are taken that end in {' '.join(IMAGE_SUFFIXES)}"
+            return Result(task.photo, "", "not an image", detail)
         try:
             # BGR, turned as the camera says
             image = decode_bgr((self.root / task.photo).read_bytes())
@@ -247,21 +235,14 @@ class Aligner:
         except InputError as error:
             return Result(task.photo, "", "unreadable", str(error))
         try:
-            face = choose(
-                self.detect(image) if task.faces is None else task.faces, self.which, *self.limits
-            )
+            faces = self.detect(image) if task.faces is None else task.faces
+            face = choose(faces, self.which, *self.limits)
             check_place(face, image)
             crop = align(image, face.points)
         except InputError as error:
-            return Result(
-                task.photo,
-                "",
-                next(
-                    (reason for reason in REASONS if str(error).startswith(reason)),
-                    "unusable points",
-                ),
-                str(error),
-            )
+            detail = str(error)
+            reasons = (reason for reason in REASONS if detail.startswith(reason))
+            return Result(task.photo, "", next(reasons, "unusable points"), detail)
         self.write(self.folder / task.crop, crop)
         return Result(task.photo, task.crop, "", f"{face.size:.0f} pixels, score {face.score:.2f}")
 
@@ -271,17 +252,12 @@ class Aligner:
 
     def write(self, path: Path, crop: np.ndarray) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(
-            cv2.imencode(
-                path.suffix,
-                crop,
-                [cv2.IMWRITE_JPEG_QUALITY, self.quality] if path.suffix == ".jpg" else [],
-            )[1].tobytes()
-        )
+        options = [cv2.IMWRITE_JPEG_QUALITY, self.quality] if path.suffix == ".jpg" else []
+        path.write_bytes(cv2.imencode(path.suffix, crop, options)[1].tobytes())
 
 
 def check_place(face: Face, image: np.ndarray) -> None:
-    """Errors: InputError if the face lies outside the photograph, as points do that were found in a
+    """Raises InputError if the face lies outside the photograph, as points do that were found in a
     larger copy of it: the crop would be black.
     """
     x, y = face.points.mean(axis=0)
@@ -295,16 +271,12 @@ def check_place(face: Face, image: np.ndarray) -> None:
 def write_report(path: Path, results: list[Result]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([Result._fields, *results])
-    with replacing(str(path)) as file:
+    with replacing(path) as file:
         file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--photos",
         type=Path,

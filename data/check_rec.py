@@ -30,22 +30,26 @@ import numpy as np
 from tqdm import tqdm
 
 from data.contact_sheet import draw_sheet, training_set_rows
+from utils.command_line import command_parser
 from utils.dataset.base import FaceImages, decode_into
 from utils.dataset.folder import FaceDatasetFolder, Identities, refuse_empty, why_empty
+from utils.dataset.labels import from_1, one_class
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import cores
-from utils.errors import InputError, run
-from utils.files import dumps, replacing
+from utils.errors import InputError, RecordError, run
+from utils.files import write_json
 from utils.jpeg import ends_early
 from utils.process_pool import in_parallel
 from utils.recordio.files import IMAGE_SIZE, has_records, split_paths
-from utils.recordio.format import RecordError
 
-PIECE = 1024  # records that a process reads at a time
+# records that a process reads at a time
+PIECE = 1024
 # bytes: among six million images two different ones share it with a chance of 1e-25
 DIGEST = 16
-SHOWN = 1000  # of each finding at most so many are listed, all are counted
-STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # of the histogram of identity sizes
+# of each finding at most so many are listed, all are counted
+SHOWN = 1000
+# of the histogram of identity sizes
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 ERRORS = ("unreadable", "cut", "labels", "gaps", "single", "shared")
 
 
@@ -67,17 +71,17 @@ class Contents(NamedTuple):
 class Records(MXFaceDataset):
     """A record set whose labels are not looked at when it is opened: here they are a finding."""
 
-    def _check_last_label(self, *_) -> None:
+    def _check_last_labels(self) -> None:
         pass
 
 
 class Folders(FaceDatasetFolder):
     """A folder of identities, of which those without images are a finding."""
 
-    def _refuse_empty(self, found: Identities) -> None:
-        if not any(found.groups):
-            refuse_empty(self.root_dir, found)
-        self.without_images = why_empty(found)
+    def _refuse_empty(self, identities: Identities) -> None:
+        if not any(identities.groups):
+            refuse_empty(self.root_dir, identities)
+        self.without_images = why_empty(identities)
 
 
 def main() -> None:
@@ -87,8 +91,7 @@ def main() -> None:
     findings, shared = examine(dataset, contents)
     print(describe(name, findings), flush=True)
     if args.json:
-        with replacing(str(args.json)) as file:
-            file.write((dumps(findings, indent=2) + "\n").encode())
+        write_json(args.json, findings)
     if args.sheet:
         labels = np.where(contents.readable, contents.labels, np.nan)
         draw_sheet(args.sheet, training_set_rows(dataset, labels, shared))
@@ -102,14 +105,15 @@ def main() -> None:
         raise InputError(f"{name}: {', '.join(wrong)}")
 
 
-def open_set(words: list[str]) -> tuple[FaceImages, str]:
-    """(the set, its name). words: as on the command line. Raises InputError as training does."""
+def open_set(arguments: list[str]) -> tuple[FaceImages, str]:
+    """(the set, its name). arguments: of the command line. Raises InputError as training does."""
     paths, labels = [], "auto"
-    for word in words:
-        if word.startswith("rec_labels="):
-            labels = word.removeprefix("rec_labels=")
+    for argument in arguments:
+        if argument.startswith("rec_labels="):
+            labels = argument.removeprefix("rec_labels=")
         else:
-            paths += split_paths(word.removeprefix("rec=").removeprefix("data_path="), Path.cwd())
+            names = argument.removeprefix("rec=").removeprefix("data_path=")
+            paths += split_paths(names, Path.cwd())
     paths = [str(Path(path).expanduser()) for path in paths]
     if len(paths) == 1:
         path = Path(paths[0])
@@ -124,19 +128,16 @@ def open_set(words: list[str]) -> tuple[FaceImages, str]:
 
 
 # --- reading
-# --------------------------------------------------
 
 
 def read_all(dataset: FaceImages, workers: int) -> Contents:
     """Every record of the set, in pieces, in as many processes."""
-    pieces = [
-        range(first, min(first + PIECE, len(dataset))) for first in range(0, len(dataset), PIECE)
-    ]
+    indices = range(len(dataset))
+    pieces = [indices[first : first + PIECE] for first in indices[::PIECE]]
     whole = nothing_read(len(dataset))
+    parts = in_parallel(Reading(dataset), pieces, min(workers, len(pieces)))
     with tqdm(desc="reading", total=len(dataset), unit="img", disable=None) as bar:
-        for piece, part in zip(
-            pieces, in_parallel(Reading(dataset), pieces, min(workers, len(pieces))), strict=True
-        ):
+        for piece, part in zip(pieces, parts, strict=True):
             for column, values in zip(whole[:4], part[:4], strict=True):
                 column[piece.start : piece.stop] = values
             whole.bad.extend(part.bad[: SHOWN - len(whole.bad)])
@@ -173,7 +174,6 @@ class Reading:
 
 
 # --- examining
-# --------------------------------------------------
 
 
 def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndarray]]:
@@ -184,9 +184,9 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
     labels, readable = contents.labels, contents.readable
     classes, fits = labels.copy(), np.zeros(len(labels), bool)
     for part, first, count in dataset.parts():
+        stored = labels[part]
         # a NaN does not fit
-        found = labels[part]
-        fits[part] = (found >= 0) & (found < count) & (found == np.floor(found))
+        fits[part] = (stored >= 0) & (stored < count) & (stored == np.floor(stored))
         classes[part] += first
     strange = np.flatnonzero(~fits & (readable | ~np.isnan(labels)))
     sizes = np.bincount(classes[readable & fits].astype(np.int64), minlength=dataset.num_classes)
@@ -217,7 +217,7 @@ def examine(dataset: FaceImages, contents: Contents) -> tuple[dict, list[np.ndar
         ),
         gaps=find_gaps(dataset, gaps),
         single=finding(
-            "class only" + "".join(f": {dataset.one_class(label)}" for label in single),
+            "class only" + "".join(f": {one_class(dataset, label)}" for label in single),
             single.tolist(),
             len(single),
         ),
@@ -252,7 +252,7 @@ def run_from_1(labels: np.ndarray, dataset: FaceImages) -> str:
     """What to add about labels where class 0 is missing and one is too large."""
     count = dataset.num_classes
     if len(labels) and labels.min() >= 1 and labels.max() == count:
-        return f" (labels run from {labels.min():g} to {count}; {dataset.from_1(count)})"
+        return f" (labels run from {labels.min():g} to {count}; {from_1(dataset, count)})"
     return ""
 
 
@@ -289,9 +289,8 @@ def describe_sizes(sizes: np.ndarray) -> dict:
     if not len(present):
         return dict(classes=0)
     counts = np.histogram(present, [*STEPS, np.inf])[0]
-    names = [
-        f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(STEPS)
-    ] + [f"{STEPS[-1]} and more"]
+    names = [f"{low}" if high == low + 1 else f"{low}-{high - 1}" for low, high in pairwise(STEPS)]
+    names.append(f"{STEPS[-1]} and more")
     return dict(
         classes=len(present),
         least=int(present.min()),
@@ -309,12 +308,12 @@ def describe(name: str, findings: dict) -> str:
     sizes = findings["identity_sizes"]
     lines = [f"{name}: {findings['images']:,} images, {findings['classes']:,} classes"]
     if sizes["classes"]:
-        lines += [
+        lines.append(
             f"images an identity: {sizes['least']} at least, {sizes['median']:g} median, "
-            f"{sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})",
-            "identities by images: "
-            + ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items()),
-        ]
+            f"{sizes['mean']:.1f} mean, {sizes['most']} at most (class {sizes['largest_class']})"
+        )
+        bars = ", ".join(f"{name}: {count:,}" for name, count in sizes["histogram"].items())
+        lines.append(f"identities by images: {bars}")
     for kind in (*ERRORS, "duplicates"):
         count, listed = findings[kind]["count"], findings[kind]["listed"]
         what = findings[kind]["what"]
@@ -327,19 +326,17 @@ def describe(name: str, findings: dict) -> str:
 
 
 def show(entry) -> str:
-    if isinstance(entry, dict):
-        return f"record {entry['record']}" + (
-            f", {entry['reason']}" if "reason" in entry else f" with label {entry['label']:g}"
-        )
-    return " = ".join(map(show, entry)) if isinstance(entry, list) else str(entry)
+    if isinstance(entry, list):
+        return " = ".join(map(show, entry))
+    if not isinstance(entry, dict):
+        return str(entry)
+    if "reason" in entry:
+        return f"record {entry['record']}, {entry['reason']}"
+    return f"record {entry['record']} with label {entry['label']:g}"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "set",
         nargs="+",

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from utils.dataset.base import FaceImages, sampled
+from utils.dataset.base import FaceImages
 from utils.files import replacing
 from utils.images import decode_bgr
+from utils.recordio.image_records import sampled
 
 # images in a row
 COLUMNS = 10

@@ -18,6 +18,7 @@ is refused, for training replaces these: data/check_rec.py names them.
 
 import argparse
 import logging
+import math
 import os
 import shutil
 import sys
@@ -33,17 +34,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from utils.command_line import command_parser
 from utils.dataset.base import PIXELS
 from utils.dataset.classes import check_classes
 from utils.dataset.loader import open_loader
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import cores, end_workers, next_batch
 from utils.errors import InputError, run
-from utils.files import scratch, take_lock
+from utils.files import take_lock, temporary_folder
 from utils.jpeg import ends_early
 from utils.recordio.files import IMAGE_SIZE, find_folders, has_records, stem
 from utils.recordio.format import unpack
-from utils.recordio.index import read_index
+from utils.recordio.idx_file import read_index
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.reader import RecordFile
 
@@ -70,7 +72,7 @@ def main() -> None:
             f"--output {output}: {len(dataset)} decoded images take "
             f"{needed / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB left"
         )
-    with scratch(prefix, output.parent) as folder, take_lock(str(folder / "lock")):
+    with temporary_folder(prefix, output.parent) as folder, take_lock(folder / "lock"):
         copy = folder / "copy"
         copy.mkdir()
         try:
@@ -94,9 +96,9 @@ def main() -> None:
     )
 
 
-def open_set(word: str) -> tuple[Path, MXFaceDataset]:
+def open_set(name: str) -> tuple[Path, MXFaceDataset]:
     """(the folder of the set, the set). Raises InputError if there is none."""
-    path = Path(word.removeprefix("rec="))
+    path = Path(name.removeprefix("rec="))
     if path.suffix != ".rec" and not (path.is_dir() and has_records(path)):
         raise InputError(
             f"no record set {path.absolute()}: name a folder with train.rec, or with its shards, "
@@ -106,11 +108,7 @@ def open_set(word: str) -> tuple[Path, MXFaceDataset]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("set", help="folder of train.rec or of its shards, or a .rec")
     parser.add_argument("--output", type=Path, required=True, help="folder to be made")
     parser.add_argument(
@@ -128,7 +126,10 @@ def parse_arguments() -> argparse.Namespace:
 def remove_leftovers(parent: Path, prefix: str) -> None:
     """Remove what killed runs have left; what another one is writing is locked."""
     for folder in parent.glob(f"{escape(prefix)}*"):
-        if (folder / "lock").exists() and (lock := take_lock(str(folder / "lock"), wait=False)):
+        if not (folder / "lock").exists():
+            continue
+        lock = take_lock(folder / "lock", wait=False)
+        if lock:
             with lock:
                 shutil.rmtree(folder)
 
@@ -139,41 +140,21 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
     Returns how many images are JPEGs that end early. Raises InputError naming a damaged image, or a
     record that reads back otherwise.
     """
-    shards = dataset.shards()
-    # of all records, as they lie in the files
-    orders = [np.argsort(shard.index.index.offsets, kind="stable") for shard in shards]
-    # the others are InsightFace's index records
-    are_images = [
-        (order >= shard.first) & (order < shard.first + shard.count)
-        for shard, order in zip(shards, orders, strict=True)
-    ]
-    counts = [shard.count for shard in shards]
-    firsts = np.cumsum([0, *counts[:-1]])
-    images = np.concatenate(
-        [
-            first + order[is_image] - shard.first
-            for shard, order, is_image, first in zip(
-                shards, orders, are_images, firsts, strict=True
-            )
-        ]
-    )
+    shards = dataset.record_files()
+    images, first = [], 0
+    for shard in shards:
+        order, is_image = order_in_file(shard)
+        images.append(first + order[is_image] - shard.first)
+        first += shard.count
     written, ended_early = [], 0
     # closing: also where the error is not one of reading, its workers are ended; they are deaf to
     # signals
-    with closing(decoded(dataset, images, workers)) as pixels:
-        for shard, order, is_image in zip(shards, orders, are_images, strict=True):
-            rec, sums = folder / Path(shard.path).name, np.empty(len(order), np.uint32)
-            with IndexedRecordIO(str(folder / f"{stem(rec.name)}.idx"), str(rec), "w") as writer:
-                for number, position in enumerate(order):
-                    record = bytes(shard.index.read_at(position))
-                    if is_image[number]:
-                        encoded = unpack(record)[1]
-                        ended_early += ends_early(encoded)
-                        header = record[: len(record) - len(encoded)]
-                        record = header + PIXELS + next(pixels)
-                    sums[number] = zlib.crc32(record)
-                    writer.write_idx(int(shard.index.key_array[position]), record)
+    with closing(decoded(dataset, np.concatenate(images), workers)) as pixels:
+        for shard in shards:
+            rec = folder / Path(shard.path).name
+            sums, ended = write_shard(shard, rec, pixels)
             written.append((rec, sums))
+            ended_early += ended
     for rec, sums in written:
         compare(rec, sums)
     if (source / "property").is_file():
@@ -181,17 +162,43 @@ def write_copy(dataset: MXFaceDataset, source: Path, folder: Path, workers: int)
     return ended_early
 
 
+def order_in_file(shard) -> tuple[np.ndarray, np.ndarray]:
+    """(positions of all records, as they lie in the file; which of these are images).
+
+    The others are InsightFace's index records.
+    """
+    order = np.argsort(shard.index.index.offsets, kind="stable")
+    return order, (order >= shard.first) & (order < shard.first + shard.count)
+
+
+def write_shard(shard, rec: Path, pixels: Iterator[bytes]) -> tuple[np.ndarray, int]:
+    """Write the records in the order of the file, and its index.
+
+    Returns the CRC-32 of each record, and how many images are JPEGs that end early.
+    """
+    order, is_image = order_in_file(shard)
+    sums, ended_early = np.empty(len(order), np.uint32), 0
+    with IndexedRecordIO(str(rec.with_name(f"{stem(rec.name)}.idx")), str(rec), "w") as writer:
+        for number, position in enumerate(order):
+            record = bytes(shard.index.read_at(position))
+            if is_image[number]:
+                encoded = unpack(record)[1]
+                ended_early += ends_early(encoded)
+                header = record[: len(record) - len(encoded)]
+                record = header + PIXELS + next(pixels)
+            sums[number] = zlib.crc32(record)
+            writer.write_idx(int(shard.index.key_array[position]), record)
+    return sums, ended_early
+
+
 def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterator[bytes]:
     """The pixels of the images, in this order.
 
-    Errors: InputError naming the first that is damaged.
+    Raises InputError naming the first that is damaged.
     """
     parts = (images[first : first + BATCH].tolist() for first in range(0, len(images), BATCH))
-    batches = iter(
-        open_loader(
-            dataset, parts, BATCH, min(workers, -(-len(images) // BATCH)), torch.device("cpu")
-        )
-    )
+    workers = min(workers, math.ceil(len(images) / BATCH))
+    batches = iter(open_loader(dataset, parts, BATCH, workers, torch.device("cpu")))
     try:
         with tqdm(desc="decoding", total=len(images), unit="img", disable=None) as bar:
             while (batch := next_batch(batches)) is not None:
@@ -207,7 +214,7 @@ def decoded(dataset: MXFaceDataset, images: np.ndarray, workers: int) -> Iterato
 
 
 def compare(rec: Path, sums: np.ndarray) -> None:
-    """Errors: InputError if a record of the written file, in the order of the file, has another
+    """Raises InputError if a record of the written file, in the order of the file, has another
     CRC-32 than the one that was written.
     """
     keys, offsets = read_index(str(rec.with_suffix(".idx")))

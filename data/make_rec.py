@@ -36,14 +36,15 @@ import numpy as np
 from tqdm import tqdm
 
 from data.pair_list import read_pairs
+from utils.command_line import command_parser
 from utils.dataset.base import first_label
 from utils.dataset.folder import list_identities
-from utils.errors import InputError, run
+from utils.errors import InputError, RecordError, run
 from utils.files import replacing
 from utils.images import decode_bgr
 from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
-from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface, write_property
 
@@ -74,9 +75,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, allow_abbrev=True)
     parser.add_argument(
         "--images",
         required=True,
@@ -170,10 +169,8 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> t
         if args.layout == "insightface":
             entries, checksums = write_grouped(temporary, groups, encode)
         else:
-            shuffle = args.shuffle is not False
-            entries, checksums = write_plain(
-                temporary, groups, encode, args.seed if shuffle else None
-            )
+            seed = None if args.shuffle is False else args.seed
+            entries, checksums = write_plain(temporary, groups, encode, seed)
         write_property(temporary, len(groups), IMAGE_SIZE)
         with replacing(os.path.join(temporary, "train.lst")) as file:
             # a file's name as its bytes, whatever its encoding, so that the list finds the file
@@ -237,18 +234,21 @@ def write_plain(
     as ``write_grouped``.
     """
     images = labelled(groups)
-    order = (
-        range(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
-    )
+    order = range(len(images))
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(len(images))
     entries = [Entry(key, *images[at]) for key, at in enumerate(order)]
     checksums = []
-    with IndexedRecordIO(
-        os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "w"
-    ) as writer:
+    with open_records(folder, "w") as writer:
         for entry in progress("writing", len(entries), entries):
             image = stored_image(entry.path, encode, checksums)
             writer.write_idx(entry.key, pack(IRHeader(0, float(entry.label), entry.key, 0), image))
     return entries, checksums
+
+
+def open_records(folder: str, flag: str) -> IndexedRecordIO:
+    idx, rec = os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec")
+    return IndexedRecordIO(idx, rec, flag)
 
 
 def labelled(groups: list[list[str]]) -> list[tuple[int, str]]:
@@ -270,18 +270,15 @@ def check_records(folder: str, entries: list[Entry], checksums: list[int]) -> No
     """Read every image record back; InputError if the count, a label or the bytes of an image
     differ from what was written.
     """
-    with IndexedRecordIO(
-        os.path.join(folder, "train.idx"), os.path.join(folder, "train.rec"), "r"
-    ) as reader:
+    with open_records(folder, "r") as reader:
         images = sum(1 for key in reader.keys if reader.glance(int(key)).has_image)
         if images != len(entries):
             raise InputError(
                 f"{reader.rec_path} holds {images} images, {len(entries)} were "
                 "written; check the disk"
             )
-        for entry, checksum in progress(
-            "checking", len(entries), zip(entries, checksums, strict=True)
-        ):
+        pairs = zip(entries, checksums, strict=True)
+        for entry, checksum in progress("checking", len(entries), pairs):
             header, image = unpack(reader.read_idx(entry.key))
             if first_label(header) != entry.label or zlib.crc32(image) != checksum:
                 raise InputError(
@@ -325,9 +322,8 @@ def write_pairs(pairs_path: str, root: str, encode: Callable[[str], bytes], outp
 
 def progress(what: str, total: int, items: Iterable | None = None) -> tqdm:
     """A progress bar, shown where a terminal watches."""
-    return tqdm(
-        items, desc=what, total=total, unit="img" if what != "reading" else "pair", disable=None
-    )
+    unit = "pair" if what == "reading" else "img"
+    return tqdm(items, desc=what, total=total, unit=unit, disable=None)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ background, quality): 0 makes all photographs of one person equal, 2 is very har
 """
 
 import argparse
-import json
 import os
 import pickle
 import sys
@@ -32,7 +31,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # instead of this script's folder: siblings must not shadow packages
+    # instead of this script's folder: siblings must not shadow packages
+    sys.path[0] = str(ROOT)
 
 import cv2
 
@@ -47,7 +47,7 @@ from data.synth.benchmarks import (
 )
 from data.synth.render_pool import Photograph, open_studio
 from utils.errors import InputError, run
-from utils.files import replacing
+from utils.files import replacing, write_json
 from utils.recordio.writer import write_insightface
 
 # random stream of the training identities; each pair set has its own, so that nobody is in two sets
@@ -83,7 +83,8 @@ def list_pairs(name: str, pairs: int) -> tuple[list[Photograph], list[bool]]:
     """
     split, left, right = PAIR_SETS[name]
     half = pairs // FOLDS // 2
-    people = max(half, 2)  # of one fold; they are in no other
+    # of one fold; they are in no other
+    people = max(half, 2)
     photographs, issame = [], []
     for first in range(0, FOLDS * people, people):
         for k in range(half):
@@ -225,9 +226,9 @@ def main() -> None:
             f"--output {args.output} is no folder and cannot become one: {error.strerror}"
         ) from error
     made = {name: value for name, value in vars(args).items() if name not in ("output", "workers")}
-    with replacing(args.output / "synthetic.json", "w") as file:
-        json.dump(made, file, indent=2)
-    cv2.setNumThreads(0)  # one thread a process: the work is divided by image
+    write_json(args.output / "synthetic.json", made)
+    # one thread a process: the work is divided by image
+    cv2.setNumThreads(0)
     start = time.perf_counter()
     with open_studio(args.workers, args.seed, args.nuisance) as studio:
         count = write_training_set(args.output, studio, args.identities, args.images)

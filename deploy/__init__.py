@@ -1,1 +1,1 @@
-"""Commands for a trained student: export, quantise, measure, compare faces."""
+"""Commands for a trained student: export, quantise, publish, measure, compare faces."""

@@ -19,10 +19,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from deploy.measure import measure, megabytes, multiply_adds
+from deploy.measure import measure, megabytes, multiply_adds, threads_in_words
 from deploy.model import Model, add_color_space, load_model
 from eval.report.tables import Table, format_table
 from utils import distributed
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_file, write_json
 from utils.teacher.onnx import CUDA
@@ -43,12 +44,11 @@ def main() -> None:
                 "models with --device cpu"
             )
     rows = {str(model.path): measure_model(model, args.batch, device) for model in models}
-    threads = torch.get_num_threads()
     name = device_name(device)
-    print(f"{name}, {threads} thread{'s'[: threads > 1]}")
+    print(f"{name}, {threads_in_words()}")
     print(format_table(tabulate(rows, args.batch)))
     if args.results_json:
-        results = dict(device=name, threads=threads, batch=args.batch, models=rows)
+        results = dict(device=name, threads=torch.get_num_threads(), batch=args.batch, models=rows)
         write_json(args.results_json, results)
 
 
@@ -110,11 +110,7 @@ def device_name(device: torch.device) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "models",
         type=Path,

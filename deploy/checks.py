@@ -9,14 +9,14 @@ import torch
 
 from config.load import load_config
 from deploy.images import draw_images, read_images
-from deploy.measure import agreement, measure, megabytes
+from deploy.measure import agreement, measure, megabytes, threads_in_words
 from deploy.model import Model, load_model
 from eval import verification
 from eval.embed import embed
 from eval.report.tables import Table, format_table
 from eval.roc import check_norms
-from utils.dataset.base import sampled
 from utils.errors import InputError
+from utils.recordio.image_records import sampled
 from utils.weights.load import run_beside
 
 # two full batches and one of a single image
@@ -167,11 +167,10 @@ def show(original: Model, evidence: Evidence, rows: dict[str, dict]) -> str:
     columns = ["MB", "ms an image", "max. difference", "least cosine", "mean cosine"]
     columns += [f"{name} (%)" for name in evidence.pair_sets]
     cells = {name: cells_of(figures, evidence.pair_sets) for name, figures in rows.items()}
-    threads = torch.get_num_threads()
     return (
         f"{original.name}, {original.parameters:,} parameters, {original.embedding_size}-d "
         f"features; compared on {len(evidence.images)} {evidence.source}, "
-        f"CPU with {threads} thread{'s'[: threads > 1]}\n"
+        f"CPU with {threads_in_words()}\n"
         f"{format_table(Table('', '', columns, cells))}"
     )
 

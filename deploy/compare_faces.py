@@ -28,6 +28,7 @@ from deploy.gallery import FaceReader, read_gallery
 from deploy.model import add_color_space, embed_faces, load_model
 from eval.report.tables import Table, format_table
 from eval.report.thresholds import read_threshold
+from utils.command_line import command_parser
 from utils.detect import DETECTOR_HELP, LONGEST, MIN_SCORE, Detector
 from utils.errors import InputError, run
 
@@ -102,11 +103,7 @@ def search(path: Path, feature: np.ndarray, people, top: int, threshold: float |
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "photographs",
         type=Path,
@@ -170,8 +167,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if not args.gallery and len(args.photographs) != 2:
         raise InputError(
-            f"{len(args.photographs)} photograph{'s'[: len(args.photographs) > 1]}: "
-            "name two to compare, or people to search among with --gallery"
+            f"name two photographs to compare, not {len(args.photographs)}, or people to search "
+            "among with --gallery"
         )
     if args.threshold is not None and (args.report or not -1 <= args.threshold <= 1):
         raise InputError("--threshold is a cosine, -1 ... 1, and takes the place of --report")

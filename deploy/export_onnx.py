@@ -29,10 +29,11 @@ import torch
 
 from deploy import checks
 from deploy.graph import OLDEST_OPSET, OPSET, to_fp16, to_onnx, write_metadata
-from deploy.model import Model, add_color_space, load_model
+from deploy.model import Model, add_color_space, load_to_export
 from deploy.quantise import LEAST_OPSET, to_int8
+from utils.command_line import command_parser
 from utils.errors import InputError, run
-from utils.files import prepare_file, scratch, write_json
+from utils.files import prepare_file, temporary_folder, write_json
 from utils.teacher.onnx_graph import NORMALISED, PIXELS, require_onnx
 from utils.weights.read import split_mark
 
@@ -42,15 +43,10 @@ def main() -> None:
     require_onnx("deploy")
     if args.threads:
         torch.set_num_threads(args.threads)
-    original = load_model(args.checkpoint, "--checkpoint", args.color_space)
-    if original.is_onnx:
-        raise InputError(
-            f"--checkpoint: {args.checkpoint} is an ONNX model already; name the "
-            ".pth, .ckpt or .safetensors file it was made from"
-        )
+    original = load_to_export(args.checkpoint, args.color_space)
     paths = plan(args)
     evidence = checks.gather(args)
-    with scratch(".export-", paths["float32"].absolute().parent) as folder:
+    with temporary_folder(".export-", paths["float32"].absolute().parent) as folder:
         drafts = {numbers: folder / path.name for numbers, path in paths.items()}
         write_models(original, args, evidence, drafts)
         rows = checks.check(original, drafts, evidence)
@@ -97,27 +93,16 @@ def write_models(
             model = to_int8(exported, evidence.calibration, args.uint8)
         write_metadata(
             model,
-            network=original.name,
-            embedding_size=original.embedding_size,
-            parameters=original.parameters,
-            color_space="RGB",
+            **original.about(),
             numbers=numbers,
             normalisation=(PIXELS if args.uint8 else NORMALISED).description,
-            step=original.step,
             checkpoint=args.checkpoint.name,
-            checkpoint_sha256=original.sha256,
-            checkpoint_color_space=original.color_space,
-            features="not normalised: add those of the mirror image, then divide by the L2 norm",
         )
         path.write_bytes(model.SerializeToString())
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,

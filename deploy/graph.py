@@ -102,7 +102,8 @@ def fold_batchnorm(model) -> None:
 def fold(edit: "GraphEdit", node) -> None:
     before, behind = edit.producer(node.input[0]), edit.consumer(node.output[0])
     a, b = edit.affine(node)
-    kind_before, kind_behind = (other and other.op_type for other in (before, behind))
+    kind_before = before.op_type if before else None
+    kind_behind = behind.op_type if behind else None
     if kind_before in ("Conv", "Gemm") and edit.consumer(before.output[0]) is node:
         edit.scale_outputs(before, a, b)
         return

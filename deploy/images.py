@@ -7,12 +7,12 @@ import numpy as np
 
 from data.synth.render_pool import Photograph
 from eval.verification import load_bin
-from utils.dataset.base import sampled
 from utils.dataset.folder import IMAGE_SUFFIXES, FaceDatasetFolder
 from utils.dataset.records import MXFaceDataset
 from utils.errors import InputError
 from utils.images import decode_rgb
 from utils.recordio.files import IMAGE_SIZE, has_records
+from utils.recordio.image_records import sampled
 
 
 def read_images(path: str | Path | list[str], count: int, flag: str) -> np.ndarray:

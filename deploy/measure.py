@@ -162,6 +162,12 @@ def run_times(network: nn.Module, batch: int, device: torch.device, seconds: flo
     return times
 
 
+def threads_in_words() -> str:
+    """How many threads a network computes with."""
+    threads = torch.get_num_threads()
+    return "1 thread" if threads == 1 else f"{threads} threads"
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -44,6 +44,19 @@ class Model(NamedTuple):
     def is_onnx(self) -> bool:
         return isinstance(self.network, OnnxNetwork)
 
+    def about(self) -> dict:
+        """What users of a file made from this model must know, for its metadata."""
+        return dict(
+            network=self.name,
+            embedding_size=self.embedding_size,
+            parameters=self.parameters,
+            color_space="RGB",
+            step=self.step,
+            checkpoint_sha256=self.checkpoint_sha256,
+            checkpoint_color_space=self.color_space,
+            features="not normalised: add those of the mirror image, then divide by the L2 norm",
+        )
+
     def describe(self) -> str:
         place = f", {self.place}" if self.place else ""
         return f"{self.path}: {self.name}, {self.color_space} images{place}"
@@ -74,6 +87,20 @@ def load_model(path: str | Path, what: str, color_space: str = "auto") -> Model:
     return load(path, what, color_space)
 
 
+def load_to_export(path: Path, color_space: str) -> Model:
+    """The checkpoint that an export starts from.
+
+    Raises InputError as ``load_model``, and if it is an ONNX model.
+    """
+    model = load_model(path, "--checkpoint", color_space)
+    if model.is_onnx:
+        raise InputError(
+            f"--checkpoint: {path} is an ONNX model already; name the .pth, .ckpt or .safetensors "
+            "file it was made from"
+        )
+    return model
+
+
 def load_onnx(path: Path, what: str, color_space: str) -> Model:
     network = OnnxNetwork(path, what, color_space)
     about = network.about
@@ -98,7 +125,7 @@ def load_checkpoint(path: Path, what: str, color_space: str) -> Model:
     network, loaded = load_network(
         known.name, known.embedding_size, known.use_se, weights, color_space=color_space
     )
-    step = re.match(r"(\d+)backbone\b", path.name)
+    step = re.match(r"(\d+)(backbone|ema)\b", path.name)
     digest = digest_of(path)
     return Model(
         weights.path,

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from eval.feature_store import StoredFeatures
 from utils import distributed
-from utils.dataset.workers import cores, end_workers, next_batch, start_worker, to_device
+from utils.dataset.workers import cores, end_workers, next_batch, open_workers, to_device
 from utils.distributed import all_gather_rows, rank, world_size
 from utils.errors import InputError
 from utils.inputs import mirror, to_input
@@ -200,12 +200,11 @@ def _read(images, batches: list[range], num_workers: int, device: torch.device) 
     """Yield the images of every batch: (B, H, W, 3) uint8, as tensor, array or list."""
     if isinstance(images, Dataset):
         return iter(
-            DataLoader(
+            open_workers(
                 images,
+                min(num_workers, cores()),
+                _stack,
                 batch_sampler=batches,
-                collate_fn=_stack,
-                num_workers=min(num_workers, cores()),
-                worker_init_fn=start_worker,
                 pin_memory=device.type == "cuda",
             )
         )

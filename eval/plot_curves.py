@@ -9,7 +9,6 @@ x pair sets (accuracy ± standard deviation of the folds, in %) and the paths of
 wrote.
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -17,14 +16,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import printable, replacing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, allow_abbrev=True)
     parser.add_argument("folder", type=Path, help="a folder of runs")
     parser.add_argument(
         "--metrics",

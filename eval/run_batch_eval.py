@@ -26,6 +26,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 from eval import evaluate
 from eval.report import files, seeds, tables
 from utils import distributed
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_folder, printable, read_json, write_json
 from utils.weights.load import run_beside
@@ -236,11 +237,7 @@ def name_of(checkpoint: Path, folder: Path) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint-dir",
         type=Path,

@@ -26,6 +26,7 @@ from eval.report import files, tables
 from eval.report.html_report import write_page
 from eval.report.thresholds import write_thresholds
 from utils import distributed
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_file, prepare_folder, write_json
 from utils.weights.read import split_mark
@@ -86,11 +87,7 @@ def report(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument(
         "--checkpoint",
         type=Path,

@@ -10,7 +10,8 @@ import socket
 import struct
 import sys
 
-SIOCGIFADDR = 0x8915  # linux/sockios.h
+# linux/sockios.h
+SIOCGIFADDR = 0x8915
 
 
 def own_address(host: str, port: int) -> str:
@@ -26,10 +27,13 @@ def interface_of(address: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:  # an interface without an IPv4 address
+                answer = fcntl.ioctl(
+                    probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode())
+                )
+            # an interface without an IPv4 address
+            except OSError:
                 continue
-            if socket.inet_ntoa(found[20:24]) == address:
+            if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return ""
 

@@ -18,7 +18,8 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as failed:
         rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:  # killed: it could say nothing itself
+        # killed: it could say nothing itself
+        if failure.exitcode < 0:
             print(
                 f"error: the training process of rank {rank} was ended by "
                 f"{signal.Signals(-failure.exitcode).name}; go on with --resume",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.run.folder import save
 from utils.run.header_shards import read_whole
@@ -28,11 +29,7 @@ def main():
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("folder", type=Path, help="<step>header of a run")
     parser.add_argument(
         "--output", type=Path, help="file to write; default: <step>header.pth beside the folder"

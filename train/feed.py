@@ -90,25 +90,22 @@ class Feed:
         """This rank's part of the global batch that begins after ``samples`` images."""
         cfg = self.cfg
         device = self.device
-        # some of torchvision's resizing, which augmenting is in part, does not exist on MPS
-        prepared_on = torch.device("cpu") if cfg.augment and device.type == "mps" else device
+        before = distributed.rank() * cfg.batch_size
         flip = None
         if cfg.flip:
             flips = mirrored(cfg.seed, epoch, samples, self.batches.global_batch)
-            own = flips[distributed.rank() * cfg.batch_size :][: cfg.batch_size]
-            flip = to_device(own, prepared_on)
-        images = to_device(batch.images, prepared_on)
+            flip = to_device(flips[before:][: cfg.batch_size], device)
+        images = to_device(batch.images, device)
         images = to_input(images, flip, cfg.channels_last, self.dtype)
         if cfg.augment:
             # torchvision takes a second to import
             from utils.augment import augment
 
-            images = augment(images, [cfg.seed, epoch, samples, distributed.rank()])
+            images = augment(images, cfg.seed, epoch, samples + before)
         features = None
         if batch.features is not None:
-            shown = None if flip is None else to_device(flip, device)
-            features = features_shown(to_device(batch.features, device), shown)
-        return Inputs(to_device(images, device), to_device(batch.labels, device), features)
+            features = features_shown(to_device(batch.features, device), flip)
+        return Inputs(images, to_device(batch.labels, device), features)
 
     def close(self) -> None:
         """End the reading processes."""
@@ -119,7 +116,7 @@ def open_read_ahead(dataset, block: int) -> ReadAhead | None:
     """Read ``block`` records that lie together at a time; 0: every record by itself."""
     if not block:
         return None
-    return ReadAhead(RecordBlocks(dataset.shards(), block), *distributed.place_on_node())
+    return ReadAhead(RecordBlocks(dataset.record_files(), block), *distributed.place_on_node())
 
 
 def features_shown(features: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:

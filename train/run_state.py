@@ -246,7 +246,9 @@ def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -
         )
     config = folder.path / "config.json"
     # states of earlier versions do not say it themselves
-    before = state.get("settings") or (read_json(config) if config.is_file() else {})
+    before = state.get("settings") or {}
+    if not before and config.is_file():
+        before = read_json(config, "a dict of configuration values")
     changed = [key for key in SETTLED if key in before and before[key] != cfg[key]]
     if "loss" in changed and "AdaFace" not in (before["loss"], cfg["loss"]):
         changed.remove("loss")

@@ -191,7 +191,7 @@ def write_config(cfg, method: str, resume_step: int) -> None:
     """
     path = Path(cfg.output) / "config.json"
     if resume_step and path.exists():
-        before = read_json(path)
+        before = read_json(path, "a dict of configuration values")
         for key, value in cfg.items():
             if before.get(key) != value and key != "global_step":
                 logging.warning(

@@ -21,7 +21,8 @@ TEMPLATE = np.array(
     np.float32,
 )
 TEMPLATE.flags.writeable = False
-NEGLIGIBLE = 1e-6  # relative: less of a spread or of a likeness to the template is rounding
+# relative: less of a spread or of a likeness to the template is rounding
+NEGLIGIBLE = 1e-6
 
 
 def similarity(points: np.ndarray, template: np.ndarray = TEMPLATE) -> np.ndarray:
@@ -41,11 +42,11 @@ def similarity(points: np.ndarray, template: np.ndarray = TEMPLATE) -> np.ndarra
     if not np.isfinite(points).all():
         raise InputError("points that are not finite (NaN or infinite)")
     z, w = points @ (1, 1j), template @ (1, 1j)
-    from_centre, to_centre = z - z.mean(), w - w.mean()
-    spread, covariance = np.linalg.norm(from_centre), np.vdot(from_centre, to_centre)
+    from_center, to_center = z - z.mean(), w - w.mean()
+    spread, covariance = np.linalg.norm(from_center), np.vdot(from_center, to_center)
     if spread <= NEGLIGIBLE * (1 + np.abs(z).max()):
         raise InputError(f"{len(z)} points in one place ({points[0, 0]:g}, {points[0, 1]:g})")
-    if abs(covariance) <= NEGLIGIBLE * spread * np.linalg.norm(to_centre):
+    if abs(covariance) <= NEGLIGIBLE * spread * np.linalg.norm(to_center):
         raise InputError(
             f"{len(z)} points unlike a face: no rotation brings them near the template"
         )

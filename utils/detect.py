@@ -21,8 +21,10 @@ SOURCE = "https://github.com/opencv/opencv_zoo/tree/main/models/face_detection_y
 DETECTOR_HELP = f"YuNet's file (deploy/{DYNAMIC}, or {STATIC})"
 # pixels: a photograph is shrunk to it, for YuNet was trained on faces of 10 to 300 pixels
 LONGEST = 640
-FLOOR = 0.5  # score: what is below is background
-MIN_SCORE = 0.8  # what is below is no face to learn from or decide by
+# score: what is below is background
+FLOOR = 0.5
+# what is below is no face to learn from or decide by
+MIN_SCORE = 0.8
 OVERLAP, MOST = 0.3, 5000
 REASONS = ("no face", "low score", "too small", "several faces")
 
@@ -40,7 +42,7 @@ class Face(NamedTuple):
     def size(self) -> float:
         """The side, in the photograph's pixels, of the square that becomes the aligned crop.
 
-        Errors: InputError for points unlike a face.
+        Raises InputError for points unlike a face.
         """
         return SIZE / np.sqrt(np.linalg.det(similarity(self.points)[:, :2]))
 
@@ -50,12 +52,12 @@ class Face(NamedTuple):
 
 
 class Detector:
-    """photograph (H, W, 3) uint8 RGB -> its faces, from left to right, those of a score of at least
-    FLOOR.
+    """A photograph (H, W, 3) uint8 RGB to its faces of a score of at least FLOOR, from left to
+    right.
 
     path: YuNet's file; None: the one of ``file_names()`` that lies in deploy/.
     longest: photographs with a longer side are shrunk to it; more finds smaller faces.
-    Errors: InputError if the file is missing or no face detector.
+    Raises InputError if the file is missing or no face detector.
     """
 
     def __init__(self, path: str | Path | None = None, longest: int = LONGEST):
@@ -64,13 +66,13 @@ class Detector:
         if not self.path.is_file():
             raise InputError(
                 f"--detector: no file {self.path.absolute()}: {advice()} and name it with "
-                "--detector"
-                f" or put it into {FOLDER}; or give faces that are aligned already, or points from"
-                " elsewhere"
+                f"--detector or put it into {FOLDER}; or give faces that are aligned already, or "
+                "points from elsewhere"
             )
         # what OpenCV has to say of an unreadable file is said below, in one line; the function's
         # name is that of OpenCV 4, then that of 5
-        (cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel)(0)
+        silence = getattr(cv2, "setLogLevel", None) or cv2.utils.logging.setLogLevel
+        silence(0)
         # the file's content, not its name: OpenCV crashes on a name that is not UTF-8
         content, no_text = np.fromfile(self.path, np.uint8), np.empty(0, np.uint8)
         try:
@@ -93,17 +95,16 @@ class Detector:
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
         self.network.setInputSize(size)
         _, rows = self.network.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
+        if rows is None:
+            return []
         back = np.array([width / size[0], height / size[1]])
-        # YuNet's points: right eye, left eye, nose, right and left corner of the mouth, as the
-        # person has them: left to right as seen
-        faces = [
-            Face(
-                (*(row[:2] * back), *(row[2:4] * back)),
-                row[4:14].reshape(5, 2) * back,
-                float(row[14]),
-            )
-            for row in ([] if rows is None else rows.astype(np.float64))
-        ]
+        faces = []
+        for row in rows.astype(np.float64):
+            box = (*(row[:2] * back), *(row[2:4] * back))
+            # right eye, left eye, nose, right and left corner of the mouth, as the person has
+            # them: left to right as seen
+            points = row[4:14].reshape(5, 2) * back
+            faces.append(Face(box, points, float(row[14])))
         return from_left(faces)
 
 
@@ -132,11 +133,11 @@ def from_left(faces: list[Face]) -> list[Face]:
 def choose(
     faces: list[Face], which: str = "only", min_score: float = MIN_SCORE, min_size: float = 0
 ) -> Face:
-    """The face that is meant. which: "only" (there must be one), "largest", or its number from the
-    left, which an image with one face ignores.
+    """The face that is meant.
 
-    min_score, min_size (pixels, see ``Face.size``): of faces that count. Errors: InputError that
-    says why there is none, a word of ``utils.detection.REASONS`` first.
+    which: "only" (there must be one), "largest", or its number from the left, which an image with
+    one face ignores. min_score, min_size (pixels, see ``Face.size``): of faces that count.
+    Raises InputError that says why there is none, one of REASONS first.
     """
     if not faces:
         raise InputError("no face")
@@ -154,7 +155,5 @@ def choose(
         return max(usable, key=lambda face: face.size)
     if which.isdecimal() and 1 <= int(which) <= len(usable):
         return usable[int(which) - 1]
-    raise InputError(
-        f"several faces: {len(usable)}, from left to right "
-        f"{'; '.join(face.describe() for face in usable)}"
-    )
+    described = "; ".join(face.describe() for face in usable)
+    raise InputError(f"several faces: {len(usable)}, from left to right {described}")

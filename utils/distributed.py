@@ -17,10 +17,12 @@ import torch.distributed as dist
 from utils.errors import InputError
 
 _alone = False
-begun = 0  # collectives and batches that this rank has begun: what utils/run/hang_watch.py compares
+# collectives and batches that this rank has begun: what utils/run/hang_watch.py compares
+begun = 0
 # the slowest wait of a rank: another one writing checkpoints or loading sets
 TIMEOUT = timedelta(minutes=30)
-PATIENCE = timedelta(days=30)  # where every rank does work of its own
+# where every rank does work of its own
+PATIENCE = timedelta(days=30)
 
 
 def init(device: str = "auto", timeout: timedelta = TIMEOUT) -> torch.device:
@@ -168,11 +170,9 @@ def is_main() -> bool:
 
 def place_on_node() -> tuple[int, int]:
     """(number of this rank among those of its machine, number of these)."""
-    return (
-        (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        if world_size() > 1
-        else (0, 1)
-    )
+    if world_size() == 1:
+        return 0, 1
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def once_per_node(function):
@@ -302,9 +302,9 @@ class _GatherFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         begin()
-        mine = grad.new_empty((ctx.rows, *grad.shape[1:]))
-        dist.reduce_scatter_tensor(mine, grad.contiguous())
-        return mine * world_size()
+        own_rows = grad.new_empty((ctx.rows, *grad.shape[1:]))
+        dist.reduce_scatter_tensor(own_rows, grad.contiguous())
+        return own_rows * world_size()
 
 
 def gather_features(tensor: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,13 @@ class InputError(ValueError):
     """
 
 
+class RecordError(InputError):
+    """A record or image that is truncated or damaged.
+
+    The message of a record names the file, the key and the byte offset.
+    """
+
+
 def nearest(word, known) -> str:
     """ ", did you mean 'x'?" for the known name most like ``word``, "" if none is."""
     near = get_close_matches(str(word), known, 1, 0.5)
@@ -81,5 +88,6 @@ def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
-        os._exit(1)  # leaving the other ranks in an orderly way would wait for them
+        # leaving the other ranks in an orderly way would wait for them
+        os._exit(1)
     sys.exit(1)

@@ -69,7 +69,7 @@ def utf8_path(path: Path) -> str:
 
 
 @contextmanager
-def scratch(prefix: str, folder: Path):
+def temporary_folder(prefix: str, folder: Path):
     """A temporary folder inside ``folder``, whose files can be renamed to where they belong; it
     goes when the block ends, also by SIGTERM. For the main thread.
     """
@@ -81,19 +81,20 @@ def scratch(prefix: str, folder: Path):
         signal.signal(signal.SIGTERM, before)
 
 
-def take_lock(path: str, shared: bool = False, wait: bool = True):
+def take_lock(path: str | Path, shared: bool = False, wait: bool = True):
     """Lock the file ``path``, made if it is missing, until the returned file is closed or this
     process and its forks have ended.
 
     None if another process has it and ``wait`` is False. Whoever removes ``path`` holds its lock:
     one that was waiting meanwhile starts again on the new file.
     """
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     while True:
         file = open(path, "ab")
         try:
-            fcntl.flock(
-                file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-            )
+            fcntl.flock(file, operation)
             if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
             file.close()
@@ -133,7 +134,7 @@ def prepare_file(path: Path, flag: str) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8, by write-then-rename; what is none in a name comes as in ``printable``."""
-    with replacing(str(path)) as file:
+    with replacing(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
@@ -151,7 +152,8 @@ def read_json(path: str | Path, what: str = "a JSON object", advice: str = "") -
     path = Path(path)
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:  # of syntax or encoding
+    # of syntax or encoding
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}){advice}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not {what}{advice}")

@@ -3,8 +3,8 @@
 import cv2
 import numpy as np
 
+from utils.errors import RecordError
 from utils.jpeg import JPEG_START
-from utils.recordio.format import RecordError
 
 
 def decode_bgr(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
@@ -14,7 +14,8 @@ def decode_bgr(encoded: bytes, order: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), order) if len(encoded) else None
-    except cv2.error as error:  # a damaged header that asks for gigapixels
+    # a damaged header that asks for gigapixels
+    except cv2.error as error:
         raise RecordError(f"{len(encoded)} bytes that OpenCV refuses: {error.err}") from None
     if image is None:
         raise RecordError(f"{len(encoded)} bytes that are no image OpenCV can read")

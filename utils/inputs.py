@@ -41,16 +41,12 @@ def look_up(images: torch.Tensor, flip: torch.Tensor | None, dtype: torch.dtype)
     """``normalise`` on a CPU: (B, H, W, 3) uint8 to ``dtype`` through a table of its 256 values,
     image by image in the cache: a quarter of the time, the same bits.
     """
-    table, x = (
-        normalise(torch.arange(256, dtype=torch.float32)).to(dtype),
-        torch.empty(images.shape, dtype=dtype),
-    )
-    if dtype == torch.bfloat16:  # which NumPy does not know: its bits
-        table, rows = table.view(torch.int16).numpy(), x.view(torch.int16).numpy()
-    else:
-        table, rows = table.numpy(), x.numpy()
-    for image, out, mirrored in zip(
-        images.numpy(), rows, [False] * len(images) if flip is None else flip.tolist(), strict=True
-    ):
+    table = normalise(torch.arange(256, dtype=torch.float32)).to(dtype)
+    x = torch.empty(images.shape, dtype=dtype)
+    # NumPy does not know bfloat16: its bits
+    known = torch.int16 if dtype == torch.bfloat16 else dtype
+    table, rows = table.view(known).numpy(), x.view(known).numpy()
+    flips = [False] * len(images) if flip is None else flip.tolist()
+    for image, out, mirrored in zip(images.numpy(), rows, flips, strict=True):
         cv2.LUT(cv2.flip(image, 1) if mirrored else image, table, dst=out)
     return x

@@ -1,4 +1,4 @@
-"""Memory that goes back to the system.
+"""Arrays whose memory goes back to the system when they are dropped.
 
 The heap keeps what it once had, for the networks' sake (launch/environment.sh says why).
 """
@@ -7,20 +7,20 @@ import mmap
 
 import numpy as np
 
-
-def scratch(count: int, kind: type = np.int64) -> np.ndarray:
-    """(count,) zeros whose memory is returned to the system when they are dropped, and which take
-    none where nothing is written.
-    """
-    size = count * np.dtype(kind).itemsize
-    return np.frombuffer(
-        mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), kind, count
-    )
+BLOCK = 1 << 20
 
 
-def counted(count: int, kind: type = np.int64) -> np.ndarray:
-    """0, 1, ... count - 1 in such memory."""
-    values = scratch(count, kind)
-    for first in range(0, count, 1 << 20):
-        values[first : first + (1 << 20)] = np.arange(first, min(first + (1 << 20), count))
+def mapped_zeros(count: int, kind: type = np.int64) -> np.ndarray:
+    """(count,) zeros, which take no memory where nothing is written."""
+    size = max(count * np.dtype(kind).itemsize, 1)
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, kind, count)
+
+
+def mapped_range(count: int, kind: type = np.int64) -> np.ndarray:
+    """0, 1, ... count - 1."""
+    values = mapped_zeros(count, kind)
+    # in blocks: no second array of this size
+    for first in range(0, count, BLOCK):
+        values[first : first + BLOCK] = np.arange(first, min(first + BLOCK, count))
     return values

@@ -1,1 +1,1 @@
-"""Drawn faces: a stand-in for photographs, to see the machinery work."""
+"""Synthetic faces: people and photographs drawn from random numbers, and test sets of them."""

@@ -1,12 +1,10 @@
-"""Synthetic counterparts of IJB-B/C and of TinyFace, each in both layouts people have. No command;
-make_synthetic.py writes them.
+"""Synthetic counterparts of IJB-B/C and of TinyFace, each in both layouts people have.
 
 The IJB-like set has templates of several media, a media being a still or some frames of a video.
 Its loose crops show the face somewhere, turned and scaled, with the five points and the score a
 detector would give. data/README.md describes the files.
 """
 
-import json
 import os
 import shutil
 from contextlib import contextmanager
@@ -18,32 +16,42 @@ import cv2
 import numpy as np
 
 from data.contact_sheet import COLUMNS, Row
-from data.synth.drawing import SIZE
+from data.synth.canvas import SIZE
 from data.synth.faces import NUISANCE, draw_identity, draw_nuisance, encode, render
 from data.synth.render_pool import Photograph
 from utils.align import TEMPLATE, align
 from utils.errors import InputError
+from utils.files import write_json
 from utils.images import decode_bgr
 
-IJB, TINYFACE = 4, 5  # random streams; 0 .. 3 are those of make_synthetic.py
+# random streams; 0 .. 3 are those of make_synthetic.py
+IJB, TINYFACE = 4, 5
 NAME = "IJBsynth"
-ORIGIN = "synthetic.json"  # in each folder: how it was made, and the sign that it may be replaced
+# in each folder: how it was made, and the sign that it may be replaced
+ORIGIN = "synthetic.json"
 IJB_FOLDERS = Path("ijb") / NAME, Path("ijb_arrow") / f"{NAME}_gt_aligned"
 TINYFACE_FOLDERS = (
     Path("tinyface") / "Testing_Set",
     Path("tinyface_arrow") / "tinyface_aligned_pad_0.1",
 )
 
-TEMPLATES = 5  # of a subject: the first is enrolled in a gallery, the others are probes
-MEDIA = {True: (2, 3), False: (1, 3)}  # of an enrolled template, of a probe (fewest, most)
-VIDEO = 0.5, (2, 4)  # how often a media is a video, and its frames (fewest, most)
-VIEW_SHARES = {"any": 0.4, "frontal": 0.3, "turned": 0.2, "small": 0.1}  # of the media
+# of a subject: the first is enrolled in a gallery, the others are probes
+TEMPLATES = 5
+# of an enrolled template, of a probe (fewest, most)
+MEDIA = {True: (2, 3), False: (1, 3)}
+# how often a media is a video, and its frames (fewest, most)
+VIDEO = 0.5, (2, 4)
+# of the media
+VIEW_SHARES = {"any": 0.4, "frontal": 0.3, "turned": 0.2, "small": 0.1}
 # share of a frame's circumstances that is its own; the rest it has in common with its media
 OWN = 0.25
-CROP = 130, 220  # width and height of a loose crop (least, most)
+# width and height of a loose crop (least, most)
+CROP = 130, 220
 
-PROBE_NUMBERS, GALLERY_NUMBERS = (1, 2), (3, 4)  # photographs of each TinyFace identity
-DISTRACTORS = 3  # further people for each identity, one photograph each, in no relation to it
+# photographs of each TinyFace identity
+PROBE_NUMBERS, GALLERY_NUMBERS = (1, 2), (3, 4)
+# further people for each identity, one photograph each, in no relation to it
+DISTRACTORS = 3
 
 
 def check_folders(output: Path, folders) -> None:
@@ -69,13 +77,12 @@ def replacing_folder(path: Path, made: dict):
     """Yield a new folder to fill; it takes the name and the place of ``path`` when the block ends
     well, else it is removed.
     """
-    temporary, outgoing = (
-        path.with_name(f"{path.name}.{word}-{os.getpid()}") for word in ("tmp", "old")
-    )
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    outgoing = path.with_name(f"{path.name}.old-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        (temporary / ORIGIN).write_text(json.dumps(made, indent=2))
+        write_json(temporary / ORIGIN, made)
         if path.exists():
             path.rename(outgoing)
         temporary.rename(path)
@@ -150,14 +157,9 @@ def draw_look(frame: Frame, seed: int, nuisance: float):
     """The circumstances of a frame: those of its media (place, light, camera, view, clothes), of
     which pose and expression vary a little.
     """
-    scene, moment = (
-        draw_nuisance(
-            np.random.default_rng([seed, IJB, frame.subject, frame.media, number]),
-            nuisance,
-            frame.view,
-        )
-        for number in (0, frame.number)
-    )
+    stream = [seed, IJB, frame.subject, frame.media]
+    scene = draw_nuisance(np.random.default_rng([*stream, 0]), nuisance, frame.view)
+    moment = draw_nuisance(np.random.default_rng([*stream, frame.number]), nuisance, frame.view)
     # between two profiles lies a frontal face, which would be another view
     moment.yaw = np.copysign(moment.yaw, scene.yaw)
     for name in (*NUISANCE, "yaw", "mouth_open", "eye_close", "blur"):
@@ -175,15 +177,13 @@ def place_face(face: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
     centre = size * rng.uniform(0.45, 0.55, 2)
     shift = centre - turn @ np.full(2, SIZE / 2)
     matrix = np.column_stack([turn, shift])
-    black = rng.random() < 0.3  # the photograph ends there; elsewhere it goes on, out of focus
-    crop = cv2.warpAffine(
-        face,
-        matrix,
-        tuple(size.tolist()),
-        borderMode=cv2.BORDER_CONSTANT if black else cv2.BORDER_REPLICATE,
-    )
+    # the photograph ends there; elsewhere it goes on, out of focus
+    black = rng.random() < 0.3
+    border = cv2.BORDER_CONSTANT if black else cv2.BORDER_REPLICATE
+    extent = tuple(size.tolist())
+    crop = cv2.warpAffine(face, matrix, extent, borderMode=border)
     if not black:
-        drawn = cv2.warpAffine(np.ones(face.shape[:2], np.uint8), matrix, tuple(size.tolist())) > 0
+        drawn = cv2.warpAffine(np.ones(face.shape[:2], np.uint8), matrix, extent) > 0
         crop = np.where(drawn[..., None], crop, cv2.GaussianBlur(crop, (0, 0), 4))
     return crop, (TEMPLATE @ turn.T + shift).round(3).astype(np.float32)
 
@@ -210,28 +210,26 @@ def write_ijb(output: Path, studio, seed: int, nuisance: float, subjects: int) -
     """
     frames = list_frames(seed, subjects)
     shots = list(studio(frames, NAME))
-    owner = np.repeat(np.arange(subjects), TEMPLATES)  # subject of each template
+    # subject of each template
+    owner = np.repeat(np.arange(subjects), TEMPLATES)
     first, second = np.triu_indices(len(owner), 1)
     pairs = {
         "p1": first + 1,
         "p2": second + 1,
         "label": (owner[first] == owner[second]).astype(np.int64),
     }
+    metadata = {
+        "faceness_scores": np.array([shot.score for shot in shots], np.float32),
+        "templates": np.array([frame.template for frame in frames]),
+        "medias": np.array([frame.media for frame in frames]),
+        **pairs,
+    }
     made = {"seed": seed, "nuisance": nuisance, "ijb_subjects": subjects}
     loose, arrow = (output / folder for folder in IJB_FOLDERS)
     with replacing_folder(loose, made) as folder, replacing_folder(arrow, made) as arrow_folder:
         write_insightface_ijb(folder, frames, shots, pairs)
         write_identification_lists(folder / "meta", frames)
-        write_arrow(
-            arrow_folder,
-            {"image": [shot.aligned for shot in shots]},
-            {
-                "faceness_scores": np.array([shot.score for shot in shots], np.float32),
-                "templates": np.array([frame.template for frame in frames]),
-                "medias": np.array([frame.media for frame in frames]),
-                **pairs,
-            },
-        )
+        write_arrow(arrow_folder, {"image": [shot.aligned for shot in shots]}, metadata)
         write_identification_lists(arrow_folder / "meta", frames)
     print(
         f"{loose}: {subjects} subjects, {len(owner)} templates, {frames[-1].media} media, "
@@ -269,20 +267,14 @@ def write_identification_lists(folder: Path, frames: list[Frame]) -> None:
     has its mate in one and none in the other.
     """
     folder.mkdir(exist_ok=True)
-    enrolled = [frame.template % TEMPLATES == 1 for frame in frames]
-    for name, chosen in {
-        "gallery_G1": [
-            k for k, frame in enumerate(frames) if enrolled[k] and frame.subject % 2 == 0
-        ],
-        "gallery_G2": [
-            k for k, frame in enumerate(frames) if enrolled[k] and frame.subject % 2 == 1
-        ],
-        "probe_mixed": [k for k in range(len(frames)) if not enrolled[k]],
-    }.items():
-        lines = [f"{frames[k].template},{frames[k].subject},{file_name(k)}\n" for k in chosen]
-        (folder / f"{NAME.lower()}_1N_{name}.csv").write_text(
-            "TEMPLATE_ID,SUBJECT_ID,FILENAME\n" + "".join(lines)
-        )
+    lists = {"gallery_G1": [], "gallery_G2": [], "probe_mixed": []}
+    for k, frame in enumerate(frames):
+        is_enrolled = frame.template % TEMPLATES == 1
+        name = f"gallery_G{frame.subject % 2 + 1}" if is_enrolled else "probe_mixed"
+        lists[name].append(f"{frame.template},{frame.subject},{file_name(k)}\n")
+    for name, lines in lists.items():
+        text = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n" + "".join(lines)
+        (folder / f"{NAME.lower()}_1N_{name}.csv").write_text(text)
 
 
 def file_name(k: int) -> str:
@@ -297,19 +289,20 @@ def list_tinyface(identities: int) -> dict[str, list[Photograph]]:
     """Photographs by folder of the official tree; the distractors' people come after the
     ``identities`` of the others.
     """
-    people, others = range(identities), range(identities, (1 + DISTRACTORS) * identities)
+    people = range(identities)
+    others = range(identities, (1 + DISTRACTORS) * identities)
+    folders = {
+        "Probe": (people, PROBE_NUMBERS),
+        "Gallery_Match": (people, GALLERY_NUMBERS),
+        "Gallery_Distractor": (others, [1]),
+    }
     return {
-        "Probe": [
+        folder: [
             Photograph(TINYFACE, person, number, "small")
-            for person in people
-            for number in PROBE_NUMBERS
-        ],
-        "Gallery_Match": [
-            Photograph(TINYFACE, person, number, "small")
-            for person in people
-            for number in GALLERY_NUMBERS
-        ],
-        "Gallery_Distractor": [Photograph(TINYFACE, person, 1, "small") for person in others],
+            for person in persons
+            for number in numbers
+        ]
+        for folder, (persons, numbers) in folders.items()
     }
 
 
@@ -324,6 +317,12 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
     }
     photographs, image_paths = sum(listed.values(), []), sum(paths.values(), [])
     faces = list(studio(photographs, "TinyFace"))
+    metadata = {
+        "image_paths": image_paths,
+        "probe_paths": paths["Probe"],
+        "gallery_paths": paths["Gallery_Match"],
+        "distractor_paths": paths["Gallery_Distractor"],
+    }
     made = {"seed": seed, "nuisance": nuisance, "tinyface_identities": identities}
     tree, arrow = (output / folder for folder in TINYFACE_FOLDERS)
     with replacing_folder(tree, made) as folder, replacing_folder(arrow, made) as arrow_folder:
@@ -331,20 +330,9 @@ def write_tinyface(output: Path, studio, seed: int, nuisance: float, identities:
             (folder / name).mkdir()
         for path, face in zip(image_paths, faces, strict=True):
             (folder / path).write_bytes(face)
-        write_arrow(
-            arrow_folder,
-            {"image": faces, "path": image_paths},
-            {
-                "image_paths": image_paths,
-                "probe_paths": paths["Probe"],
-                "gallery_paths": paths["Gallery_Match"],
-                "distractor_paths": paths["Gallery_Distractor"],
-            },
-        )
-    print(
-        f"{tree}: {identities} identities, "
-        f"{', '.join(f'{len(names)} {name}' for name, names in paths.items())}"
-    )
+        write_arrow(arrow_folder, {"image": faces, "path": image_paths}, metadata)
+    counts = ", ".join(f"{len(names)} {name}" for name, names in paths.items())
+    print(f"{tree}: {identities} identities, {counts}")
     print(f"{arrow}: the same in CVLFace's layout")
     return len(faces)
 
@@ -356,7 +344,8 @@ def write_arrow(folder: Path, columns: dict, metadata: dict) -> None:
     """Write CVLFace's layout: a ``save_to_disk`` folder of encoded images, ``index`` and what else
     ``columns`` has, and ``metadata.pt``.
     """
-    import datasets  # these two take seconds to load, and the workers import this module too
+    # these two take seconds to load, and the workers import this module too
+    import datasets
     import torch
 
     datasets.disable_progress_bars()

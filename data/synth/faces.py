@@ -1,11 +1,10 @@
-"""Draw synthetic 112x112 aligned "faces": ``render(draw_identity(rng), draw_nuisance(rng))``. No
-command; make_synthetic.py writes the sets.
+"""Synthetic 112x112 aligned "faces": ``render(draw_identity(rng), draw_nuisance(rng))``.
 
 What makes a person (IDENTITY: geometry, colours, marks) and what changes between two photographs of
 one (NUISANCE, VIEWS: pose, expression, light, occlusion, background, image quality) are drawn
 apart, so that a network has something to learn: colours come from narrow palettes which the light
 overlaps, and who it is shows in geometry and marks. Lengths are pixels of the crop, angles radians,
-colours RGB 0..255; how they are used is in synthetic_drawing.py.
+colours RGB 0..255; data/synth/drawing.py uses them.
 """
 
 from types import SimpleNamespace
@@ -13,7 +12,8 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 
-from data.synth.drawing import SIZE, Face
+from data.synth.canvas import SIZE
+from data.synth.drawing import Face
 
 # name: (centre, half range), uniform
 IDENTITY = {
@@ -99,25 +99,20 @@ def draw_identity(rng: np.random.Generator) -> SimpleNamespace:
     """Draw one person: every name of IDENTITY, plus hair style, beard, and marks as arrays of (x,
     y, radius, strength).
     """
-    who = SimpleNamespace(
-        **{name: centre + half * rng.uniform(-1, 1) for name, (centre, half) in IDENTITY.items()}
-    )
+    who = SimpleNamespace()
+    for name, (center, half) in IDENTITY.items():
+        setattr(who, name, center + half * rng.uniform(-1, 1))
     who.skin = pick_colour(SKIN, who.skin_tone) + who.skin_warmth * np.array([5.0, 0.0, -6.0])
     who.hair = pick_colour(HAIR, who.hair_tone) + who.hair_red * np.array([22.0, 2.0, -4.0])
     who.iris_colour = pick_colour(IRIS, who.iris_tone)
     who.bald = rng.random() < 0.08
-    who.hair_end = rng.choice([-4.0, 12.0, 34.0, 70.0], p=[0.45, 0.15, 0.2, 0.2]) + rng.uniform(
-        -5, 5
-    )
+    length = rng.choice([-4.0, 12.0, 34.0, 70.0], p=[0.45, 0.15, 0.2, 0.2])
+    who.hair_end = length + rng.uniform(-5, 5)
     who.beard = rng.uniform(0.2, 0.75) if rng.random() < 0.22 else 0.0
     who.moustache = rng.uniform(0.3, 0.8) if rng.random() < 0.2 else 0.0
     who.moles = draw_marks(rng, rng.integers(0, 5), radius=(0.8, 1.7), strength=(0.45, 0.8))
-    who.freckles = draw_marks(
-        rng,
-        rng.integers(15, 45) if rng.random() < 0.25 else 0,
-        radius=(0.5, 0.8),
-        strength=(0.15, 0.35),
-    )
+    freckles = rng.integers(15, 45) if rng.random() < 0.25 else 0
+    who.freckles = draw_marks(rng, freckles, radius=(0.5, 0.8), strength=(0.15, 0.35))
     # length and direction
     who.scars = draw_marks(rng, int(rng.random() < 0.2), radius=(3.0, 8.0), strength=(0.0, np.pi))
     return who
@@ -137,15 +132,13 @@ def draw_nuisance(
     """Draw the circumstances of one photograph. ``scale`` multiplies all ranges and chances (0 =
     none); ``view`` is a name of VIEWS.
     """
-    look = SimpleNamespace(
-        **{
-            name: neutral + scale * half * rng.uniform(-1, 1)
-            for name, (neutral, half) in NUISANCE.items()
-        }
-    )
+    look = SimpleNamespace()
+    for name, (neutral, half) in NUISANCE.items():
+        setattr(look, name, neutral + scale * half * rng.uniform(-1, 1))
     kind = VIEWS[view]
     yaw = scale * rng.uniform(*kind["yaw"]) * rng.choice([-1, 1])
-    look.yaw = float(np.clip(yaw, -0.85, 0.85))  # beyond, the far eye would wrap around the head
+    # beyond, the far eye would wrap around the head
+    look.yaw = float(np.clip(yaw, -0.85, 0.85))
     detail = np.exp(rng.uniform(*np.log(kind["detail"])))
     look.size = int(np.clip(round(SIZE * (detail / SIZE) ** scale), 8, SIZE))
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils import distributed
 from utils.align import SIZE, align
-from utils.dataset.workers import cores, end_workers, next_batch, start_worker
+from utils.dataset.workers import cores, end_workers, next_batch, open_workers
 from utils.errors import InputError
 from utils.images import decode_rgb
 
@@ -123,12 +123,11 @@ def check_images(images: Dataset, num_workers: int, name: str) -> None:
     naming the first unreadable image.
     """
     batches = iter(
-        DataLoader(
+        open_workers(
             images,
-            CHECKED_AT_A_TIME,
-            collate_fn=len,
-            num_workers=min(num_workers, cores()),
-            worker_init_fn=start_worker,
+            min(num_workers, cores()),
+            len,
+            batch_size=CHECKED_AT_A_TIME,
             # its own, so that a training run draws the same random numbers as without this
             generator=torch.Generator(),
         )

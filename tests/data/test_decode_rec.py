@@ -23,9 +23,9 @@ from tests.dataset.test_dataset import copy_set, jpeg, write_set
 from tests.recordio.test_recordio import STYLES
 from utils.dataset.base import PIXELS, decode_into
 from utils.dataset.records import MXFaceDataset
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.files import take_lock
-from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 
 TOOL = ROOT / "data" / "decode_rec.py"

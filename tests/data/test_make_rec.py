@@ -73,7 +73,7 @@ def test_plain_layout_is_shuffled_by_seed(faces, tmp_path):
     }
     assert lists["a"] == lists["b"] and len(set(lists.values())) == 3
     folder, records = FaceDatasetFolder(faces), MXFaceDataset(tmp_path / "a")
-    position = {folder._name(index): index for index in range(8)}
+    position = {folder.name_of(index): index for index in range(8)}
     for line in lists["a"].splitlines():
         key, label, path = line.split("\t")
         image, record_label = records[int(key)]

@@ -18,9 +18,9 @@ from utils.dataset.base import decode_into, keep_batch
 from utils.dataset.folder import FaceDatasetFolder
 from utils.dataset.records import MXFaceDataset
 from utils.dataset.workers import start_worker
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.images import decode_bgr
-from utils.recordio.format import IRHeader, RecordError, pack
+from utils.recordio.format import IRHeader, pack
 from utils.recordio.indexed import IndexedRecordIO
 
 

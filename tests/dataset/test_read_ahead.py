@@ -67,7 +67,7 @@ def sampler(dataset, rank=0, world=1, batch=BATCH, seed=3, block=BLOCK):
         world,
         seed,
         True,
-        ReadAhead(RecordBlocks(dataset.shards(), block)),
+        ReadAhead(RecordBlocks(dataset.record_files(), block)),
     )
 
 
@@ -120,7 +120,7 @@ def epoch_of_ones(dataset):
 
 
 def test_blocks_are_runs_of_the_file_and_windows_mix_them(shards):
-    blocks = RecordBlocks(shards.shards(), BLOCK)
+    blocks = RecordBlocks(shards.record_files(), BLOCK)
     assert len(blocks) == 80 + 121 and blocks.sizes.sum() == IMAGES and blocks.sizes[-1] == 3
     places = [
         place(shards, index) for block in range(len(blocks)) for index in blocks.indices(block)
@@ -143,12 +143,12 @@ def test_blocks_are_runs_of_the_file_and_windows_mix_them(shards):
     assert [(number, start) for number, start, _ in ends[1:80]] == [
         (number, end) for number, _, end in ends[:79]
     ]
-    assert ends[-1][2] == os.path.getsize(shards.shards()[1].path)
+    assert ends[-1][2] == os.path.getsize(shards.record_files()[1].path)
 
 
 def place(dataset, index):
     """(shard, place in the file) that the record says."""
-    number, at = dataset._encoded(index)[0][:12].tobytes().split(b"\0")[0].split(b" ")
+    number, at = dataset.stored(index)[0][:12].tobytes().split(b"\0")[0].split(b" ")
     return int(number), int(at)
 
 
@@ -227,7 +227,7 @@ def test_ranks_of_a_machine_share_the_reading(shards, monkeypatch, tmp_path):
     """
     logged = Logged(monkeypatch, tmp_path / "reads")
     for rank in range(2):
-        ahead = ReadAhead(RecordBlocks(shards.shards(), BLOCK), rank, 2)
+        ahead = ReadAhead(RecordBlocks(shards.record_files(), BLOCK), rank, 2)
         for _ in EpochBatches(len(shards), BATCH // 2, rank, 2, 3, True, ahead):
             pass
     blocks = [(name, start) for _, _, name, start, _ in logged.lines()]
@@ -256,7 +256,7 @@ def test_blocks_are_in_memory_when_they_are_needed(tmp_path):
                     os.preadv(
                         file.fileno(),
                         [bytearray(2000)],
-                        dataset.shards()[0].offset(index),
+                        dataset.record_files()[0].offset(index),
                         os.RWF_NOWAIT,
                     )
                     == 2000
@@ -270,7 +270,9 @@ def test_blocks_are_in_memory_when_they_are_needed(tmp_path):
         except OSError as error:
             pytest.skip(f"this file system cannot tell what is in memory: {error.strerror}")
         batches = iter(
-            EpochBatches(4000, 32, 0, 1, 3, True, ReadAhead(RecordBlocks(dataset.shards(), 100)))
+            EpochBatches(
+                4000, 32, 0, 1, 3, True, ReadAhead(RecordBlocks(dataset.record_files(), 100))
+            )
         )
         assert all(in_memory(index) for _ in range(20) for index in next(batches))
 

@@ -391,7 +391,7 @@ def test_wrong_input_is_said(folder, tmp_path, monkeypatch, capsys):
     refuses("none.png: no face", one, folder / "none.png")
     refuses("faint.png: low score: 0.62, below 0.8", one, folder / "faint.png")
     refuses("one.png: 640x320 is no aligned crop of 112x112", one, one, "--aligned")
-    refuses("1 photograph: name two to compare", one)
+    refuses("name two photographs to compare, not 1", one)
     refuses("--gallery: no folder", one, "--gallery", tmp_path / "none")
     refuses("--gallery: no face in .*: it holds no image", one, "--gallery", tmp_path)
     refuses("--face huge: largest, or a number", one, one, "--face", "huge")

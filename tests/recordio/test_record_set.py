@@ -1,5 +1,5 @@
-"""utils.record_set and utils.record_index: several record files as one set, and an index that all
-processes of a machine share.
+"""utils.recordio: several record files as one set, and an index that all processes of a machine
+share.
 """
 
 import json
@@ -21,7 +21,8 @@ from utils.dataset.records import MXFaceDataset
 from utils.errors import InputError
 from utils.recordio import index as record_index
 from utils.recordio.format import IRHeader, frame, pack, unpack
-from utils.recordio.index import in_memory, open_index, order_of, read_index
+from utils.recordio.idx_file import read_index
+from utils.recordio.index import in_memory, open_index, order_of
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface
 
@@ -455,7 +456,9 @@ def test_two_joined_files_are_numbered_anew(tmp_path, caplog):
         caplog.clear()
         dataset = MXFaceDataset(folder)
         batch = read_all(dataset)
-        assert len(dataset) == 60 and not batch.bad and dataset.shards()[0].insightface is False
+        assert (
+            len(dataset) == 60 and not batch.bad and dataset.record_files()[0].insightface is False
+        )
         assert np.array_equal(batch.images[:30], batch.images[30:])
         assert "numbered as they come" in caplog.text
         assert ("14 records hold ranges of keys and no image" in caplog.text) == layout

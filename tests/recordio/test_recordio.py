@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.recordio import format, index
-from utils.recordio.format import IRHeader, RecordError, pack, unpack
+from utils.recordio.format import IRHeader, pack, unpack
 from utils.recordio.indexed import IndexedRecordIO
 from utils.recordio.writer import write_insightface
 

@@ -2,25 +2,19 @@
 tests serve; every failure is one line.
 """
 
-import json
 import os
-import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests import rounding
-from tests.commands import LIMIT
-from tests.teachers import IMAGES, ROOT, network, repository, save
+from tests.local_hub import REVISION, child, hub_options, serve
+from tests.teachers import IMAGES, network, repository, save
 from utils.errors import InputError
 from utils.teacher import hub
 from utils.weights.read import sha256
-
-REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def into_cache(cache: Path, repo_id: str, folder: Path) -> Path:
@@ -39,24 +33,6 @@ def into_cache(cache: Path, repo_id: str, folder: Path) -> Path:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(blob, link.parent))
     return snapshot
-
-
-def child(code: str, *arguments, **environment) -> list:
-    """What a fresh process prints as JSON: huggingface_hub reads its environment when it is
-    imported.
-    """
-    pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=LIMIT,
-        env=kept | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.processes
@@ -136,88 +112,11 @@ print(json.dumps([found.path, own.path, missing, half, no_name, early]))
     )
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download asks for.
-
-    Repositories: what their folder in ``root`` holds; "gated", "broken" and "secret" have their
-    ways.
-    """
-
-    root: Path
-    asked: list
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        parts = self.path.partition("?")[0].strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
-        folder = self.root / name
-        self.asked.append((parts[-1], self.headers.get("Authorization")))
-        if name.endswith("broken"):
-            return self.answer(500)
-        if (
-            not folder.is_dir()
-            or name.endswith("secret")
-            and self.headers.get("Authorization") != ("Bearer hf_test")
-        ):
-            return self.answer(404 if folder.is_dir() else 401, {"X-Error-Code": "RepoNotFound"})
-        files = {
-            str(file.relative_to(folder)): file.read_bytes()
-            for file in sorted(folder.rglob("*"))
-            if file.is_file()
-        }
-        if api:
-            tree = [
-                {"type": "file", "path": path, "size": len(data), "oid": path.replace("/", "_")}
-                for path, data in files.items()
-            ]
-            info = {
-                "_id": "1",
-                "id": name,
-                "modelId": name,
-                "sha": REVISION,
-                "siblings": [{"rfilename": path} for path in files],
-                "private": False,
-                "tags": [],
-            }
-            return self.answer(
-                200,
-                {"Content-Type": "application/json"},
-                json.dumps(tree if "tree" in parts else info).encode(),
-                body,
-            )
-        if name.endswith("gated"):
-            return self.answer(403, {"X-Error-Code": "GatedRepo"})
-        path = "/".join(parts[4:])
-        self.answer(
-            200,
-            {"ETag": f'"{path.replace("/", "_")}"', "X-Repo-Commit": REVISION},
-            files[path],
-            body,
-        )
-
-    def answer(self, status, headers=None, data=b"", body=True):
-        self.send_response(status)
-        for key, value in ((headers or {}) | {"Content-Length": str(len(data))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_arguments):
-        pass
-
-
 @pytest.fixture
 def own_hub(tmp_path):
-    handler = type("OwnHub", (Hub,), {"root": tmp_path / "served", "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler.asked, tmp_path / "served"
-    server.shutdown()
-    server.server_close()
+    """(address, requests, folder of repositories) of a hub on this machine."""
+    with serve(tmp_path / "served") as (address, asked):
+        yield address, asked, tmp_path / "served"
 
 
 FETCH = """
@@ -246,12 +145,7 @@ def test_fetching_from_a_hub(tmp_path, own_hub):
     repository(served / "o" / "gated", {"x": torch.zeros(2)})
     (served / "o" / "empty").mkdir()
     (served / "o" / "empty" / "README.md").write_text("soon")
-    options = dict(
-        HF_ENDPOINT=address,
-        HF_HUB_DISABLE_PROGRESS_BARS="1",
-        HF_HUB_DISABLE_TELEMETRY="1",
-        HF_HUB_ETAG_TIMEOUT="2",
-    )
+    options = hub_options(address)
     cache = tmp_path / "cache"
     whole, old, secret, gated, none, broken, empty = child(
         FETCH,

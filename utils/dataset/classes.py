@@ -1,10 +1,12 @@
 """Whether the labels of a training set are those of at least two classes, 0 to C - 1."""
 
-from utils.dataset.base import FaceImages, log
+import logging
+
+from utils.dataset.base import FaceImages
+from utils.dataset.labels import from_1, one_class
 from utils.errors import InputError
 
-# of a set that does not ascend by label as InsightFace's does, and of one that does
-LABELS_LOOKED_AT, ASCENDING_LOOKED_AT = 1 << 19, 1 << 12
+log = logging.getLogger(__name__)
 
 
 def check_classes(dataset: FaceImages) -> None:
@@ -14,25 +16,26 @@ def check_classes(dataset: FaceImages) -> None:
     else, and for a label that is no class. Warns of classes without images.
     """
     indices, ascending = dataset.labels_to_check()
-    # an image of each (class of label 0, number of labels, label)
+    # (class of label 0, number of labels) -> label -> an image that has it
     examples = {}
     for index in indices.tolist():
-        label = dataset._label(index)
+        label = dataset.label_of(index)
         if label is not None:
-            examples.setdefault((*dataset._classes(index), label), index)
-    for first, count in {part[:2] for part in examples}:
-        labels = [label for *part, label in examples if part == [first, count]]
-        if min(labels) >= 1 and max(labels) == count:
+            examples.setdefault(dataset.class_range(index), {}).setdefault(label, index)
+    classes = set()
+    for (_, count), images in examples.items():
+        if min(images) >= 1 and max(images) == count:
             raise InputError(
-                f"{dataset.root_dir}: labels run from {min(labels):g} to {count} (record "
-                f"{dataset.name_of(examples[first, count, count])}), but classes are counted from "
-                f"0 and there are {count} (0 ... {count - 1}): {dataset.from_1(count)}"
+                f"{dataset.root_dir}: labels run from {min(images):g} to {count} (record "
+                f"{dataset.name_of(images[count])}), but classes are counted from "
+                f"0 and there are {count} (0 ... {count - 1}): {from_1(dataset, count)}"
             )
-    classes = {dataset._checked(label, index) for (*_, label), index in examples.items()}
+    for images in examples.values():
+        classes |= {dataset.class_of(index, label) for label, index in images.items()}
     if len(classes) == 1:
-        ((*_, label), _) = examples.popitem()
-        if all(dataset._label(index) in (label, None) for index in range(len(dataset))):
-            raise InputError(f"{dataset.root_dir}: {dataset.one_class(label)}")
+        (label,) = images
+        if all(dataset.label_of(index) in (label, None) for index in range(len(dataset))):
+            raise InputError(f"{dataset.root_dir}: {one_class(dataset, label)}")
     elif classes:
         warn_of_empty(dataset, classes, len(indices) == len(dataset), ascending)
 

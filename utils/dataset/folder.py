@@ -1,22 +1,25 @@
 """A folder with one sub-folder of images per identity as a training set."""
 
-import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.dataset.base import RECORDS_LOOKED_AT, FaceImages, log, sampled
-from utils.errors import InputError
-from utils.recordio.format import RecordError
+from utils.dataset.base import FaceImages
+from utils.dataset.identity import folder_identity
+from utils.errors import InputError, RecordError
+from utils.recordio.image_records import sampled
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".jp2")
 
-
-# of the folders and files that a message is about
+# of the folders and files that a message is about, so many are named
 NAMED = 3
+
+log = logging.getLogger(__name__)
 
 
 class FaceDatasetFolder(FaceImages):
@@ -30,76 +33,51 @@ class FaceDatasetFolder(FaceImages):
 
     def __init__(self, root_dir: str, sample: int | None = None):
         self.root_dir = os.path.abspath(root_dir)
-        found = scan_identities(self.root_dir)
-        self._refuse_empty(found)
-        groups = [group[:sample] for group in found.groups]
-        self.identities = found.names
+        scanned = scan_identities(self.root_dir)
+        self._refuse_empty(scanned)
+        groups = [group[:sample] for group in scanned.groups]
+        self.identities = scanned.names
         self.num_classes = len(groups)
         # one array of bytes: half a million str objects would be copied into every worker by their
         # reference counts
         self._paths = np.array([os.fsencode(path) for group in groups for path in group])
         self._labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
 
-    def _refuse_empty(self, found: "Identities") -> None:
-        refuse_empty(self.root_dir, found)
+    def _refuse_empty(self, identities: "Identities") -> None:
+        refuse_empty(self.root_dir, identities)
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def _name(self, index: int) -> str:
+    def name_of(self, index: int) -> str:
         return os.fsdecode(self._paths[index])
 
-    def _encoded(self, index: int) -> tuple[bytes, int]:
+    def stored(self, index: int) -> tuple[bytes, int]:
         try:
-            with open(os.path.join(self.root_dir, self._name(index)), "rb") as file:
+            with open(os.path.join(self.root_dir, self.name_of(index)), "rb") as file:
                 return file.read(), int(self._labels[index])
         except OSError as error:
             raise RecordError(f"cannot be read: {error.strerror}") from None
 
-    def _label(self, index: int) -> int:
+    def label_of(self, index: int) -> int:
         return int(self._labels[index])
 
     def labels_to_check(self) -> tuple[np.ndarray, bool]:
         return sampled(len(self), 2), True
 
-    def one_class(self, label: float) -> str:
-        return (
-            f"all images are of one identity ({self.identities[int(label)]}): training needs two "
-            "or more, a sub-folder for each"
-        )
-
     def identity(self) -> dict:
-        """The bytes of all files together, and a SHA-256 over all paths below ``root_dir``, their
-        sizes and 64 whole files.
-        """
-        sizes = np.array([self._size(index) for index in range(len(self))], "<i8")
-        digest = hashlib.sha256(b"\n".join(self._paths.tolist()) + sizes.tobytes())
-        for index in sampled(len(self), RECORDS_LOOKED_AT):
-            try:
-                content = self._encoded(index)[0]
-            except RecordError:
-                content = b"damaged"
-            digest.update(hashlib.sha256(content).digest())
-        return dict(
-            kind="folder",
-            images=len(self),
-            bytes=int(sizes[sizes >= 0].sum()),
-            sha256=digest.hexdigest(),
-        )
-
-    def _size(self, index: int) -> int:
-        try:
-            return os.path.getsize(os.path.join(self.root_dir, self._name(index)))
-        except OSError:
-            return -1  # a damaged record like any other
+        return folder_identity(self.root_dir, self._paths)
 
 
 class Identities(NamedTuple):
     """What a folder holds.
 
     names: its sub-folders, sorted. groups: of each the paths of its images below the folder,
-    sorted. Those without images are in one of three more: nested {name: sub-folders that hold
-    images}, others {name: files with other suffixes}, bare [names of folders with neither].
+    sorted. Those without images are in one of three more:
+
+        nested    {name: sub-folders that hold images}
+        others    {name: files with other suffixes}
+        bare      [names of folders with neither]
     """
 
     names: list[str]
@@ -116,9 +94,9 @@ def list_identities(root_dir: str, sample: int | None = None) -> list[list[str]]
     ``sample``: at most so many of each. Raises InputError if there is no such folder, no image, or
     an identity without images. Logs which files and sub-folders are left out.
     """
-    found = scan_identities(root_dir)
-    refuse_empty(root_dir, found)
-    return [group[:sample] for group in found.groups]
+    identities = scan_identities(root_dir)
+    refuse_empty(root_dir, identities)
+    return [group[:sample] for group in identities.groups]
 
 
 def scan_identities(root_dir: str) -> Identities:
@@ -126,24 +104,25 @@ def scan_identities(root_dir: str) -> Identities:
     root = os.path.abspath(root_dir)
     if not os.path.isdir(root):
         raise InputError(f"no folder {root}; it should hold one sub-folder of images per identity")
-    identities, loose = split_folder(root)
-    found = Identities(identities, [], {}, {}, [])
+    names, loose = split_folder(root)
+    identities = Identities(names, [], {}, {}, [])
     left_out, deeper = [], []
-    for identity in identities:
-        folders, files = split_folder(os.path.join(root, identity))
-        found.groups.append([os.path.join(identity, name) for name in files if is_image_name(name)])
-        others = [os.path.join(identity, name) for name in files if not is_image_name(name)]
-        nested = [name for name in folders if holds_images(os.path.join(root, identity, name))]
-        if found.groups[-1]:
+    for name in names:
+        folders, files = split_folder(os.path.join(root, name))
+        images = [os.path.join(name, file) for file in files if is_image_name(file)]
+        others = [os.path.join(name, file) for file in files if not is_image_name(file)]
+        nested = [folder for folder in folders if holds_images(os.path.join(root, name, folder))]
+        identities.groups.append(images)
+        if images:
             left_out += others
-            deeper += [os.path.join(identity, name) for name in nested]
+            deeper += [os.path.join(name, folder) for folder in nested]
         elif nested:
-            found.nested[identity] = nested
+            identities.nested[name] = nested
         elif others:
-            found.others[identity] = others
+            identities.others[name] = others
         else:
-            found.bare.append(identity)
-    loose = [name for name in loose if is_image_name(name)]
+            identities.bare.append(name)
+    loose = [file for file in loose if is_image_name(file)]
     kinds = f"other suffixes than {' '.join(IMAGE_SUFFIXES)} ({suffixes(left_out)})"
     for what, paths in (
         (f"{len(left_out)} files with {kinds}", left_out),
@@ -152,7 +131,7 @@ def scan_identities(root_dir: str) -> Identities:
     ):
         if paths:
             log.warning("%s: left out are %s: %s", root, what, few(paths))
-    return found
+    return identities
 
 
 def is_image_name(name: str) -> bool:
@@ -162,8 +141,9 @@ def is_image_name(name: str) -> bool:
 def split_folder(folder: str) -> tuple[list[str], list[str]]:
     """(names of its sub-folders, of its files), sorted, without hidden ones."""
     with os.scandir(folder) as entries:
-        seen = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
-    return [name for name, is_dir in seen if is_dir], [name for name, is_dir in seen if not is_dir]
+        visible = sorted((entry.name, entry.is_dir()) for entry in entries if entry.name[0] != ".")
+    folders = [name for name, is_folder in visible if is_folder]
+    return folders, [name for name, is_folder in visible if not is_folder]
 
 
 def holds_images(folder: str) -> bool:
@@ -181,36 +161,38 @@ def suffixes(paths: Sequence[str]) -> str:
     return few([f"{count} {suffix}" for suffix, count in counts.most_common()], 8)
 
 
-def refuse_empty(root_dir: str, found: Identities) -> None:
+def refuse_empty(root_dir: str, identities: Identities) -> None:
     """Raises InputError if there is no identity, or one without images."""
     root = os.path.abspath(root_dir)
-    if not found.names:
+    if not identities.names:
         raise InputError(
             f"no images in {root}; it should hold one sub-folder of images per identity"
         )
-    without = [name for name, group in zip(found.names, found.groups, strict=True) if not group]
+    without = [
+        name for name, group in zip(identities.names, identities.groups, strict=True) if not group
+    ]
     if len(without) == 1:
-        raise InputError(f"identity {without[0]} in {root} has no image: {why_empty(found)}")
+        raise InputError(f"identity {without[0]} in {root} has no image: {why_empty(identities)}")
     if without:
-        counts = f"{len(without)} of {len(found.names)} identities"
-        raise InputError(f"{counts} in {root} have no image: {why_empty(found)}")
+        counts = f"{len(without)} of {len(identities.names)} identities"
+        raise InputError(f"{counts} in {root} have no image: {why_empty(identities)}")
 
 
-def why_empty(found: Identities) -> str:
+def why_empty(identities: Identities) -> str:
     """Which identities have no images, and what to do: they need not be without photographs."""
     reasons = []
-    if found.nested:
-        folders = list(dict.fromkeys(name for names in found.nested.values() for name in names))
+    if identities.nested:
+        folders = list(dict.fromkeys(chain(*identities.nested.values())))
         reasons.append(
-            f"the images of {few(list(found.nested))} lie in sub-folders ({few(folders)}): move "
-            "them up into the identity's own, or name the folder that holds the identities"
+            f"the images of {few(list(identities.nested))} lie in sub-folders ({few(folders)}): "
+            "move them up into the identity's own, or name the folder that holds the identities"
         )
-    if found.others:
-        files = [path for paths in found.others.values() for path in paths]
+    if identities.others:
+        kinds = suffixes(list(chain(*identities.others.values())))
         reasons.append(
-            f"{few(list(found.others))}: only files with other suffixes ({suffixes(files)}) than "
+            f"{few(list(identities.others))}: only files with other suffixes ({kinds}) than "
             f"{' '.join(IMAGE_SUFFIXES)}: rename or convert them"
         )
-    if found.bare:
-        reasons.append(f"{few(found.bare)}: empty; remove such folders")
+    if identities.bare:
+        reasons.append(f"{few(identities.bare)}: empty; remove such folders")
     return "; ".join(reasons)

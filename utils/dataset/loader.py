@@ -1,12 +1,12 @@
-"""A DataLoader whose workers write their batches into memory that they share with this process and
-that is used again and again.
+"""A DataLoader whose workers write their batches into memory that they share with this process.
 
-Left to itself a DataLoader makes new shared memory for every batch: both processes must first get
-its pages from the system, and a file descriptor is passed along. That takes half as long as
-decoding.
+The memory is used again and again. Left to itself a DataLoader makes new shared memory for every
+batch: both processes must first get its pages from the system, and a file descriptor is passed
+along. That takes half as long as decoding.
 """
 
 import itertools
+import math
 import os
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -16,17 +16,21 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.dataset.base import Batch, FaceImages, keep_batch
-from utils.dataset.workers import start_worker
+from utils.dataset.workers import open_workers
 from utils.errors import InputError
 from utils.files import take_lock
 from utils.recordio.files import IMAGE_SIZE
 
-PREFETCH = 2  # batches that a worker makes ahead
-SLOTS = PREFETCH + 1  # of a worker: those, and the one that is in use here
-SHARED = "/dev/shm"  # where Linux keeps shared memory
+# batches that a worker makes ahead
+PREFETCH = 2
+# of a worker: those, and the one that is in use here
+SLOTS = PREFETCH + 1
+# where Linux keeps shared memory
+SHARED = "/dev/shm"
 
 _numbers = itertools.count()
-_memories = WeakValueDictionary()  # number -> SharedBatches, in the process that made them
+# number -> SharedBatches, in the process that made them
+_shared_batches = WeakValueDictionary()
 
 
 def open_loader(
@@ -40,7 +44,7 @@ def open_loader(
     each, read by ``num_workers`` processes (0: by this one).
 
     A batch stays what it is until the next one, or another epoch, is asked for; in pinned memory,
-    where a GPU copies from, for good. Errors: InputError if there is too little shared memory.
+    where a GPU copies from, for good. Raises InputError if there is too little shared memory.
     """
     options = dict(
         batch_sampler=batches,
@@ -49,11 +53,10 @@ def open_loader(
         generator=torch.Generator(),
     )
     if num_workers == 0:
-        return DataLoader(dataset, **options)
-    return DataLoader(
+        return open_workers(dataset, 0, **options)
+    return open_workers(
         SharedBatches(dataset, batch_size, num_workers),
-        num_workers=num_workers,
-        worker_init_fn=start_worker,
+        num_workers,
         persistent_workers=True,
         prefetch_factor=PREFETCH,
         **options,
@@ -61,8 +64,7 @@ def open_loader(
 
 
 class SharedBatches(Dataset):
-    """``dataset`` for the workers of one DataLoader. Each has SLOTS slots of memory and fills them
-    in turn.
+    """``dataset`` for the workers of one DataLoader: each fills its SLOTS slots of memory in turn.
 
     The DataLoader lets a worker be PREFETCH batches ahead of the one that it gave out last, so none
     is written to while it is in use.
@@ -72,76 +74,70 @@ class SharedBatches(Dataset):
         self.dataset = dataset
         self.number = next(_numbers)
         self.turn = 0
-        shapes = dict(images=((*IMAGE_SIZE, 3), torch.uint8), labels=((), torch.int64))
+        rows = dict(images=((*IMAGE_SIZE, 3), torch.uint8), labels=((), torch.int64))
         if dataset.teacher_features is not None:
-            shapes["features"] = (2, dataset.teacher_features.embedding_size), torch.float16
-        shapes = {
-            name: ((num_workers * SLOTS, batch_size, *shape), dtype)
-            for name, (shape, dtype) in shapes.items()
-        }
+            rows["features"] = (2, dataset.teacher_features.embedding_size), torch.float16
+        slots = num_workers * SLOTS
+        row_sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in rows.values())
         with one_at_a_time():
-            check_room(
-                sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes.values()),
-                num_workers,
-            )
+            check_room(slots * batch_size * sum(row_sizes), num_workers)
             self.memory = {
-                name: torch.empty(shape, dtype=dtype).share_memory_()
-                for name, (shape, dtype) in shapes.items()
+                name: torch.empty(slots, batch_size, *shape, dtype=dtype).share_memory_()
+                for name, (shape, dtype) in rows.items()
             }
-        _memories[self.number] = self
+        _shared_batches[self.number] = self
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: list[int]) -> "Filled":
+    def __getitems__(self, indices: list[int]) -> "SlotReference":
         """Called by a worker: reads into its next slot."""
         slot = get_worker_info().id * SLOTS + self.turn
         self.turn = (self.turn + 1) % SLOTS
         rows = {name: memory[slot, : len(indices)].numpy() for name, memory in self.memory.items()}
-        return Filled(self.number, slot, len(indices), self.dataset.read_into(indices, **rows))
+        bad = self.dataset.read_into(indices, **rows)
+        return SlotReference(self.number, slot, len(indices), bad)
 
     def batch(self, slot: int, count: int, bad: list) -> Batch:
         rows = {name: memory[slot, :count] for name, memory in self.memory.items()}
         return Batch(rows["images"], rows["labels"], bad, rows.get("features"))
 
 
-class Filled:
+class SlotReference:
     """What a worker sends: the slot that it has filled. It arrives as the Batch in that slot."""
 
-    def __init__(self, *where):
-        self.where = where
+    def __init__(self, number: int, slot: int, count: int, bad: list):
+        self.arguments = number, slot, count, bad
 
     def __reduce__(self):
-        return arrive, self.where
+        return attach_slot, self.arguments
 
 
-def arrive(number: int, slot: int, count: int, bad: list) -> Batch:
-    return _memories[number].batch(slot, count, bad)
+def attach_slot(number: int, slot: int, count: int, bad: list) -> Batch:
+    return _shared_batches[number].batch(slot, count, bad)
 
 
 def one_at_a_time():
     """A context for one process of a machine at a time, so that each sees what those before it have
     taken.
     """
-    return (
-        take_lock(f"{SHARED}/batches-{os.getuid()}.lock")
-        if os.path.isdir(SHARED)
-        else nullcontext()
-    )
+    if os.path.isdir(SHARED):
+        return take_lock(f"{SHARED}/batches-{os.getuid()}.lock")
+    return nullcontext()
 
 
 def check_room(size: int, num_workers: int) -> None:
-    """Errors: InputError if SHARED has no ``size`` bytes left: a write beyond its end would kill
-    the process without a word.
+    """Raises InputError if SHARED has no ``size`` bytes left.
+
+    A write beyond its end would kill the process without a word.
     """
-    if os.path.isdir(SHARED):
-        status = os.statvfs(SHARED)
-        free = status.f_bavail * status.f_frsize
-        if size > free:
-            raise InputError(
-                f"the batches of {num_workers} reading processes take "
-                f"{size / 1e6:,.0f} MB of shared memory, {SHARED} has {free / 1e6:,.0f} MB left; "
-                "make it larger "
-                "(docker run --shm-size=8g), or take fewer processes (num_workers, "
-                "--workers) or a smaller batch"
-            )
+    if not os.path.isdir(SHARED):
+        return
+    status = os.statvfs(SHARED)
+    free = status.f_bavail * status.f_frsize
+    if size > free:
+        raise InputError(
+            f"the batches of {num_workers} reading processes take {size / 1e6:,.0f} MB of shared "
+            f"memory, {SHARED} has {free / 1e6:,.0f} MB left; make it larger (docker run "
+            "--shm-size=8g), or take fewer processes (num_workers, --workers) or a smaller batch"
+        )

@@ -1,7 +1,7 @@
-"""Which images a rank sees, in which order, mirrored or not: a function of seed, epoch and position
-only.
+"""Which images a rank sees, in which order, mirrored or not.
 
-So an interrupted run goes on with the very next image, on any number of ranks.
+It is a function of seed, epoch and position only: an interrupted run goes on with the very next
+image, on any number of ranks.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from utils.dataset.read_ahead import ReadAhead
-from utils.memory import counted, scratch
+from utils.memory import mapped_range, mapped_zeros
 
-WINDOW = 64  # blocks that are shuffled together
+# blocks that are shuffled together
+WINDOW = 64
 # beside seed, epoch and window: random numbers that neither mirrors nor augmentation use
 WINDOW_STREAM = 64, 0
 
@@ -72,15 +73,14 @@ class EpochBatches:
         """(batches, batch size) of this rank alone, so that all ranks of a machine hold the order
         of millions of images once.
         """
-        order = counted(self.length, np.int32 if self.length < 1 << 31 else np.int64)
+        order = mapped_range(self.length, np.int32 if self.length < 1 << 31 else np.int64)
         # the same numbers as permutation(length), in half the memory
         np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        whole = order[self.samples : self.samples + len(self) * self.global_batch].reshape(
-            -1, self.world_size, self.batch_size
-        )
-        mine = scratch(len(self) * self.batch_size, order.dtype).reshape(-1, self.batch_size)
-        mine[:] = whole[:, self.rank]
-        return mine
+        used = order[self.samples : self.samples + len(self) * self.global_batch]
+        batches_of_ranks = used.reshape(-1, self.world_size, self.batch_size)
+        own = mapped_zeros(len(self) * self.batch_size, order.dtype).reshape(-1, self.batch_size)
+        own[:] = batches_of_ranks[:, self.rank]
+        return own
 
     def _from_blocks(self) -> Iterator[list[int]]:
         order = BlockOrder(self.read_ahead, self.seed, self.epoch)
@@ -92,8 +92,9 @@ class EpochBatches:
 
 
 class BlockOrder:
-    """The order of an epoch as shuffled blocks, shuffled once more within windows of WINDOW of
-    them; made, and read from the disk, a window ahead.
+    """The order of an epoch as shuffled blocks, shuffled once more within windows of WINDOW blocks.
+
+    It is made, and read from the disk, a window ahead.
     """
 
     def __init__(self, read_ahead: ReadAhead, seed: int, epoch: int):
@@ -114,21 +115,22 @@ class BlockOrder:
         while count:
             window = int(np.searchsorted(self.starts, first, side="right")) - 1
             self._enter(window)
-            parts.append(self.images[first - self.starts[window] :][:count])
-            first, count = first + len(parts[-1]), count - len(parts[-1])
+            part = self.images[first - self.starts[window] :][:count]
+            parts.append(part)
+            first += len(part)
+            count -= len(part)
         return np.concatenate(parts)
 
     def _enter(self, window: int) -> None:
         """Have the images of ``window``, read from the disk, and the next one on its way."""
         if window == self.current:
             return
-        self.read_ahead.finish(window, self._blocks_of(window))
+        blocks = self._blocks_of(window)
+        self.read_ahead.finish(window, blocks)
         if window + 2 < len(self.starts):
             self.read_ahead.start(window + 1, self._blocks_of(window + 1))
-        self.current, self.images = (
-            window,
-            np.concatenate([self.blocks.indices(int(block)) for block in self._blocks_of(window)]),
-        )
+        self.current = window
+        self.images = np.concatenate([self.blocks.indices(int(block)) for block in blocks])
         np.random.default_rng([self.seed, self.epoch, window, *WINDOW_STREAM]).shuffle(self.images)
 
     def _blocks_of(self, window: int) -> np.ndarray:
@@ -136,9 +138,9 @@ class BlockOrder:
 
 
 def mirrored(seed: int, epoch: int, samples: int, global_batch: int) -> torch.Tensor:
-    """(global_batch,) bool: which images are mirrored in the global batch that starts after
-    ``samples`` images of the epoch.
+    """(global_batch,) bool: which images are mirrored in a global batch.
+
+    samples: images of the epoch that come before it.
     """
-    return torch.from_numpy(
-        np.random.default_rng([seed, epoch, samples]).random(global_batch) < 0.5
-    )
+    drawn = np.random.default_rng([seed, epoch, samples]).random(global_batch)
+    return torch.from_numpy(drawn < 0.5)

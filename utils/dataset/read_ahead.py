@@ -1,10 +1,11 @@
-"""Blocks of records that lie one after another in a file, and a thread that reads them ahead: for
-disks on which random reads are slow.
+"""Blocks of records, and a thread that reads them ahead: for disks whose random reads are slow.
 
-The order of an epoch is then a shuffle of blocks (``utils.sampler``). While one window of blocks is
-trained on, those of the next are read from the disk into the page cache, each in one go, so that
-the small reads of the DataLoader's workers find them in memory. The ranks of a machine share the
-blocks out and read each once; several machines each read all of them.
+A block is a run of records that lie one after another in a file.
+
+The order of an epoch is then a shuffle of blocks (``utils.dataset.order``). While one window of
+blocks is trained on, those of the next are read from the disk into the page cache, each in one go,
+so that the small reads of the DataLoader's workers find them in memory. The ranks of a machine
+share the blocks out and read each once; several machines each read all of them.
 """
 
 from collections.abc import Sequence
@@ -12,68 +13,69 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from utils.recordio.files import Shard
-from utils.recordio.format import RecordError
+from utils.errors import RecordError
+from utils.recordio.image_records import ImageRecords
 
-AT_ONCE = 1 << 22  # bytes of one read
+# bytes of one read
+AT_ONCE = 1 << 22
 
 
 class RecordBlocks:
-    """The images of ``shards``, ``size`` at a time in the order of the files; the last block of a
+    """The images of ``files``, ``size`` at a time in the order of the files; the last block of a
     file is as small as its rest.
     """
 
-    def __init__(self, shards: Sequence[Shard], size: int):
-        self.shards = shards
+    def __init__(self, files: Sequence[ImageRecords], size: int):
+        self.files = files
         self.size = size
-        self._orders = [shard.file_order() for shard in shards]
-        self._first_image = np.cumsum([0] + [shard.count for shard in shards])
-        self._first_block = np.cumsum([0] + [-(-shard.count // size) for shard in shards])
+        self._orders = [file.file_order() for file in files]
+        self._first_image = np.cumsum([0] + [file.count for file in files])
+        self._first_block = np.cumsum([0] + [-(-file.count // size) for file in files])
         self.sizes = np.full(self._first_block[-1], size, np.int32)
-        for shard, end in zip(shards, self._first_block[1:], strict=True):
-            self.sizes[end - 1] = (shard.count - 1) % size + 1
+        for file, end in zip(files, self._first_block[1:], strict=True):
+            self.sizes[end - 1] = (file.count - 1) % size + 1
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def _place(self, block: int) -> tuple[int, int, int]:
-        """(shard, first, end) of a block, counted in the order of the shard's file."""
+        """(number of the file, first, end) of a block, counted in the order of the file."""
         number = int(np.searchsorted(self._first_block, block, side="right")) - 1
         first = (block - int(self._first_block[number])) * self.size
-        return number, first, min(first + self.size, self.shards[number].count)
+        return number, first, min(first + self.size, self.files[number].count)
 
     def indices(self, block: int) -> np.ndarray:
         """The indices in the data set of the block's images, int64, in the order of the file."""
         number, first, end = self._place(block)
         order = self._orders[number]
-        return self._first_image[number] + (
-            np.arange(first, end) if order is None else order[first:end].astype(np.int64)
-        )
+        images = np.arange(first, end) if order is None else order[first:end].astype(np.int64)
+        return self._first_image[number] + images
 
     def extent(self, block: int) -> tuple[int, int, int]:
-        """(shard, start, end): the bytes of the block, to the beginning of the next one or, at the
-        last, to the end of its last record.
+        """(number of the file, start, end): the bytes of the block, to the beginning of the next
+        one or, at the last, to the end of its last record.
         """
         number, first, end = self._place(block)
-        shard = self.shards[number]
+        file = self.files[number]
         start = self._offset(number, first)
-        if end < shard.count:
+        if end < file.count:
             return number, start, self._offset(number, end)
         try:
-            return number, start, shard.glance(self._image(number, end - 1)).end
+            return number, start, file.glance(self._image(number, end - 1)).end
         except RecordError:
             return number, start, self._offset(number, end - 1)
 
     def _image(self, number: int, at: int) -> int:
-        return at if self._orders[number] is None else int(self._orders[number][at])
+        order = self._orders[number]
+        return at if order is None else int(order[at])
 
     def _offset(self, number: int, at: int) -> int:
-        return self.shards[number].offset(self._image(number, at))
+        return self.files[number].offset(self._image(number, at))
 
     def read(self, block: int) -> None:
         """Read the block from the disk, in one go and for the page cache only."""
         number, start, end = self.extent(block)
-        self.shards[number].index.records.read_through(start, end, AT_ONCE)
+        self.files[number].index.records.read_through(start, end, AT_ONCE)
 
 
 class ReadAhead:
@@ -96,7 +98,7 @@ class ReadAhead:
         """Wait until this rank's share of ``window`` is read; all of it if it was not begun, so
         that no rank begins among blocks that others still read.
 
-        An unreadable disk is not told here: the worker that needs a record there will name it.
+        An unreadable disk is not reported here: the worker that needs a record there will name it.
         """
         for reading in self._reading.pop(window, None) or self._submit(np.sort(blocks)):
             reading.exception()

@@ -23,21 +23,24 @@ from hashlib import sha256
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.files import replacing, take_lock
+from utils.files import read_json, take_lock, write_json
 
-PART = 1 << 24  # bytes
-SAY_EVERY = 30  # seconds between two words about a long copy
+# bytes
+PART = 1 << 24
+# seconds between two lines of the log about a long copy
+SAY_EVERY = 30
 
 log = logging.getLogger(__name__)
-_held = []  # locks of the copies that this process reads, until it ends
+# locks of the copies that this process reads, until it ends
+_held = []
 
 
 def stage(source: str | Path, names: Sequence[str], to: str | Path) -> Path:
     """The folder below ``to`` with sound copies of the files ``names`` of the folder ``source``;
     copies them, or waits for the run that does, if need be.
 
-    Errors: InputError if the disk is too small, cannot be written to, or does not give back what
-    was written, or if the source changes meanwhile.
+    Raises InputError if the disk is too small, cannot be written to, or does not give back what was
+    written, or if the source changes meanwhile.
     """
     source = Path(source).absolute()
     copy = None
@@ -78,21 +81,21 @@ def marks(path: Path) -> list[int]:
 
 def is_complete(copy: Path, described: dict) -> bool:
     """Whether all copies are there as they were when they were found to be sound."""
-    found = read_json(copy / "complete.json")
-    if found is None or found.keys() != described["files"].keys():
+    complete = read_note(copy / "complete.json")
+    if complete.keys() != described["files"].keys():
         return False
-    for name, then in found.items():
+    for name, then in complete.items():
         if not (copy / name).is_file() or marks(copy / name) != then:
             return False
     return True
 
 
-def read_json(path: Path) -> dict | None:
+def read_note(path: Path) -> dict:
+    """What ``make`` wrote there; {} where it did not, or not to the end."""
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+        return read_json(path)
+    except (FileNotFoundError, InputError):
+        return {}
 
 
 def make(copy: Path, source: Path, described: dict) -> None:
@@ -100,13 +103,12 @@ def make(copy: Path, source: Path, described: dict) -> None:
     meanwhile.
     """
     remove_outdated(copy, described)
-    for name, then in (read_json(copy / "complete.json") or {}).items():
+    for name, then in read_note(copy / "complete.json").items():
         if (copy / name).is_file() and marks(copy / name) != then:
             log.warning("%s is not any more what was copied there: copying it again", copy / name)
             (copy / name).unlink()
     (copy / "complete.json").unlink(missing_ok=True)
-    with replacing(copy / "source.json") as file:
-        file.write((json.dumps(described, indent=2) + "\n").encode())
+    write_json(copy / "source.json", described)
     refuse_too_small(copy, source, described)
     for name, then in described["files"].items():
         target = copy / name
@@ -119,24 +121,17 @@ def make(copy: Path, source: Path, described: dict) -> None:
                 f"stage_to: {source / name} changed while it was copied to {copy}; "
                 "start again when it is finished"
             )
-    with replacing(copy / "complete.json") as file:
-        file.write(
-            (
-                json.dumps({name: marks(copy / name) for name in described["files"]}, indent=2)
-                + "\n"
-            ).encode()
-        )
+    write_json(copy / "complete.json", {name: marks(copy / name) for name in described["files"]})
 
 
 def remove_outdated(copy: Path, described: dict) -> None:
     """Remove copies of what these files were before, unless a run reads them."""
     for other in copy.parent.iterdir():
-        found = read_json(other / "source.json") if other.is_dir() and other != copy else None
-        if (
-            found is None
-            or found.get("source") != described["source"]
-            or found.get("files", {}).keys() != described["files"].keys()
-        ):
+        if not other.is_dir() or other == copy:
+            continue
+        before = read_note(other / "source.json")
+        is_same_set = before.get("source") == described["source"]
+        if not is_same_set or before.get("files", {}).keys() != described["files"].keys():
             continue
         reading = take_lock(other / "reading", wait=False)
         if reading is None:

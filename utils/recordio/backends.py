@@ -3,8 +3,8 @@
 import os
 import struct
 
-from utils.errors import InputError
-from utils.recordio.format import IRHeader, RecordError, unpack
+from utils.errors import InputError, RecordError
+from utils.recordio.format import IRHeader, unpack
 from utils.recordio.indexed import IndexedRecordIO
 
 
@@ -15,14 +15,15 @@ class NativeRecords:
         self._index = index
 
     def read(self, position: int) -> tuple[IRHeader, memoryview]:
-        """(header, encoded image) of the record at ``position``; RecordError if it is damaged."""
+        """(header, encoded image) of the record at ``position``; RecordError if damaged."""
         header, encoded = unpack(memoryview(self._index.read_at(position)))
         return header, encoded
 
 
 class MXNetRecords:
-    """Records through MXNet itself (Python <= 3.11, requirements/mxnet.txt): to prove that the
-    native reader agrees.
+    """Records through MXNet itself, to prove that the native reader agrees.
+
+    It needs Python <= 3.11 and requirements/mxnet.txt.
     """
 
     def __init__(self, index: IndexedRecordIO):
@@ -46,7 +47,7 @@ class MXNetRecords:
         self._error = mxnet.base.MXNetError
 
     def read(self, position: int) -> tuple[IRHeader, bytes]:
-        """(header, encoded image) of the record at ``position``; RecordError if it is damaged."""
+        """(header, encoded image) of the record at ``position``; RecordError if damaged."""
         key = int(self._keys[position])
         try:
             record = self._records.read_idx(key)

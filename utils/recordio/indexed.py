@@ -1,10 +1,6 @@
-"""RecordIO files as MXNet 1.9.1 writes them: the record, the index and the image header. Needs
-NumPy only.
+"""RecordIO files by key, as MXNet 1.9.1 reads and writes them.
 
-A record is ``uint32 magic, uint32 (3-bit cflag << 29 | 29-bit length), payload padded to 4 bytes``.
-A payload that contains the magic on a 4-byte boundary is cut there: cflag 1, 2, 3 mark its first,
-middle and last part, 0 a whole one. Source: dmlc-core ``recordio.h`` (the record),
-``mxnet/recordio.py`` (the index and IRHeader), InsightFace ``face2rec2.py`` (which keys are
+Needs NumPy only. Source: ``mxnet/recordio.py``; InsightFace ``face2rec2.py`` (which keys are
 images).
 """
 
@@ -13,9 +9,10 @@ from array import array
 
 import numpy as np
 
-from utils.errors import InputError
-from utils.recordio.format import MAGIC_BYTES, RecordError, frame
-from utils.recordio.index import first_beyond, open_index, read_index, rebuild, write_index
+from utils.errors import InputError, RecordError
+from utils.recordio.format import MAGIC_BYTES, frame
+from utils.recordio.idx_file import first_beyond, read_index, rebuild_hint, write_index
+from utils.recordio.index import open_index
 from utils.recordio.reader import NO_OFFSET, Glance, RecordFile, log, scan_index
 
 
@@ -25,12 +22,15 @@ class IndexedRecordIO:
 
     ``"r"``: a missing ``.idx`` is rebuilt by scanning (``scan_index``), logged, and saved if the
     folder is writable. A reader may be shared by threads and forked or spawned workers; a large
-    index is in a machine's memory once (``utils.record_index``). Besides by key, records are read
-    by position, 0 ... len - 1 in ascending order of their keys. ``"w"``: both files get their names
-    on ``close``; a writer that dies, or whose ``with`` block raises, leaves neither. Raises
-    InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts itself (a
-    key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError for a
-    damaged record; KeyError for an unknown key.
+    index is in a machine's memory once (``utils.recordio.index``). Besides by key, records are read
+    by position, 0 ... len - 1 in ascending order of their keys.
+
+    ``"w"``: both files get their names on ``close``; a writer that dies, or whose ``with`` block
+    raises, leaves neither.
+
+    Raises InputError for a missing ``.rec``, and for an ``.idx`` that is unreadable, contradicts
+    itself (a key with two offsets, an offset of two keys) or leads beyond the ``.rec``; RecordError
+    for a damaged record; KeyError for an unknown key.
     """
 
     def __init__(self, idx_path: str, rec_path: str, flag: str):
@@ -67,8 +67,8 @@ class IndexedRecordIO:
         more = f", as do {count - 1} more" if count > 1 else ""
         raise InputError(
             f"{self.idx_path}: offset {offset} of key {key} lies beyond the {size} bytes of "
-            f"{self.rec_path}{more}; {rebuild(self.idx_path)}, or copy both again if they should "
-            "fit"
+            f"{self.rec_path}{more}; {rebuild_hint(self.idx_path)}, or copy both again if they "
+            "should fit"
         )
 
     def _is_cut_off(self, keys: np.ndarray, offsets: np.ndarray, size: int) -> bool:
@@ -103,11 +103,9 @@ class IndexedRecordIO:
 
     def __getstate__(self) -> dict:
         """A shared index is not sent along to a spawned process: that maps it itself."""
-        return (
-            dict(self.__dict__, index=None)
-            if not self.writable and self.index.mapped
-            else self.__dict__
-        )
+        if self.writable or not self.index.mapped:
+            return self.__dict__
+        return dict(self.__dict__, index=None)
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from utils.errors import RecordError
 from utils.recordio.format import (
-    _FRAME,
-    _HEADER,
     FIRST,
+    FRAME,
+    HEADER,
     LAST,
     LENGTH_BITS,
     LENGTH_MASK,
@@ -19,16 +20,13 @@ from utils.recordio.format import (
     MAGIC_BYTES,
     MIDDLE,
     WHOLE,
-    RecordError,
 )
 
 # bytes read together with a record's frame, in the hope that they are all of it
 MOST_AT_ONCE = 1 << 16
 
-
 # from here on the counter of whoever wrote the index overflowed
 NO_OFFSET = 1 << 62
-
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ log = logging.getLogger(__name__)
 class Glance(NamedTuple):
     """The start of a record.
 
-    end: where the next one begins. id: of its header, -1: there is none. label: the first one.
+    end: where the next one begins. id: of its header; -1: there is none. label: the first one.
     has_image: whether bytes follow the labels. flag: number of labels behind the header.
     """
 
@@ -73,21 +71,24 @@ class RecordFile:
         return os.pread(self._file.fileno(), size, offset)
 
     def read_through(self, start: int, end: int, at_once: int) -> None:
-        """Read the bytes ``start`` ... ``end - 1`` from the disk into the page cache, ``at_once``
-        at a time, one after another; their values go nowhere.
+        """Read the bytes ``start`` ... ``end - 1`` from the disk into the page cache.
+
+        ``at_once`` at a time, one after another; their values go nowhere.
         """
         buffer = bytearray(min(at_once, max(end - start, 1)))
         # of its own: the kernel judges by the reads of one opening whether they are sequential
         with open(self.path, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_SEQUENTIAL)
-            while start < end and (
-                got := os.preadv(file.fileno(), [memoryview(buffer)[: end - start]], start)
-            ):
-                start += got
+            while start < end:
+                count = os.preadv(file.fileno(), [memoryview(buffer)[: end - start]], start)
+                if count == 0:
+                    return
+                start += count
 
     def read(self, offset: int, name: str | int) -> bytes | memoryview:
-        """The payload of the record at ``offset``; RecordError, saying ``name`` (a number: of a
-        key) and the offset, if it is damaged.
+        """The payload of the record at ``offset``.
+
+        Raises RecordError, saying ``name`` (a number: of a key) and the offset, if it is damaged.
         """
         cflag, payload, end = self._part(offset, name)
         if cflag == WHOLE:
@@ -104,11 +105,11 @@ class RecordFile:
 
     def _part(self, offset: int, name: str | int) -> tuple[int, bytes | memoryview, int]:
         """(cflag, bytes, offset after the padding) of the part at ``offset``."""
-        window = self.pread(_FRAME.size + self._usual, offset)
+        window = self.pread(FRAME.size + self._usual, offset)
         cflag, length = self._frame(window, offset, name)
-        payload = memoryview(window)[_FRAME.size : _FRAME.size + length]
+        payload = memoryview(window)[FRAME.size : FRAME.size + length]
         if len(payload) < length:
-            payload = self.pread(length, offset + _FRAME.size)
+            payload = self.pread(length, offset + FRAME.size)
         # records of a file are alike: one call reads most of them whole; what a large one asked for
         # is forgotten step by step
         self._usual = min(max(length, self._usual - (self._usual >> 4)), MOST_AT_ONCE)
@@ -116,13 +117,13 @@ class RecordFile:
             raise self._damaged(
                 name, offset, f"truncated, {len(payload)} of {length} bytes are there"
             )
-        return cflag, payload, _after(offset, length)
+        return cflag, payload, end_of_part(offset, length)
 
     def _frame(self, start: bytes, offset: int, name: str | int) -> tuple[int, int]:
         """(cflag, length) from the bytes at ``offset``."""
-        if len(start) < _FRAME.size:
+        if len(start) < FRAME.size:
             raise self._damaged(name, offset, "truncated, the file ends before it")
-        magic, word = _FRAME.unpack_from(start)
+        magic, word = FRAME.unpack_from(start)
         if magic != MAGIC:
             raise self._damaged(
                 name, offset, f"no record starts there (0x{magic:08x} instead of the magic)"
@@ -130,38 +131,42 @@ class RecordFile:
         return word >> LENGTH_BITS, word & LENGTH_MASK
 
     def _damaged(self, name: str | int, offset: int, reason: str) -> RecordError:
-        return RecordError(
-            f"{self.path}: {name if isinstance(name, str) else f'key {name}'} at "
-            f"offset {offset}: {reason}"
-        )
+        record = name if isinstance(name, str) else f"key {name}"
+        return RecordError(f"{self.path}: {record} at offset {offset}: {reason}")
 
     def glance(self, offset: int, name: str | int) -> Glance:
-        """What the first bytes of the record at ``offset`` tell, without reading the image;
-        RecordError as ``read``.
+        """What the first bytes of the record at ``offset`` tell, without reading the image.
+
+        Raises RecordError as ``read``.
         """
-        wanted = _HEADER.size + 4
-        window = self.pread(_FRAME.size + wanted, offset)
+        # the header and one label
+        most = HEADER.size + 4
+        window = self.pread(FRAME.size + most, offset)
         cflag, length = self._frame(window, offset, name)
         if cflag == WHOLE:
-            start, end = window[_FRAME.size : _FRAME.size + length], _after(offset, length)
+            start = window[FRAME.size : FRAME.size + length]
+            end = end_of_part(offset, length)
         else:
-            start, end = self.read(offset, name), self._end_of_split(offset, name)
+            start = self.read(offset, name)
+            end = self._end_of_split(offset, name)
             length = len(start)
-        if length < _HEADER.size or len(start) < min(wanted, length):
+        if length < HEADER.size or len(start) < min(most, length):
             return Glance(end, -1, float("nan"), False)
-        flag, label, key, _ = _HEADER.unpack_from(start)
-        labels_end = _HEADER.size + 4 * flag
-        if 0 < flag and labels_end <= length:
-            label = struct.unpack_from("<f", start, _HEADER.size)[0]
-        # a flag of more labels than there are is damage, and says nothing about the record's kind
-        return Glance(end, key, label, length > labels_end, flag if labels_end <= length else 0)
+        flag, label, key, _ = HEADER.unpack_from(start)
+        labels_end = HEADER.size + 4 * flag
+        if labels_end > length:
+            # more labels than there are: damage, which says nothing about the record's kind
+            return Glance(end, key, label, False)
+        if flag:
+            label = struct.unpack_from("<f", start, HEADER.size)[0]
+        return Glance(end, key, label, length > labels_end, flag)
 
     def _end_of_split(self, offset: int, name: str | int) -> int:
         """The offset after the last part of the split record at ``offset``."""
         cflag = FIRST
         while cflag != LAST:
-            cflag, length = self._frame(self.pread(_FRAME.size, offset), offset, name)
-            offset = _after(offset, length)
+            cflag, length = self._frame(self.pread(FRAME.size, offset), offset, name)
+            offset = end_of_part(offset, length)
         return offset
 
     def close(self) -> None:
@@ -170,14 +175,13 @@ class RecordFile:
             self._file = None
 
 
-def _after(offset: int, length: int) -> int:
+def end_of_part(offset: int, length: int) -> int:
     """The offset after a part of ``length`` bytes and its padding."""
-    return offset + _FRAME.size + (length + 3) // 4 * 4
+    return offset + FRAME.size + (length + 3) // 4 * 4
 
 
 def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets), int64, of the records of a ``.rec`` in file order: what its lost ``.idx``
-    held.
+    """(keys, offsets), int64, of the records of a ``.rec`` in file order, as its ``.idx`` held.
 
     The key of a record is the ``id`` in its image header, where MXNet's im2rec, InsightFace's
     face2rec2 and this project put it. Where ids are absent or repeat (a converter that left them 0,
@@ -185,7 +189,8 @@ def scan_index(records: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     truncated or damaged.
     """
     size = os.path.getsize(records.path)
-    offsets, ids, index_records, offset, glance = array("q"), array("q"), array("b"), 0, None
+    offsets, ids, index_records = array("q"), array("q"), array("b")
+    offset, glance = 0, None
     while offset < size:
         glance = records.glance(offset, f"record {len(offsets)}")
         if glance.end > size:
@@ -215,7 +220,8 @@ def number_anew(
     number of images before it; else from 0, and index records, whose keys mean nothing any more,
     are left out.
     """
-    keys, images = np.arange(len(offsets), dtype=np.int64), int((~index_records).sum())
+    keys = np.arange(len(offsets), dtype=np.int64)
+    images = int((~index_records).sum())
     in_order = images < len(offsets) and index_records[images:].all()
     if in_order and last_label == images + 1:
         return np.roll(keys, -1), offsets

@@ -21,18 +21,17 @@ def write_property(
 def write_insightface(
     root_dir: str, groups: Iterable[Iterable[bytes]], image_size: tuple[int, int] = (112, 112)
 ) -> int:
-    """Write a set in InsightFace's layout: ``train.rec``, ``train.idx``, ``property``; returns the
-    number of images.
+    """Write ``train.rec``, ``train.idx``, ``property`` as InsightFace does; the number of images.
 
     ``groups``: one iterable of encoded images (JPEG bytes) per identity, consumed as a stream;
     labels are 0, 1, ... in that order. Keys: images 1 ... N; identities N+1 ..., each with label
-    [first key, end); record 0, written last, with label [N+1, end of the identities). Errors:
-    InputError if the keys outgrow float32. Source: InsightFace face2rec2.py.
+    [first key, end); record 0, written last, with label [N+1, end of the identities).
+    Raises InputError if the keys outgrow float32. Source: InsightFace face2rec2.py.
     """
     os.makedirs(root_dir, exist_ok=True)
-    paths = os.path.join(root_dir, "train.idx"), os.path.join(root_dir, "train.rec")
+    idx_path, rec_path = (os.path.join(root_dir, f"train.{kind}") for kind in ("idx", "rec"))
     key, starts = 1, [1]
-    with IndexedRecordIO(*paths, "w") as writer:
+    with IndexedRecordIO(idx_path, rec_path, "w") as writer:
         for label, images in enumerate(groups):
             for image in images:
                 writer.write_idx(key, pack(IRHeader(0, float(label), key, 0), image))

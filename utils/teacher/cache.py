@@ -21,9 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import InputError
+from utils.errors import InputError, RecordError
 from utils.files import read_json
-from utils.recordio.format import RecordError
 from utils.recordio.reader import RecordFile
 
 FORMAT = 1

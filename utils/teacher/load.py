@@ -201,7 +201,7 @@ def check_published(published: PublishedConfig | None, name: str, spec: TeacherS
     """Refuse a repository whose configuration is not that of the teacher ``name``."""
     if published is None:
         return
-    if published.network != spec.network or spec.use_se:
+    if published.network != spec.full_name:
         raise InputError(
             f"teacher: {published.path} states the network {published.network}, not that of "
             f"teacher={name}: set teacher={published.network}"

@@ -21,6 +21,11 @@ class TeacherSpec(NamedTuple):
     color_space: str = ""
     embedding_size: int = 0
 
+    @property
+    def full_name(self) -> str:
+        """The network with its variant: iresnet50_se."""
+        return f"{self.network}{'_se' if self.use_se else ''}"
+
 
 def cvlface(network: str, repo_id: str) -> TeacherSpec:
     return TeacherSpec(network, repo_id=repo_id, color_space="RGB", embedding_size=512)

@@ -11,17 +11,32 @@ from utils.errors import InputError, first_line
 # the same as ``conf`` for transformers
 CONFIGURATIONS = ("pretrained_model/model.yaml", "config.json")
 KEYS = ("name", "color_space", "input_size", "output_dim")
-# {family: {depth as CVLFace calls it: our name of the network}}
+# the depths that CVLFace itself has in both families of IR networks
+OWN_DEPTHS = ("ir18", "ir50", "ir101")
+INSIGHTFACE = {
+    "ir18": "iresnet18",
+    "ir34": "iresnet34",
+    "ir50": "iresnet50",
+    "ir101": "iresnet100",
+    "ir200": "iresnet200",
+}
+# {family: {name in CVLFace's configuration: our full name of the network}}; the family
+# mobilefacenet and the other depths are ours, in CVLFace's manner
 NETWORKS = {
-    "iresnet": {"ir18": "ir18", "ir50": "ir50", "ir101": "ir101"},
-    "iresnet_insightface": {"ir18": "iresnet18", "ir50": "iresnet50", "ir101": "iresnet100"},
+    "iresnet": {name: name for name in OWN_DEPTHS},
+    "iresnet_insightface": INSIGHTFACE
+    | {f"{name}_se": f"{network}_se" for name, network in INSIGHTFACE.items()},
+    "mobilefacenet": {name: name for name in ("mobilefacenet", "mbf", "mbf_large")},
 }
 
 log = logging.getLogger(__name__)
 
 
 class PublishedConfig(NamedTuple):
-    """What a configuration states. network: our name. color_space: "RGB" or "BGR"."""
+    """What a configuration states. network: our full name, as ``config.teacher`` has it.
+
+    color_space: "RGB" or "BGR".
+    """
 
     network: str
     embedding_size: int
@@ -85,21 +100,29 @@ def parse(text: str, path: Path, what: str):
     """The content of a .json or .yaml file. Raises ValueError for another syntax."""
     if path.suffix == ".json":
         return json.loads(text)
-    try:
-        # only those who have such a teacher need it
-        import yaml
-    except ImportError as error:
-        raise InputError(
-            f"{what}: {path} needs PyYAML: pip install -r requirements/requirement.txt"
-        ) from error
+    yaml = require_yaml(f"{what}: {path}")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(first_line(error)) from error
 
 
+def require_yaml(subject: str):
+    """PyYAML, which only those need who read or write a repository.
+
+    subject: what needs it, the first words of the message. Raises InputError if it is missing.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(
+            f"{subject} needs PyYAML: pip install -r requirements/requirement.txt"
+        ) from error
+    return yaml
+
+
 def network_of(content: dict, states: str) -> str:
-    """Our name of the network.
+    """Our full name of the network.
 
     ``yaml_path`` (models/iresnet/configs/v1_ir50.yaml) tells its family, ``name`` its depth.
     """
@@ -109,6 +132,29 @@ def network_of(content: dict, states: str) -> str:
     if name is None:
         raise InputError(
             f"{states} the network {family} {content['name']}, which cannot be built here (only "
-            f"{', '.join(NETWORKS['iresnet'])}): export it to ONNX and set teacher=onnx:PATH"
+            f"{', '.join(name for names in NETWORKS.values() for name in names.values())}): export "
+            "it to ONNX and set teacher=onnx:PATH"
         )
     return name
+
+
+def published_as(network: str, embedding_size: int) -> dict:
+    """The configuration of one of our networks for RGB images: what ``read_configuration`` reads.
+
+    network: our full name of it.
+    """
+    family, name = next(
+        (family, name)
+        for family, names in NETWORKS.items()
+        for name, known in names.items()
+        if known == network
+    )
+    return {
+        "color_space": "RGB",
+        "freeze": False,
+        "input_size": [3, 112, 112],
+        "name": name,
+        "output_dim": embedding_size,
+        "start_from": "",
+        "yaml_path": f"models/{family}/configs/v1_{name}.yaml",
+    }

@@ -31,29 +31,25 @@ FROM_EXPORTED = "torch.onnx.export(torch.export.load({path!r}), f='face.onnx')"
 # pattern, kind, what to do
 FIRST_BYTES = (
     (
-        re.compile(rb"version https://git-lfs"),
+        rb"version https://git-lfs",
         "pointer",
         "a Git LFS pointer instead of the file: fetch the file itself (git lfs pull)",
     ),
     (
-        re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE),
+        rb"(?i)\s*<(!doctype|html|\?xml)",
         "page",
         "a web page that was saved instead of the file: download it again",
     ),
     (
-        re.compile(rb"PK\x03\x04"),
+        rb"PK\x03\x04",
         "checkpoint",
         "a PyTorch checkpoint: name it *.pth, and as a teacher set teacher to its network and "
         "pretrained_teacher_path to it",
     ),
-    (
-        re.compile(rb".{7}\x00\{", re.DOTALL),
-        "safetensors",
-        "a safetensors file: name it *.safetensors",
-    ),
+    (rb"(?s).{7}\x00\{", "safetensors", "a safetensors file: name it *.safetensors"),
     # protobuf field 1 (ir_version), a small number, then one of the other fields of a model
     (
-        re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]"),
+        rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]",
         "onnx",
         "an ONNX model: named .onnx it can be evaluated; training takes one only as a teacher, by "
         "teacher=onnx:PATH",
@@ -71,7 +67,7 @@ def bytes_look_like(path: str | Path, expected_kind: str) -> str:
     with open(path, "rb") as file:
         start = file.read(64)
     for pattern, kind, description in FIRST_BYTES:
-        if kind != expected_kind and pattern.match(start):
+        if kind != expected_kind and re.match(pattern, start):
             return description
     return ""
 
