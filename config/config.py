@@ -118,6 +118,13 @@ config.schedule = "step"
 config.schedule_power = 1.0
 # a list of factors, one an epoch, instead of warm-up and schedule
 config.lr_func = None
+# factor on that of the network; the class centres learn at the whole rate
+config.backbone_lr = 1.0
+# epochs at the start in which the class centres learn alone (fine-tuning on few people)
+config.freeze = 0
+# decay of an average of the network's weights that is kept beside it, measured and saved as
+# <step>ema.pth; 0: none
+config.ema = 0.0
 config.momentum = 0.9
 config.weight_decay = 5e-4
 # largest gradient norm of the backbone; 0: unbounded
@@ -202,6 +209,25 @@ config.tinyface_flip = True
 #   Milestone m: learning rate x 0.1 from epoch index m - 1. num_classes, num_image 0: as many as
 #   the set has.
 LFW_AND_CO = ["lfw", "cfp_fp", "cfp_ff", "agedb_30", "calfw", "cplfw"]
+
+
+def archive(folder: str, num_classes: int, num_image: int) -> dict:
+    """An entry for a large set; epochs, milestones and pair sets as InsightFace's for Glint360K."""
+    return dict(
+        db_file_format="rec",
+        rec=folder,
+        data_path="",
+        sample=0,
+        num_classes=num_classes,
+        num_image=num_image,
+        num_epoch=20,
+        warmup_epoch=0,
+        milestones=[8, 12, 15, 18],
+        val_rec=folder,
+        val_targets=["lfw", "cfp_fp", "agedb_30"],
+    )
+
+
 DATASETS = {
     "emoreIresNet": dict(
         db_file_format="rec",
@@ -229,6 +255,11 @@ DATASETS = {
         val_rec="data/faces_webface_112x112",
         val_targets=LFW_AND_CO,
     ),
+    "MS1MV3": archive("data/ms1m-retinaface-t1", 93431, 5179510),
+    "Glint360K": archive("data/glint360k", 360232, 17091657),
+    "WebFace4M": archive("data/WebFace4M", 205990, 4235242),
+    "WebFace12M": archive("data/WebFace12M", 617970, 12720066),
+    "WebFace42M": archive("data/WebFace42M", 2059906, 42474557),
     "Idifface": dict(
         db_file_format="folder",
         rec="",

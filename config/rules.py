@@ -209,10 +209,20 @@ def check_training(values: dict, method: str) -> None:
                     f"set {key}={allowed[-1]}, or another device"
                 )
     check_options(**of_header(values), method=method)
+    check_freeze(values["freeze"], values["header_weight"], method)
     if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
             "teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, "
             "or set teacher_embeddings="
+        )
+
+
+def check_freeze(freeze: int, header_weight: float, method: str) -> None:
+    if freeze and (method == "AMLDistill" or not header_weight):
+        why = "header_weight=0" if method != "AMLDistill" else "AMLDistill"
+        raise InputError(
+            f"freeze={freeze}: in these epochs only the class centres learn, and nothing moves "
+            f"them with {why}: set freeze=0"
         )
 
 
@@ -256,6 +266,12 @@ def check_schedule(values: dict, overrides: dict) -> None:
         raise InputError(
             f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={num_epoch}"
         )
+    if values["freeze"] >= num_epoch:
+        raise InputError(
+            f"freeze={values['freeze']} leaves the network nothing of num_epoch={num_epoch}"
+        )
+    if values["ema"] >= 1:
+        raise InputError(f"ema={values['ema']}: the average must move; set it below 1, or 0: none")
 
 
 def check_teacher(values: dict) -> None:

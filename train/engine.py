@@ -2,10 +2,10 @@
 
     loss_of(student, batch, epoch) -> (loss, stats)
 
-is what a script hands it. student: the network as the engine wraps it (autocast, compiled,
-DistributedDataParallel); batch: an Inputs; epoch: fractional; loss: 0-d; stats: named 0-d tensors
-for the log. Batches come from feed.py, the log line from progress.py, accuracies from
-validation.py, and what a run needs to go on lies in run_state.py.
+is what a script hands it. student: the network of student.py, called with images; batch: an Inputs;
+epoch: fractional; loss: 0-d; stats: named 0-d tensors for the log. Batches come from feed.py, the
+log line from progress.py, accuracies from validation.py, and what a run needs to go on lies in
+run_state.py.
 """
 
 import logging
@@ -13,17 +13,16 @@ import math
 from contextlib import nullcontext
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from train.build import input_dtype, memory_format
 from train.feed import Feed
-from train.gradients import FiniteGuard, make_scaler
+from train.gradients import NO_SCALER, FiniteGuard, make_scaler
 from train.progress import Progress
 from train.run_state import Position, RunState
 from train.schedule import learning_rate
 from train.start_up import StopRequest, write_config
+from train.student import Average, Student
 from utils import distributed
-from utils.precision import autocast
 from utils.run.hang_watch import Watch
 
 
@@ -38,7 +37,8 @@ class Engine:
         self.position = Position()
         self.feed = Feed(cfg, dataset, run.device, input_dtype(cfg, run))
         self.backbone = student.to(run.device, memory_format=memory_format(cfg))
-        self.student = wrap(self.backbone, run, cfg.compile)
+        self.student = Student(self.backbone, run, cfg.compile)
+        self.average = Average(self.backbone, cfg.ema)
         self.weights = [p for p in self.backbone.parameters() if p.requires_grad]
         self.header = header.to(run.device)
         # their step() below needs no gradient as large as the centres
@@ -52,7 +52,8 @@ class Engine:
             # uninitialised momentum
             fused=run.precision != "fp16" and run.device.type in ("cpu", "cuda"),
         )
-        self.scaler = make_scaler(run)
+        self.lr = cfg.lr
+        self.loss_scaler = make_scaler(run)
         self.finite = FiniteGuard(self)
         self.state = RunState(self, method)
         # dropout and sampled classes differ between the ranks
@@ -111,6 +112,7 @@ class Engine:
     def train_epoch(self, stop: StopRequest) -> bool:
         """Train from where this epoch stands to its end; True if a signal asks to stop."""
         position = self.position
+        self.student.freeze(position.epoch < self.cfg.freeze)
         batches = self.feed.read(position)
         while self.feed.steps_left(position.samples):
             epoch = position.epoch
@@ -121,7 +123,7 @@ class Engine:
             self.progress.add(loss, stats)
             if self.progress.is_due(position.step, ended):
                 self.finite.check()
-                self.progress.write(position, epoch, self.optimizer.param_groups[0]["lr"])
+                self.progress.write(position, epoch, self.lr)
             if self.validation.is_due(position.step, epoch, ended):
                 self.verify()
             stopped = stop.agreed()
@@ -137,9 +139,10 @@ class Engine:
         """One optimizer step; its loss and statistics, still on the device."""
         cfg = self.cfg
         fraction = self.feed.fraction(self.position)
-        lr = learning_rate(cfg, self.position.epoch, fraction)
+        processes = distributed.world_size()
+        self.lr = learning_rate(cfg, self.position.epoch, fraction, processes)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.lr * cfg.backbone_lr
         total = 0.0
         means = {}
         for part in range(cfg.accumulate):
@@ -156,12 +159,18 @@ class Engine:
         norm = torch.nn.utils.clip_grad_norm_(self.weights, cfg.grad_clip or math.inf)
         self.finite.note(total, norm)
         self.scaler.step(self.optimizer)
-        self.move_centers(lr, norm)
+        self.move_centers(norm)
         self.scaler.update()
+        self.average.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, means
 
-    def move_centers(self, lr: float, norm: torch.Tensor) -> None:
+    @property
+    def scaler(self):
+        """fp16's loss scaler; a frozen student has no gradients to scale."""
+        return NO_SCALER if self.student.frozen else self.loss_scaler
+
+    def move_centers(self, norm: torch.Tensor) -> None:
         """The learned centres' part of the step; others do not move by it.
 
         fp16's scaler leaves out a step whose gradients are not finite, and so do the centres.
@@ -175,20 +184,22 @@ class Engine:
                 centers.forget()
                 return
             scale = self.scaler.get_scale()
-        centers.step(lr, self.cfg.momentum, self.cfg.weight_decay, scale)
+        centers.step(self.lr, self.cfg.momentum, self.cfg.weight_decay, scale)
 
     # --- between steps
 
     def verify(self) -> None:
         self.finite.check()
         with self.progress.paused():
-            self.validation.verify(self.backbone, self.run, self.progress.log, self.position)
+            self.validation.verify(self.average.network, self.run, self.progress.log, self.position)
 
     def run_benchmarks(self, epoch: int) -> None:
         self.finite.check()
         step = self.position.step
         with self.progress.paused():
-            self.validation.run_benchmarks(self.backbone, self.run, self.progress.log, step, epoch)
+            self.validation.run_benchmarks(
+                self.average.network, self.run, self.progress.log, step, epoch
+            )
 
     def make_up_for_benchmarks(self) -> None:
         """Measure if the run was ended between an epoch's last state and its figures."""
@@ -202,20 +213,3 @@ class Engine:
         self.finite.check()
         with self.progress.paused():
             self.state.save()
-
-
-def wrap(backbone: torch.nn.Module, run, compiled: bool):
-    """The student as ``student(images)``: under autocast, compiled, averaging gradients."""
-    network = torch.compile(backbone) if compiled else backbone
-    if distributed.world_size() > 1:
-        device_ids = [run.device] if run.device.type == "cuda" else None
-        network = DistributedDataParallel(
-            network, gradient_as_bucket_view=True, device_ids=device_ids
-        )
-
-    def student(images):
-        with autocast(run.device, run.precision):
-            return network(images)
-
-    student.no_sync = getattr(network, "no_sync", nullcontext)
-    return student

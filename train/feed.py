@@ -8,6 +8,7 @@ import torch
 
 from train.damaged_records import DamagedRecords
 from train.run_state import Position
+from train.schedule import images_of_step
 from utils import distributed
 from utils.dataset.loader import open_loader
 from utils.dataset.order import EpochBatches, mirrored
@@ -49,7 +50,7 @@ class Feed:
             cfg.shuffle,
             open_read_ahead(dataset, cfg.shuffle_block),
         )
-        self.step_samples = self.batches.global_batch * cfg.accumulate
+        self.step_samples = images_of_step(cfg, distributed.world_size())
         self.steps_per_epoch = self.length // self.step_samples
         if self.steps_per_epoch == 0:
             raise InputError(

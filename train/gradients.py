@@ -5,6 +5,8 @@ import torch
 from utils import distributed
 from utils.errors import InputError
 
+NO_SCALER = torch.amp.GradScaler(enabled=False)
+
 
 def make_scaler(run):
     """fp16's loss scaler, which does nothing for the other precisions."""
@@ -47,9 +49,9 @@ class FiniteGuard:
         if step < 0 and not (scaler.is_enabled() and scaler.get_scale() < 1e-3):
             return
         step = step if step >= 0 else self.engine.position.step
-        lr = self.engine.optimizer.param_groups[0]["lr"]
         raise InputError(
-            f"the loss or a gradient is not finite at step {step} (learning rate {lr:g}, "
+            f"the loss or a gradient is not finite at step {step} "
+            f"(learning rate {self.engine.lr:g}, "
             f"{self.engine.run.precision}); try a lower lr, warmup_epoch=1 or more, or "
             "precision=fp32. Earlier checkpoints are untouched"
         )

@@ -62,6 +62,7 @@ class RunState:
             epoch=position.epoch,
             samples=position.samples,
             optimizer=engine.optimizer.state_dict(),
+            ema=engine.cfg.ema,
             header_momentum=momentum,
             header_moved=moved,
             scaler=engine.scaler.state_dict(),
@@ -71,8 +72,14 @@ class RunState:
             bad_records=list(engine.feed.damaged.reasons.items()),
         )
         if distributed.is_main():
-            weights = engine.backbone.state_dict()
-            self.folder.save(position.step, weights, header, state, engine.cfg.keep_states)
+            self.folder.save(
+                position.step,
+                engine.backbone.state_dict(),
+                header,
+                state,
+                engine.cfg.keep_states,
+                engine.average.state_dict(),
+            )
 
     def random_states(self) -> tuple:
         """This rank's random states: of the host, and of its GPU or None."""
@@ -84,8 +91,7 @@ class RunState:
         """Whether every rank writes its share of the header, rather than rank 0 all of it."""
         centers = self.engine.header.centers
         size = centers.num_classes * centers.weight.shape[1] * centers.weight.element_size()
-        form = self.engine.cfg.header_format
-        return form == "shards" or form == "auto" and size > LARGE_HEADER
+        return in_shards(self.engine.cfg.header_format, size)
 
     def save_shards(self) -> None:
         # torch.distributed.checkpoint takes a second to import
@@ -109,6 +115,7 @@ class RunState:
         check_settled(engine.cfg, self.method, self.folder, step, state)
         header = self.folder.load(step, engine.backbone)
         self.resume_header(step, header, state)
+        self.resume_average(step, state)
         engine.optimizer.load_state_dict(state["optimizer"])
         # the configuration's values count, also where they have changed
         for group in engine.optimizer.param_groups:
@@ -212,6 +219,18 @@ class RunState:
         if configured is not None:
             self.refuse_other_centers(file, configured)
 
+    def resume_average(self, step: int, state: dict) -> None:
+        """Take up the average of the weights; one that the run had not had begins at this step."""
+        average = self.engine.average
+        if not average.decay:
+            return
+        # states of earlier versions do not say it
+        if state.get("ema"):
+            load_backbone(average.network, self.folder.file(step, "ema"), "resume")
+        else:
+            average.restart()
+            logging.warning("no average of the weights was kept before: it begins at step %d", step)
+
     def refuse_other_centers(self, file: Path, configured: torch.Tensor) -> None:
         """Raises InputError if centres that nothing moves are not those that were resumed."""
         cfg, saved = self.engine.cfg, self.engine.header.centers.weight
@@ -230,6 +249,11 @@ class RunState:
         torch.set_rng_state(host)
         if device is not None and own.type == kind:
             getattr(torch, own.type).set_rng_state(device)
+
+
+def in_shards(header_format: str, size: int) -> bool:
+    """size: bytes of all class centres."""
+    return header_format == "shards" or header_format == "auto" and size > LARGE_HEADER
 
 
 def check_settled(cfg, method: str, folder: RunFolder, step: int, state: dict) -> None:

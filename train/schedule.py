@@ -2,15 +2,17 @@
 
 import math
 
-from utils import distributed
+
+def images_of_step(cfg, processes: int) -> int:
+    return cfg.batch_size * processes * cfg.accumulate
 
 
-def learning_rate(cfg, epoch: int, fraction: float) -> float:
+def learning_rate(cfg, epoch: int, fraction: float, processes: int) -> float:
     """Learning rate at ``fraction`` (0 to below 1) of ``epoch``, counted from 0.
 
-    lr is for 512 images a step.
+    lr is for 512 images a step, of which accumulate counts one forward pass.
     """
-    base = cfg.lr / 512 * cfg.batch_size * distributed.world_size()
+    base = cfg.lr / 512 * cfg.batch_size * processes
     return base * factor(cfg, epoch, fraction)
 
 

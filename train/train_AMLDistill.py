@@ -27,24 +27,29 @@ from utils.errors import run as run_main
 def main():
     cfg, resume = parse_arguments(__doc__, "AMLDistill")
     with start_up.start(cfg, resume) as run:
-        dataset = build.build_dataset(cfg)
-        cfg = build.with_classes(cfg, dataset)
-        validation = Validation(cfg)
-        student = build.build_student(cfg)
-        header = build.build_header(cfg, "AMLDistill")
-        build.load_teacher_centers(header, cfg)
-        teacher = build.open_teacher(cfg, run, dataset) if header.needs_teacher else None
-        if cfg.teacher_embeddings and not teacher:
-            logging.info(
-                "teacher_embeddings are not read: without the geometry margin and feature_weight "
-                "AMLDistill needs the teacher's class centres only"
-            )
+        engine_of(cfg, run).train()
 
-        def loss_of(student, batch, epoch):
-            features_t = teacher(batch) if teacher else None
-            return header(student(batch.images), batch.labels, features_t, epoch)
 
-        Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation).train()
+def engine_of(cfg, run: start_up.Run) -> Engine:
+    """All that a run is made of."""
+    dataset = build.build_dataset(cfg)
+    cfg = build.with_classes(cfg, dataset)
+    validation = Validation(cfg)
+    student = build.build_student(cfg)
+    header = build.build_header(cfg, "AMLDistill")
+    build.load_teacher_centers(header, cfg)
+    teacher = build.open_teacher(cfg, run, dataset) if header.needs_teacher else None
+    if cfg.teacher_embeddings and not teacher:
+        logging.info(
+            "teacher_embeddings are not read: without the geometry margin and feature_weight "
+            "AMLDistill needs the teacher's class centres only"
+        )
+
+    def loss_of(student, batch, epoch):
+        features_t = teacher(batch) if teacher else None
+        return header(student(batch.images), batch.labels, features_t, epoch)
+
+    return Engine(cfg, run, "AMLDistill", dataset, student, header, loss_of, validation)
 
 
 if __name__ == "__main__":

@@ -27,18 +27,23 @@ from utils.errors import run as run_main
 def main():
     cfg, resume = parse_arguments(__doc__, "AdaDistill")
     with start_up.start(cfg, resume) as run:
-        dataset = build.build_dataset(cfg)
-        cfg = build.with_classes(cfg, dataset)
-        validation = Validation(cfg)
-        student = build.build_student(cfg)
-        header = build.build_header(cfg, "AdaDistill")
-        build.load_pretrained_centers(header, cfg)
-        teacher = build.open_teacher(cfg, run, dataset)
+        engine_of(cfg, run).train()
 
-        def loss_of(student, batch, epoch):
-            return header(student(batch.images), batch.labels, teacher(batch), epoch)
 
-        Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation).train()
+def engine_of(cfg, run: start_up.Run) -> Engine:
+    """All that a run is made of."""
+    dataset = build.build_dataset(cfg)
+    cfg = build.with_classes(cfg, dataset)
+    validation = Validation(cfg)
+    student = build.build_student(cfg)
+    header = build.build_header(cfg, "AdaDistill")
+    build.load_pretrained_centers(header, cfg)
+    teacher = build.open_teacher(cfg, run, dataset)
+
+    def loss_of(student, batch, epoch):
+        return header(student(batch.images), batch.labels, teacher(batch), epoch)
+
+    return Engine(cfg, run, "AdaDistill", dataset, student, header, loss_of, validation)
 
 
 if __name__ == "__main__":

@@ -23,17 +23,22 @@ from utils.errors import run as run_main
 def main():
     cfg, resume = parse_arguments(__doc__, "standalone")
     with start_up.start(cfg, resume) as run:
-        dataset = build.build_dataset(cfg)
-        cfg = build.with_classes(cfg, dataset)
-        validation = Validation(cfg)
-        student = build.build_student(cfg)
-        header = build.build_header(cfg, "standalone")
-        build.load_pretrained_centers(header, cfg)
+        engine_of(cfg, run).train()
 
-        def loss_of(student, batch, epoch):
-            return header(student(batch.images), batch.labels)
 
-        Engine(cfg, run, "standalone", dataset, student, header, loss_of, validation).train()
+def engine_of(cfg, run: start_up.Run) -> Engine:
+    """All that a run is made of."""
+    dataset = build.build_dataset(cfg)
+    cfg = build.with_classes(cfg, dataset)
+    validation = Validation(cfg)
+    student = build.build_student(cfg)
+    header = build.build_header(cfg, "standalone")
+    build.load_pretrained_centers(header, cfg)
+
+    def loss_of(student, batch, epoch):
+        return header(student(batch.images), batch.labels)
+
+    return Engine(cfg, run, "standalone", dataset, student, header, loss_of, validation)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,11 @@ def test_every_specified_key_has_a_default():
         ("emoreIresNet", 85742, 5822653, 26, [8, 14, 20, 25], "rec"),
         ("CASIA_WebFace", 10572, 501195, 60, [40, 48, 52], "rec"),
         ("Idifface", 10049, 502450, 60, [40, 48, 52], "folder"),
+        ("MS1MV3", 93431, 5179510, 20, [8, 12, 15, 18], "rec"),
+        ("Glint360K", 360232, 17091657, 20, [8, 12, 15, 18], "rec"),
+        ("WebFace4M", 205990, 4235242, 20, [8, 12, 15, 18], "rec"),
+        ("WebFace12M", 617970, 12720066, 20, [8, 12, 15, 18], "rec"),
+        ("WebFace42M", 2059906, 42474557, 20, [8, 12, 15, 18], "rec"),
         ("synthetic", 0, 0, 10, [7, 9], "rec"),
     ],
 )
@@ -356,6 +361,9 @@ def test_wrong_types_in_a_file(tmp_path, values, message):
         (["db_file_format=rec", "rec="], "needs rec"),
         (["dataset=Idifface", "rec_backend=mxnet"], "rec_backend='mxnet' reads records"),
         (["num_epoch=2", "warmup_epoch=2"], "warmup_epoch=2 leaves nothing of num_epoch=2"),
+        (["num_epoch=2", "freeze=2"], "freeze=2 leaves the network nothing of num_epoch=2"),
+        (["ema=1"], "ema=1.0: the average must move; set it below 1"),
+        (["header_weight=0"], "header_weight=0 and feature_weight=0 leave nothing to learn from"),
         (["sample_rate=0"], "sample_rate=0.0 must be above 0"),
         (["sample_rate=1.5"], "at most 1"),
         (["val_rec="], "val_targets need val_rec"),
@@ -394,6 +402,24 @@ def test_lr_func_takes_the_place_of_the_schedule(tmp_path):
     refused("lr_func has the factors of 2 epochs, but num_epoch=3", run, "num_epoch=3")
     refused("lr_func=-1.0 .*expected float of at least 0", partial(tmp_path, lr_func=[-1.0]))
     refused("lr_func=0.1 .*expected a list of float", partial(tmp_path, lr_func=0.1))
+
+
+@pytest.mark.parametrize(
+    "method, arguments, message",
+    [
+        ("AMLDistill", ["freeze=1"], "freeze=1: .*nothing moves them with AMLDistill"),
+        (
+            "AdaDistill",
+            ["freeze=1", "header_weight=0", "feature_weight=1"],
+            "nothing moves them with header_weight=0: set freeze=0",
+        ),
+        ("standalone", ["feature_weight=1"], "feature_weight needs a teacher"),
+    ],
+)
+def test_what_a_method_cannot_do(method, arguments, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(InputError, match=message):
+        parse_arguments("", method)
 
 
 @pytest.mark.parametrize(

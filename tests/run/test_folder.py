@@ -602,7 +602,7 @@ def test_folder_that_cannot_be_made(tmp_path):
 
 
 def test_half_written_files_are_swept(tmp_path):
-    for name in ("5backbone.pth", "10backbone.pth.tmp-77", "somebody's.pth.tmp-77"):
+    for name in ("5backbone.pth", "10ema.pth.tmp-77", "somebody's.pth.tmp-77"):
         (tmp_path / name).touch()
     RunFolder(tmp_path).sweep()
     assert files(tmp_path) == {"5backbone.pth", "somebody's.pth.tmp-77"}
@@ -634,6 +634,17 @@ def test_which_files_a_run_keeps(tmp_path):
         8
     ) | whole(10)
     assert folder.complete_steps() == [8, 10] and folder.steps("backbone") == [4, 8, 10]
+
+
+def test_an_average_of_the_weights_goes_with_them(tmp_path):
+    """Kept with an epoch's end (step 4), gone with step 2; one of an earlier try of step 8 goes."""
+    folder, weights = RunFolder(tmp_path), {"w": torch.ones(1)}
+    for step, average in ((2, weights), (4, weights), (6, weights), (8, weights), (8, None)):
+        state = {"step": step, "samples": step % 4}
+        folder.save(step, weights, {"kernel": torch.ones(1)}, state, 2, average)
+    assert {"4ema.pth", "6ema.pth"} == {name for name in files(tmp_path) if "ema" in name}
+    folder.file(6, "ema").write_bytes(b"cut off")
+    assert str(folder.file(6, "ema")) in folder.damage(6) and not folder.damage(8)
 
 
 def test_a_step_is_complete_with_all_its_files(tmp_path, weights):

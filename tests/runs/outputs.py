@@ -19,7 +19,7 @@ def draw_faces(folder: Path, people: int, pair_sets=()) -> Path:
 
 
 def everything(folder: Path, step: int) -> dict[str, torch.Tensor]:
-    """All tensors of a step: weights, centres, statistics and momentum, by name."""
+    """All tensors of a step: weights, their average, centres, statistics and momentum, by name."""
     backbone, header, state = (
         torch.load(folder / f"{step}{part}.pth", weights_only=True)
         for part in ("backbone", "header", "state")
@@ -30,7 +30,10 @@ def everything(folder: Path, step: int) -> dict[str, torch.Tensor]:
     }
     if state["header_momentum"] is not None:
         momentum["momentum/header"] = state["header_momentum"]
-    return backbone | header | momentum
+    average = {}
+    if (folder / f"{step}ema.pth").is_file():
+        average = torch.load(folder / f"{step}ema.pth", weights_only=True)
+    return backbone | header | momentum | {f"ema/{key}": value for key, value in average.items()}
 
 
 def same(folder: Path, other: Path, step: int) -> bool:

@@ -179,7 +179,7 @@ class CenterStorage(nn.Module):
         """
         count, device = len(self.weight), self.weight.device
         rows = place.local_row
-        share = max(round(rate * count), min(len(rows), count))
+        share = classes_sampled(rate, count, len(rows))
         if rate == 1 or share == count:
             return None, place
         # the centres of the batch always come along
@@ -189,6 +189,11 @@ class CenterStorage(nn.Module):
         chosen = chance.topk(share, sorted=False).indices.sort().values
         among = torch.searchsorted(chosen, rows.to(device)).clamp_(max=share - 1)
         return chosen, Place(place.is_local, among.to(rows.device))
+
+
+def classes_sampled(rate: float, count: int, batch: int) -> int:
+    """Of ``count`` classes of a rank, those that take part for a global batch of ``batch``."""
+    return max(round(rate * count), min(batch, count))
 
 
 def store(tensor: torch.Tensor, rows, values: torch.Tensor) -> None:

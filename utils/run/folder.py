@@ -15,7 +15,7 @@ from utils.weights.load import load_backbone
 from utils.weights.read import read_tensors
 
 HALF_WRITTEN = re.compile(
-    r"(\d+(backbone|header|state)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)"
+    r"(\d+(backbone|header|state|ema)\.pth|best_backbone\.pth|config\.json|metrics\.jsonl)"
     r"\.tmp-\d+"
 )
 GO_ON = "earlier checkpoints are untouched, go on with --resume"
@@ -39,7 +39,8 @@ class RunFolder:
     """The checkpoints of one run.
 
     ``<step>backbone.pth``, ``<step>header.pth`` or the folder ``<step>header`` (weights),
-    ``<step>state.pth`` (the rest), ``best_backbone.pth``.
+    ``<step>ema.pth`` (the weights' average, if there is one), ``<step>state.pth`` (the rest),
+    ``best_backbone.pth``.
     A step is complete once its state is there, which is written last.
     """
 
@@ -77,7 +78,12 @@ class RunFolder:
         "" if they can be read to the end.
         """
         sharded = self.shards(step).is_dir()
-        for part in ("backbone", "state") if sharded else ("backbone", "header", "state"):
+        parts = ["backbone", "state"]
+        if not sharded:
+            parts.append("header")
+        if self.file(step, "ema").is_file():
+            parts.append("ema")
+        for part in parts:
             file = self.file(step, part)
             try:
                 with zipfile.ZipFile(file) as archive:
@@ -123,14 +129,25 @@ class RunFolder:
         return later
 
     def save(
-        self, step: int, backbone: dict, header: dict | None, state: dict, keep_states: int
+        self,
+        step: int,
+        backbone: dict,
+        header: dict | None,
+        state: dict,
+        keep_states: int,
+        average: dict | None = None,
     ) -> None:
         """Write one step, then drop states beyond the newest ``keep_states``.
 
         With them go the weights of those that were no epoch's end.
         header None: all ranks have written it to ``shards(step)`` with the suffix .tmp.
+        average None: there is none.
         """
         save(backbone, self.file(step, "backbone"))
+        if average is not None:
+            save(average, self.file(step, "ema"))
+        else:
+            self.file(step, "ema").unlink(missing_ok=True)
         # a run that went back may have left the header of this step in the other form
         if self.shards(step).is_dir():
             shutil.rmtree(self.shards(step))
@@ -150,6 +167,7 @@ class RunFolder:
             self.file(old, "state").unlink()
             if not epoch_end:
                 self.file(old, "backbone").unlink()
+                self.file(old, "ema").unlink(missing_ok=True)
                 self.file(old, "header").unlink(missing_ok=True)
                 shutil.rmtree(self.shards(old), ignore_errors=True)
 
