@@ -91,7 +91,7 @@ def test_every_step_has_the_learning_rate_of_the_founding_schedule(tmp_path, tex
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, theirs.lr_func)
     for epoch in range(theirs.num_epoch):
         expected = optimizer.param_groups[0]["lr"]
-        assert [learning_rate(cfg, epoch, step / 5) for step in range(5)] == [expected] * 5
+        assert [learning_rate(cfg, epoch, step / 5, 1) for step in range(5)] == [expected] * 5
         optimizer.step()
         scheduler.step()
     assert cfg.lr_func == [theirs.lr_func(epoch) for epoch in range(26)]
