@@ -247,7 +247,10 @@ def read_file(path: Path) -> ConfigFile:
     if not path.is_file():
         raise InputError(f"no configuration file at {path.absolute()}")
     if path.suffix == ".json":
-        return ConfigFile(read_json(path, "a dict of configuration values"), {})
+        values = read_json(path, "a dict of configuration values")
+        # which script trained the run is no value of the configuration
+        values.pop("method", None)
+        return ConfigFile(values, {})
     # a file that imports the defaults and edits them gets fresh ones
     sys.modules.pop("config.config", None)
     try:

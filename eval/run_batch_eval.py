@@ -8,7 +8,8 @@
 prints the table of run_full_eval.py for each and writes, in <checkpoint-dir>/reports,
 <name>_metrics.csv (and .json) for each and summary.csv, summary.md, summary.png and
 metrics.pdf (every metric against the step) over all; a name is 600backbone, or student_600backbone
-for the run in the sub-folder student. --checkpoint-suffix .onnx takes the ONNX models of
+for the run in the sub-folder student. Runs whose config.json differ in seed and output only are
+seeds of one method: seeds.md and seeds.csv have one row for them, the mean ± standard deviation.
 deploy/export_onnx.py: 600backbone.onnx, 600backbone.int8.onnx. A checkpoint whose report is there,
 newer than the file and made with the same settings (settings/<name>.json) is not evaluated again.
 
@@ -30,12 +31,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from eval import evaluate
 from eval.bootstrap import Difference, subtract
-from eval.report import figure_keys, files, tables
+from eval.report import figure_keys, files, seeds, tables
 from eval.uncertainty import Uncertainty
 from utils import distributed
 from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_folder, printable, read_json, write_json
+from utils.weights.load import run_beside
 
 
 def main() -> None:
@@ -232,7 +234,7 @@ class Reports:
 
         Raises InputError that names the checkpoints that could not be evaluated.
         """
-        rows = [self.rows[checkpoint] for checkpoint in checkpoints if checkpoint in self.rows]
+        rows = {path: self.rows[path] for path in checkpoints if path in self.rows}
         distributed.main_computes(lambda: self.compare(rows, len(checkpoints)))
         if self.failures:  # after the comparison is written: this ends the other ranks
             raise InputError(
@@ -240,16 +242,23 @@ class Reports:
                 "evaluated: " + "; ".join(self.failures.values())
             )
 
-    def compare(self, rows: list[figure_keys.Row], checkpoints: int) -> None:
-        if rows:
-            files.write_summary(self.folder, rows, self.arguments.sort_by, self.differences())
-            skipped = files.format_skipped(self.evaluator.skipped)
-            forest = ", differences.png" if self.arguments.against else ""
-            print(
-                f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
-                f"{self.folder / 'summary.md'}, summary.csv, summary.png, metrics.pdf{forest}",
-                flush=True,
-            )
+    def compare(self, by_checkpoint: dict[Path, figure_keys.Row], checkpoints: int) -> None:
+        rows = list(by_checkpoint.values())
+        if not rows:
+            return
+        files.write_summary(self.folder, rows, self.arguments.sort_by, self.differences())
+        methods = seeds.group_by_method(rows, list(map(configuration_of, by_checkpoint)))
+        written = ["summary.csv", "summary.png", "metrics.pdf"]
+        if self.arguments.against:
+            written.append("differences.png")
+        if seeds.write_seeds(self.folder, methods):
+            written += seeds.FILES
+        skipped = files.format_skipped(self.evaluator.skipped)
+        print(
+            f"{skipped}{len(rows)} of {checkpoints} checkpoints evaluated: "
+            f"{self.folder / 'summary.md'}, {', '.join(written)}",
+            flush=True,
+        )
 
     def differences(self) -> dict[str, dict[str, Difference]] | None:
         """{name of a row: {figure: its difference to --against}}, None without --against."""
@@ -267,6 +276,12 @@ class Reports:
             for name, row in rows.items()
             if name != against
         }
+
+
+def configuration_of(checkpoint: Path) -> dict:
+    """What the run of a checkpoint wrote beside it; empty if it is no run's."""
+    beside = run_beside(checkpoint)
+    return read_json(beside) if beside else {}
 
 
 def is_newer(path: Path, checkpoint: Path) -> bool:

@@ -75,7 +75,7 @@ class Engine:
                 logging.warning(
                     "going back to step %d: the states of steps %s are removed", step, steps
                 )
-            write_config(cfg, run.resume_step)
+            write_config(cfg, self.state.method, run.resume_step)
         # scripts of people who come from AdaDistill look for this line
         logging.info("Total Step is: %d", self.total_steps)
         self.progress = Progress(cfg, run.device, self.feed, self.total_steps, step)

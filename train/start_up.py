@@ -200,8 +200,11 @@ def was_restarted(log: Path) -> bool:
     return log.is_file() and f"{launch_name()}\n" in log.read_text("utf-8", "replace")
 
 
-def write_config(cfg, resume_step: int) -> None:
-    """Write config.json; when resuming, say what has changed since the run was started."""
+def write_config(cfg, method: str, resume_step: int) -> None:
+    """Write config.json; when resuming, say what has changed since the run was started.
+
+    method: stands beside the configuration, which is the same for several of them.
+    """
     path = Path(cfg.output) / "config.json"
     if resume_step and path.exists():
         before = read_json(path, "a dict of configuration values")
@@ -210,7 +213,7 @@ def write_config(cfg, resume_step: int) -> None:
                 logging.warning(
                     "resumed with another %s: %r instead of %r", key, value, before.get(key)
                 )
-    write_json(path, dict(cfg))
+    write_json(path, dict(cfg) | {"method": method})
 
 
 class StopRequest:

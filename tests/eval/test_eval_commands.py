@@ -424,6 +424,25 @@ def test_checkpoints_against_one(runs, sets, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.processes
+def test_seeds_of_one_method_are_one_row(sets, tmp_path):
+    for seed in (1, 2):
+        folder = tmp_path / f"ada_seed{seed}"
+        folder.mkdir()
+        save_network(folder / "3backbone.pth", seed)
+        write_run_config(
+            folder, val_rec=str(sets), val_targets=["lowres"], seed=seed, output=str(folder)
+        )
+    output = run(BATCH, "--checkpoint-dir", tmp_path, *HOW)
+    assert "seeds.md, seeds.csv" in output
+    with (tmp_path / "reports" / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    first, second = (100 * float(row["verification.lowres.Accuracy-Flip"]) for row in rows)
+    mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
+    line = (tmp_path / "reports" / "seeds.md").read_text().splitlines()[-1]
+    assert line == f"| ada_seed | 3backbone | 1, 2 | {mean:.2f} ± {spread:.2f} |"
+
+
+@pytest.mark.processes
 def test_one_bad_checkpoint_does_not_stop_the_others(sets, tmp_path):
     good = save_network(tmp_path / "3backbone.pth")
     (tmp_path / "1backbone.pth").write_bytes(good.read_bytes()[:5000])

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from eval import plot_curves
 from eval.groups import compare_groups
 from eval.quality import RejectCurves
-from eval.report import comparison_plots, figure_keys, figures, files, tables
+from eval.report import comparison_plots, figure_keys, figures, files, seeds, tables
 from eval.report.figure_keys import Row
 from eval.report.html_report import CAPTIONS, MOST_PAIRS, PairExhibit, RankExhibit, write_page
 from eval.roc import FPRS, Roc, Separation, cmc, roc_curve, separate, threshold_at
@@ -881,3 +881,65 @@ def test_curves_take_the_last_step_of_any_order(tmp_path):
     files.write_summary(tmp_path, rows[-1:])
     with pytest.raises(InputError, match="summary.csv has no accuracy on a pair set"):
         plot_curves.read_accuracies(tmp_path / "summary.csv")
+
+
+def test_seeds_of_a_method_are_one_row(tmp_path):
+    """The same configuration but for seed and output; the rest stands alone."""
+    key, other = "verification.lfw.Accuracy-Flip", "verification.lfw.XNorm"
+    ada = dict(method="AdaDistill", loss="ArcFace", m=None)
+    runs = {
+        # run: (configuration, accuracy)
+        "ada_seed1": (ada | dict(seed=1, output="a", global_step=0), 0.5),
+        "ada_seed12": (ada | dict(seed=12, output="b", global_step=3), 0.9),
+        "ada_seed3": (ada | dict(seed=3, output="c", global_step=0), 0.7),
+        "aml": (ada | dict(method="AMLDistill", seed=1, output="d"), 0.6),
+        "cos": (ada | dict(loss="CosFace", seed=2, output="e"), 0.4),
+        "copy": (ada | dict(loss="CosFace", seed=2, output="f"), 0.4),
+        "released": ({}, 0.8),
+        "published": ({}, 0.3),
+    }
+    rows = []
+    for name, (_, accuracy) in runs.items():
+        rows.append(Row(f"{name}_5backbone", name, 5, {key: accuracy, other: 20.0}))
+    del rows[1].figures[other]
+    configurations = [configuration for configuration, _ in runs.values()]
+    # another step is another row
+    rows.append(Row("aml_9backbone", "aml", 9, {key: 0.65, other: 20.0}))
+    configurations.append(runs["aml"][0])
+    methods = seeds.group_by_method(rows, configurations)
+    assert seeds.write_seeds(tmp_path, methods)
+    head, _, *lines = markdown_rows((tmp_path / "seeds.md").read_text())
+    assert head == ["runs", "checkpoint", "seeds", "lfw"]
+    # deviations -20, 20, 0: sqrt(800 / 2)
+    assert lines == [
+        ["ada_seed", "5backbone", "1, 12, 3", "70.00 ± 20.00"],
+        ["aml", "5backbone", "1", "60.00"],
+        ["cos", "5backbone", "2", "40.00"],
+        ["copy", "5backbone", "2", "40.00"],
+        ["released", "5backbone", "", "80.00"],
+        ["published", "5backbone", "", "30.00"],
+        ["aml", "9backbone", "1", "65.00"],
+    ]
+    head, first, second, *_ = read_table(tmp_path / "seeds.csv")
+    assert head == ["runs", "checkpoint", "seeds", key, f"{key}-spread", other, f"{other}-spread"]
+    # a figure that one seed lacks has no mean
+    assert first[3:] == ["0.700000", "0.200000", "", ""]
+    assert second[3:] == ["0.600000", "", "20.000000", ""]
+
+    assert not seeds.write_seeds(tmp_path, methods[1:])
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_mark_of_a_mean(tmp_path):
+    """Two seeds on an IJB set too small for a false accept rate of 1e-4."""
+    rows = []
+    for seed in (1, 2):
+        results = all_results() | {"ijb": {"IJBC": ijb_figures(seed=seed)}}
+        rows.append(Row(f"{seed}_5backbone", str(seed), 5, figure_keys.flatten(results)))
+    key = "ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_0.0001"
+    low, high = sorted(row.figures[key] for row in rows)
+    methods = seeds.group_by_method(rows, [dict(seed=1), dict(seed=2)])
+    seeds.write_seeds(tmp_path, methods)
+    head, _, line = markdown_rows((tmp_path / "seeds.md").read_text())
+    spread = (high - low) / 2**0.5
+    assert line[head.index("IJBC 1e-4")] == f"{(low + high) / 2:.2f}† ± {spread:.2f}"

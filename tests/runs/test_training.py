@@ -279,6 +279,7 @@ def test_files_and_figures_of_a_run(faces, tmp_path):
         )
     config = json.loads((output / "config.json").read_text())
     assert config["loss"] == "AdaFace" and config["num_classes"] == 9
+    assert config["method"] == "standalone"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(output / "tb"))
