@@ -1,6 +1,7 @@
 """Losses: one header made of class centres and a margin."""
 
-from utils.losses.header import Header, build_header, check_options
+from utils.losses.build import build_header, check_options
+from utils.losses.header import Header
 
 __all__ = ["Header", "build_header", "check_options"]
 

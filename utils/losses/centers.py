@@ -36,9 +36,9 @@ class AdaptiveCenters(CenterStorage):
         w_y   <- alpha w_y + (1 - alpha) t / |t|
 
     The better the student follows, the slower the centre moves. A constant alpha is the paper's
-    ablation (ACosFace in its code). Of several images of one class in
-    the global batch, each alpha is computed from the old centre, and w_y becomes the mean of their
-    updated values: neither order nor rank can be seen in it.
+    ablation (ACosFace in its code). Of several images of one class in the global batch, each alpha
+    is computed from the old centre, and w_y becomes the mean of their updated values: neither order
+    nor rank can be seen in it.
     """
 
     follows_teacher = True
