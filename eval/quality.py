@@ -51,7 +51,8 @@ def error_versus_reject(
     """FNMR when the samples of the lowest quality are rejected, and every pair with one of them.
 
     ``qualities``: (S,) of all samples; ``genuine_scores``: (G,) and ``genuine_qualities``: (G, 2)
-    of the genuine pairs; ``roc``: of all pairs, which gives the thresholds.
+    of the genuine pairs; ``roc``: of all pairs, which gives the thresholds. Without a curve where
+    there are too few pairs.
     """
     cutoffs = np.sort(qualities)[(SHARES * len(qualities)).astype(int)]
     weaker = genuine_qualities.min(axis=1)
@@ -62,7 +63,7 @@ def error_versus_reject(
     left = count_left(weaker)
     fnmr = {}
     for fmr in FMRS:
-        if resolves(fmr, roc.impostor):
+        if resolves(fmr, roc.impostor) and left[0] >= FEWEST_PAIRS:
             errors = count_left(weaker[genuine_scores < threshold_at(roc, fmr)[0]])
             fnmr[fmr] = np.where(left < FEWEST_PAIRS, np.nan, errors / np.maximum(left, 1))
     return RejectCurves(samples, SHARES, fnmr)

@@ -176,7 +176,6 @@ def test_the_page_and_the_table_show_everything(evaluated):
         "mobilefacenet",
         "SHA-256",
         "DET of frontal",
-        "error versus reject of frontal",
         "DET of IJBsynth",
     ):
         assert text in page, text
