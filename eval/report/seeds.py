@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.report.figure_keys import Row, headlines, label_of, show
+from eval.report.figure_keys import Row, headlines, is_limit, label_of, show
 from eval.report.files import table_line, write_table
 from utils.files import write_text
 
@@ -71,6 +71,8 @@ def write_seeds(folder: Path, methods: list[Method]) -> bool:
             (folder / name).unlink(missing_ok=True)
         return False
     keys = sorted({key for method in methods for row in method.rows for key in row.figures})
+    # limits of one seed's interval have no mean
+    keys = [key for key in keys if not is_limit(key)]
     shown = list(headlines(keys)) or keys
     heads = ["runs", "checkpoint", "seeds"]
     text = [

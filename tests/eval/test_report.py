@@ -900,7 +900,8 @@ def test_seeds_of_a_method_are_one_row(tmp_path):
     }
     rows = []
     for name, (_, accuracy) in runs.items():
-        rows.append(Row(f"{name}_5backbone", name, 5, {key: accuracy, other: 20.0}))
+        figures = {key: accuracy, f"{key}-95.low": 0.1, f"{key}-95.high": 0.9, other: 20.0}
+        rows.append(Row(f"{name}_5backbone", name, 5, figures))
     del rows[1].figures[other]
     configurations = [configuration for configuration, _ in runs.values()]
     # another step is another row
