@@ -317,7 +317,7 @@ def test_each_run_is_evaluated_as_its_own_configuration_says(data, checkpoints, 
         in output
     )
     with_flip, without = (
-        json.loads((tmp_path / "reports" / f"{name}_1backbone.json").read_text())["ijb"]
+        json.loads((tmp_path / "reports" / f"{name}_1backbone_metrics.json").read_text())["ijb"]
         for name in "ab"
     )
     assert with_flip != without
