@@ -36,12 +36,12 @@ class TarShards:
 
     unit = "B"
 
-    def __init__(self, words: list[str]):
-        """words: archives, folders of them, brace patterns.
+    def __init__(self, names: list[str]):
+        """names: archives, folders of them, brace patterns.
 
         Raises InputError naming what is not there or there twice.
         """
-        self.parts = find_shards(words)
+        self.parts = find_shards(names)
         self.sizes = [path.stat().st_size for path in self.parts]
 
     def described(self) -> list:
@@ -189,13 +189,13 @@ def number_or_text(label) -> str:
 # --------------------------------------------------
 
 
-def find_shards(words: list[str]) -> list[Path]:
+def find_shards(inside: list[str]) -> list[Path]:
     """The archives that brace patterns, paths and folders (all archives in them) name, in order.
 
     Raises InputError naming what is not there or there twice.
     """
     paths = []
-    for word in words:
+    for word in inside:
         for name in expand_braces(word):
             path = Path(name)
             paths += shards_in(path) if path.is_dir() else [path]
@@ -221,8 +221,8 @@ def expand_braces(pattern: str) -> list[str]:
     braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if not braces:
         return [pattern]
-    first, last, words = braces.groups()
-    if words is None:
+    first, last, inside = braces.groups()
+    if inside is None:
         is_padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
         width = max(len(first), len(last)) if is_padded else 0
         numbers = range(int(first), int(last) + 1)
@@ -230,6 +230,6 @@ def expand_braces(pattern: str) -> list[str]:
             numbers = range(int(first), int(last) - 1, -1)
         choices = [f"{number:0{width}d}" for number in numbers]
     else:
-        choices = words.split(",")
+        choices = inside.split(",")
     start, end = pattern[: braces.start()], pattern[braces.end() :]
     return [name for choice in choices for name in expand_braces(start + choice + end)]

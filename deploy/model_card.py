@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deploy.model import Model
-from eval.report import tables
+from eval.report import figure_keys, tables
 from eval.report.files import read_metrics, table_line
 from utils.errors import InputError
 from utils.files import read_json, write_text
@@ -114,10 +114,10 @@ def read_figures(path: Path) -> dict[str, float]:
             "one"
         )
     if path.suffix == ".json":
-        figures = tables.flatten(read_json(path, "the figures of an evaluation"))
+        figures = figure_keys.flatten(read_json(path, "the figures of an evaluation"))
     else:
         figures = read_metrics(path)
-    if not tables.headlines(figures):
+    if not figure_keys.headlines(figures):
         raise InputError(
             f"--report: {path} has no figure of a pair set, IJB or TinyFace; "
             "eval/run_full_eval.py --results-json writes them"
@@ -155,16 +155,16 @@ def front_matter(model: Model, card: Card) -> dict:
 def results_of(figures: dict) -> list[dict]:
     """The headline figures of each set in percent, without those that the set cannot resolve."""
     results = {}
-    for key in tables.headlines(figures):
-        if tables.mark_of(key, figures):
+    for key in figure_keys.headlines(figures):
+        if figure_keys.mark_of(key, figures):
             continue
-        set_key = tables.set_of(key)
+        set_key = figure_keys.set_of(key)
         kind, name = set_key.split(".", 1)
         metric = {
             # rates at a false accept rate and at a rank are shares of what should be accepted
             "type": "accuracy" if kind == "verification" else "recall",
             "name": f"{key.removeprefix(set_key + '.')} (%)",
-            "value": round(tables.scaled(key, figures[key]), 2),
+            "value": round(figure_keys.scaled(key, figures[key]), 2),
         }
         result = results.setdefault(
             set_key,
@@ -254,11 +254,11 @@ def describe_figures(figures: dict) -> str:
     if not figures:
         return "It has not been evaluated.\n"
     lines = [table_line(["figure", "%"]), "|---|---|"]
-    for key, label in tables.headlines(figures).items():
-        cell = tables.show(key, figures)
+    for key, label in figure_keys.headlines(figures).items():
+        cell = figure_keys.show(key, figures)
         deviation = key.replace("Accuracy-Flip", "Accuracy-Std")
         if deviation != key and deviation in figures:
-            cell += f" ± {tables.show(deviation, figures)}"
+            cell += f" ± {figure_keys.show(deviation, figures)}"
         lines.append(table_line([label, cell]))
     text = "\n".join(lines) + "\n"
     return f"{text}\n{tables.EXPLANATION}\n" if tables.MARK in text else text

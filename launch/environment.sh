@@ -10,7 +10,8 @@ export MALLOC_TOP_PAD_=${MALLOC_TOP_PAD_:-268435456}
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-packages="torch, torchvision, numpy, cv2, easydict, safetensors, tensorboard, tqdm, matplotlib"
+packages="torch, torchvision, numpy, cv2, PIL, easydict, safetensors, tensorboard, tqdm"
+packages="$packages, matplotlib, jinja2"
 # what tests need beside them
 test_packages="pytest, pytest_timeout, xdist, datasets, huggingface_hub, yaml, sklearn, skimage"
 test_packages="$test_packages, webdataset, onnx, onnxruntime"

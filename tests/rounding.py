@@ -53,6 +53,6 @@ def network(layers: int, terms: int = 512) -> float:
 
 def printed(text: str, label: str) -> float:
     """The number that follows ``label`` in a text; with d digits it is off by up to 10^-d / 2."""
-    found = re.search(re.escape(label) + r"\s*(-?\d+(?:\.\d+)?)", text)
-    assert found, f"no number after {label!r} in {text!r}"
-    return float(found[1])
+    actual = re.search(re.escape(label) + r"\s*(-?\d+(?:\.\d+)?)", text)
+    assert actual, f"no number after {label!r} in {text!r}"
+    return float(actual[1])

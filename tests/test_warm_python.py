@@ -18,11 +18,11 @@ def warm():
         pytest.skip("the tests start fresh interpreters")
 
 
-def start(folder, text, *words, executable=None, **extra) -> subprocess.Popen:
+def start(folder, text, *arguments, executable=None, **extra) -> subprocess.Popen:
     """Start ``text`` as script.py, with the words of a command line."""
     (folder / "script.py").write_text(text)
     return subprocess.Popen(
-        [executable or python(), *(words or ["script.py"])],
+        [executable or python(), *(arguments or ["script.py"])],
         env=environment(**extra),
         cwd=folder,
         text=True,
@@ -41,10 +41,10 @@ sys.exit(3)
 
 
 @pytest.mark.parametrize("words", [["script.py"], ["-u", "script.py"], ["-m", "script"]])
-def test_it_is_as_a_fresh_one(words, tmp_path):
+def test_it_is_as_a_fresh_one(arguments, tmp_path):
     answers = []
     for executable in (python(), sys.executable):
-        process = start(tmp_path, TELL, *words, "two words", executable=executable, MINE="mine")
+        process = start(tmp_path, TELL, *arguments, "two words", executable=executable, MINE="mine")
         answers.append((process.communicate("typed", timeout=LIMIT), process.returncode))
     assert answers[0] == answers[1]
     assert answers[0][0][1] == "told\n" and answers[0][1] == 3

@@ -35,7 +35,7 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
     As torchvision's ``Resize`` does with PIL images: bilinear, over all pixels that one comes from.
     """
-    # comes with torchvision
+    # MXNet's own environment, where records are read too, has none
     from PIL import Image
 
     scaled = Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR)

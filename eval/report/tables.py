@@ -13,7 +13,7 @@ MARK = "†"
 EXPLANATION = (
     f"{MARK} finer than the data can resolve: fewer than one false accept is expected "
     "there among the impostor pairs (1:N: the probes without a mate), "
-    "so the figure is that of the nearest point"
+    "so the figure is that of a rate nearby"
 )
 
 

@@ -28,12 +28,15 @@ def build(entry: str) -> torch.nn.Module:
     return build_backbone(entry.removesuffix("_se"), use_se=entry.endswith("_se"))
 
 
-def assert_near(features, wanted):
+def assert_near(features, reference):
     """As near as float32 is: iresnet200 has 200 convolutions of up to 9 * 512 terms, 6e-5 of the
     largest number. The reference is float32, too.
     """
     np.testing.assert_allclose(
-        features, wanted, rtol=0, atol=2 * rounding.network(200, 9 * 512) * np.abs(wanted).max()
+        features,
+        reference,
+        rtol=0,
+        atol=2 * rounding.network(200, 9 * 512) * np.abs(reference).max(),
     )
 
 

@@ -221,10 +221,10 @@ def test_ranks_share_the_work_and_the_errors(tmp_path):
     run(Path(__file__), tmp_path, ranks=3)
     expected = embed(small_backbone(), Files(11), 2)
     for rank in range(3):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        actual = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name in ("plain", "stored", "again"):
-            torch.testing.assert_close(found[name], expected)
-        torch.testing.assert_close(found["alone"], embed(small_backbone(), Files(3 + rank), 2))
+            torch.testing.assert_close(actual[name], expected)
+        torch.testing.assert_close(actual["alone"], embed(small_backbone(), Files(3 + rank), 2))
 
 
 if __name__ == "__main__":

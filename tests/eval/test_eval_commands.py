@@ -83,13 +83,13 @@ def expected(checkpoint: Path, sets: Path, names) -> dict:
     }
 
 
-def assert_close(found: dict, wanted: dict) -> None:
+def assert_close(actual: dict, reference: dict) -> None:
     """Accuracies are shares of pairs; XNorm is a length of features of 50 layers, off by 1e-5 of it
     where other images are computed together.
     """
-    assert found.keys() == wanted.keys()
-    for name, figures in wanted.items():
-        of_set = {key: found[name][key] for key in figures}
+    assert actual.keys() == reference.keys()
+    for name, figures in reference.items():
+        of_set = {key: actual[name][key] for key in figures}
         assert of_set == pytest.approx(figures, rel=1e-4, abs=1e-9), name
 
 
@@ -110,14 +110,14 @@ def test_full_eval_figures_skipped_sets_and_json(runs, sets, tmp_path):
     output = run(
         FULL, "--checkpoint", checkpoint, *HOW, "channels_last=False", "--results-json", results
     )
-    found = json.loads(results.read_text())
+    actual = json.loads(results.read_text())
     assert (
-        found.keys() == {"verification", "ijb", "tinyface"}
-        and found["ijb"] == found["tinyface"] == {}
+        actual.keys() == {"verification", "ijb", "tinyface"}
+        and actual["ijb"] == actual["tinyface"] == {}
     )
-    assert_close(found["verification"], expected(checkpoint, sets, ["frontal", "lowres"]))
+    assert_close(actual["verification"], expected(checkpoint, sets, ["frontal", "lowres"]))
     assert f"skipped pose: no {sets / 'pose.bin'}" in output
-    assert f"{100 * found['verification']['frontal']['Accuracy-Flip']:.2f} ±" in output
+    assert f"{100 * actual['verification']['frontal']['Accuracy-Flip']:.2f} ±" in output
     assert [path.name for path in results.parent.iterdir()] == ["results.json"]
 
 
@@ -264,17 +264,19 @@ def test_adaface_releases_see_bgr(sets, tmp_path):
     def load(path, *arguments):
         tool = evaluator("--val-data", sets, "--val-targets", "frontal", *network, *arguments)
         job = tool.plan(path)
-        found = tool.load(job)(images)
-        return found, tool.describe(job)
+        actual = tool.load(job)(images)
+        return actual, tool.describe(job)
 
-    def assert_same(found, wanted):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+    def assert_same(actual, reference):
+        torch.testing.assert_close(
+            actual, reference, rtol=0, atol=1e-4 * float(reference.abs().max())
+        )
 
-    rgb, words = load(plain)
-    assert words.endswith("on 1 x cpu, RGB images")
+    rgb, description = load(plain)
+    assert description.endswith("on 1 x cpu, RGB images")
     exchanged, _ = load(plain, "--color-space", "BGR")
-    released, words = load(tmp_path / "adaface.ckpt")
-    assert words.endswith("BGR images, weights of state_dict under model.")
+    released, description = load(tmp_path / "adaface.ckpt")
+    assert description.endswith("BGR images, weights of state_dict under model.")
     assert_same(released, exchanged)
     assert (rgb - exchanged).abs().max() > 0.01 * rgb.abs().max()
     assert_same(load(tmp_path / "adaface.ckpt", "color_space=RGB")[0], rgb)
@@ -464,12 +466,12 @@ def test_no_checkpoint_is_an_error(tmp_path):
 
 
 def test_order_and_names(runs):
-    found = find_checkpoints(runs, "backbone.pth")
-    assert [name_of(path, runs) for path in found] == [
+    actual = find_checkpoints(runs, "backbone.pth")
+    assert [name_of(path, runs) for path in actual] == [
         "student_2backbone",
         "student_10backbone",
         "student_best_backbone",
         "teacher_5backbone",
     ]
-    found = find_checkpoints(runs / "student", "0backbone.pth")
-    assert [name_of(path, runs / "student") for path in found] == ["10backbone"]
+    actual = find_checkpoints(runs / "student", "0backbone.pth")
+    assert [name_of(path, runs / "student") for path in actual] == ["10backbone"]

@@ -158,12 +158,12 @@ def assert_is_the_set(ijb) -> None:
 
 def assert_has_lists(ijb) -> None:
     assert list(ijb.galleries) == ["G1", "G2"]
-    for found, name in (
+    for actual, name in (
         (ijb.galleries["G1"], "1N_gallery_G1"),
         (ijb.galleries["G2"], "1N_gallery_G2"),
         (ijb.probes, "1N_probe_mixed"),
     ):
-        np.testing.assert_array_equal(np.stack(found, 1), LISTS[name])
+        np.testing.assert_array_equal(np.stack(actual, 1), LISTS[name])
 
 
 def test_both_layouts_of_one_set_give_the_same(tmp_path, crops):
@@ -173,11 +173,11 @@ def test_both_layouts_of_one_set_give_the_same(tmp_path, crops):
     assert_has_lists(ijb)
     points = landmarks().astype(np.float32)
     pixels = [ijb.images[i] for i in range(COUNT)]
-    for i, found in enumerate(pixels):
+    for i, actual in enumerate(pixels):
         photograph = cv2.cvtColor(
             cv2.imread(str(crops / "loose_crop" / NAMES[i])), cv2.COLOR_BGR2RGB
         )
-        np.testing.assert_array_equal(found, align(photograph, points[i]))
+        np.testing.assert_array_equal(actual, align(photograph, points[i]))
         assert ijb.images.name_of(i) == str(crops / "loose_crop" / NAMES[i])
 
     folder = write_cvlface(tmp_path, pixels)
@@ -235,10 +235,10 @@ def test_points_in_another_order_are_found_by_name(crops):
     expected = load(crops)
     path = crops / "meta/ijbx_name_5pts_score.txt"
     path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    found = load(crops)
-    np.testing.assert_array_equal(found.faceness_scores, expected.faceness_scores)
-    np.testing.assert_array_equal(found.images[3], expected.images[3])
-    assert found.fingerprint != expected.fingerprint
+    actual = load(crops)
+    np.testing.assert_array_equal(actual.faceness_scores, expected.faceness_scores)
+    np.testing.assert_array_equal(actual.images[3], expected.images[3])
+    assert actual.fingerprint != expected.fingerprint
 
 
 def test_an_image_may_be_in_two_templates(crops):
@@ -338,9 +338,9 @@ def test_many_pairs_across_blocks(tmp_path, monkeypatch):
     expected = [[int(value) for value in column] for column in rows.T]
     for block in (1 << 20, 4099, 100):
         monkeypatch.setattr("eval.sets.ijb_meta.BLOCK", block)
-        found = read_pairs(tmp_path / "pairs")
-        assert [column.tolist() for column in found] == expected and all(
-            column.dtype == np.int64 for column in found
+        actual = read_pairs(tmp_path / "pairs")
+        assert [column.tolist() for column in actual] == expected and all(
+            column.dtype == np.int64 for column in actual
         )
 
 

@@ -34,29 +34,29 @@ VOID = {"meta", "img", "br", "link", "hr", "input"}
 
 def ijb_figures(impostors=5000, non_mated=400, seed=0) -> dict:
     random = np.random.default_rng(seed)
-    found = {"genuine_pairs": 1234, "impostor_pairs": impostors}
+    actual = {"genuine_pairs": 1234, "impostor_pairs": impostors}
     for variant in VARIANTS:
-        found |= {
+        actual |= {
             f"{variant}_tpr_at_fpr_{fpr}": value
             for fpr, value in zip(FPRS, np.sort(random.uniform(20, 100, 6)), strict=True)
         }
-        found |= {
+        actual |= {
             f"{variant}_thresh_at_fpr_{fpr}": value
             for fpr, value in zip(FPRS, -np.sort(-random.uniform(0, 1, 6)), strict=True)
         }
     for gallery in ("1N_G1", "1N_G2"):
         top1, top5, top10, *tpir = np.sort(random.uniform(0, 1, 8))
-        found[gallery] = {
+        actual[gallery] = {
             "top1": top1,
             "top5": top5,
             "top10": top10,
             "mated": 300,
             "non_mated": non_mated,
         }
-        found[gallery] |= {
+        actual[gallery] |= {
             f"tpir_at_fpir_{far:g}": value for far, value in zip(FARS, tpir, strict=True)
         } | {f"threshold_at_fpir_{far:g}": 0.9 - far / 2 for far in FARS}
-    return found
+    return actual
 
 
 def all_results() -> dict:
@@ -232,46 +232,48 @@ def test_page_needs_nothing_else(page):
 
 
 def test_page_has_every_figure(page):
-    results, found = all_results(), page.tables
-    for name, wanted in results["verification"].items():
-        accuracy, deviation = (100 * wanted[f"Accuracy-{part}"] for part in ("Flip", "Std"))
-        assert found["pair set"][name, "Accuracy-Flip ± Std (%)"] == (
+    results, actual = all_results(), page.tables
+    for name, expectation in results["verification"].items():
+        accuracy, deviation = (100 * expectation[f"Accuracy-{part}"] for part in ("Flip", "Std"))
+        assert actual["pair set"][name, "Accuracy-Flip ± Std (%)"] == (
             f"{accuracy:.2f} ± {deviation:4.2f}"
         )
-        assert float(found["pair set"][name, "XNorm"]) == pytest.approx(wanted["XNorm"], rel=5e-4)
+        assert float(actual["pair set"][name, "XNorm"]) == pytest.approx(
+            expectation["XNorm"], rel=5e-4
+        )
     ijb, compared = results["ijb"]["IJBC"], 0
     for variant in VARIANTS:
         for fpr, column in zip(FPRS, ("1e-6", "1e-5", "1e-4", "1e-3", "1e-2", "1e-1"), strict=True):
             mark = "†" if fpr < 1 / 5000 else ""
             assert (
-                found["IJBC TPR (%) at FPR"][variant, column]
+                actual["IJBC TPR (%) at FPR"][variant, column]
                 == f"{ijb[f'{variant}_tpr_at_fpr_{fpr}']:.2f}{mark}"
             )
             assert (
-                found["IJBC threshold at FPR"][variant, column]
+                actual["IJBC threshold at FPR"][variant, column]
                 == f"{ijb[f'{variant}_thresh_at_fpr_{fpr}']:.4f}{mark}"
             )
             compared += 2
     for gallery in ("G1", "G2"):
-        wanted = ijb[f"1N_{gallery}"]
+        expectation = ijb[f"1N_{gallery}"]
         for rank in (1, 5, 10):
             assert (
-                found["IJBC 1:N (%)"][gallery, f"rank-{rank}"]
-                == f"{100 * wanted[f'top{rank}']:.2f}"
+                actual["IJBC 1:N (%)"][gallery, f"rank-{rank}"]
+                == f"{100 * expectation[f'top{rank}']:.2f}"
             )
         for far, column in zip(FARS, ("1e-4", "1e-3", "1e-2", "1e-1", "1"), strict=True):
             mark = "†" if far < 1 / 400 else ""
             assert (
-                found["IJBC 1:N (%)"][gallery, f"TPIR@{column}"]
-                == f"{100 * wanted[f'tpir_at_fpir_{far:g}']:.2f}{mark}"
+                actual["IJBC 1:N (%)"][gallery, f"TPIR@{column}"]
+                == f"{100 * expectation[f'tpir_at_fpir_{far:g}']:.2f}{mark}"
             )
-            assert found["IJBC threshold at FPIR"][gallery, column] == f"{0.9 - far / 2:.4f}{mark}"
-    assert found["TinyFace (%)"] == {
+            assert actual["IJBC threshold at FPIR"][gallery, column] == f"{0.9 - far / 2:.4f}{mark}"
+    assert actual["TinyFace (%)"] == {
         ("tinyface_pad_0.1", "rank-1"): "63.20",
         ("tinyface_pad_0.1", "rank-5"): "68.00",
         ("tinyface_pad_0.1", "rank-20"): "100.00",
     }
-    assert len(found) == 6 and compared == 36
+    assert len(actual) == 6 and compared == 36
     text = page.texts["body"][0]
     for part in (
         "600backbone.pth",
@@ -764,10 +766,13 @@ def test_summary_sorted(tmp_path, sort_by):
     for row in rows:
         row.figures["tinyface.x.rank-1"] = 10.0
     files.write_summary(tmp_path, rows, sort_by)
-    wanted = [f"run_{step}backbone" for step in (2, 3, 0, 1, 4)]
-    assert [line[0] for line in read_table(tmp_path / "summary.csv")] == ["checkpoint", *wanted]
+    expectation = [f"run_{step}backbone" for step in (2, 3, 0, 1, 4)]
+    assert [line[0] for line in read_table(tmp_path / "summary.csv")] == [
+        "checkpoint",
+        *expectation,
+    ]
     text = (tmp_path / "summary.md").read_text()
-    assert [line[0] for line in markdown_rows(text)[2:]] == wanted and "sorted by lfw" in text
+    assert [line[0] for line in markdown_rows(text)[2:]] == expectation and "sorted by lfw" in text
     assert [row.step for row in rows] == [0, 1, 2, 3, 4]
 
 
@@ -865,18 +870,18 @@ def test_curves_take_the_last_step_of_any_order(tmp_path):
         Row("c1", "c", 1, {"tinyface.x.rank-1": 5.0}),
     ]
     files.write_summary(tmp_path, rows, "lfw")
-    found = plot_curves.read_accuracies(tmp_path / "summary.csv")
+    actual = plot_curves.read_accuracies(tmp_path / "summary.csv")
     assert {
-        run: {name: round(mean) for name, (mean, _) in sets.items()} for run, sets in found.items()
+        run: {name: round(mean) for name, (mean, _) in sets.items()} for run, sets in actual.items()
     } == {"b": {"cfp": 95, "lfw": 60}, "a": {"lfw": 70}}
-    table = [line.split() for line in plot_curves.format_table(found).splitlines()]
+    table = [line.split() for line in plot_curves.format_table(actual).splitlines()]
     assert table[0] == ["accuracy", "in", "%", "cfp", "lfw"] and table[2] == [
         "a",
         "70.00",
         "±",
         "70.00",
     ]
-    plot_curves.draw({"a": [{"step": 1, "loss": 2.0}]}, found, tmp_path / "curves.png")
+    plot_curves.draw({"a": [{"step": 1, "loss": 2.0}]}, actual, tmp_path / "curves.png")
     assert cv2.imread(str(tmp_path / "curves.png")) is not None
     files.write_summary(tmp_path, rows[-1:])
     with pytest.raises(InputError, match="summary.csv has no accuracy on a pair set"):

@@ -57,8 +57,8 @@ def test_curve_equals_scikit_learn(pairs, decimals, share, dtype):
     np.testing.assert_array_equal(roc.tpr, tpr)
     np.testing.assert_array_equal(roc.thresholds, thresholds)
     assert (roc.genuine, roc.impostor) == (label.sum(), (label == 0).sum())
-    for wanted, *point in zip(FPRS, *tpr_at(roc), strict=True):
-        assert tuple(point) == published_point(label, scores, wanted)
+    for reference, *point in zip(FPRS, *tpr_at(roc), strict=True):
+        assert tuple(point) == published_point(label, scores, reference)
 
 
 def test_dropped_points_decide_which_fpr_is_nearest():
@@ -167,7 +167,7 @@ def test_search_equals_a_loop(probes, gallery, people):
     rng = np.random.default_rng(probes)
     p, g = unit(rng, probes, 16), unit(rng, gallery, 16)
     of_probe, of_gallery = rng.integers(0, people, probes), rng.integers(0, people, gallery)
-    found = search(p, g, of_probe, of_gallery)
+    actual = search(p, g, of_probe, of_gallery)
     for index in range(probes):
         falling = sorted(
             range(gallery),
@@ -175,18 +175,18 @@ def test_search_equals_a_loop(probes, gallery, people):
         )
         mates = [entry for entry in falling if of_gallery[entry] == of_probe[index]]
         others = [entry for entry in falling if of_gallery[entry] != of_probe[index]]
-        assert found.mates[index] == (mates[0] if mates else -1) and found.others[index] == (
+        assert actual.mates[index] == (mates[0] if mates else -1) and actual.others[index] == (
             others[0] if others else -1
         )
-        assert found.ranks[index] == (
+        assert actual.ranks[index] == (
             1 + sum(falling.index(entry) < falling.index(mates[0]) for entry in others)
             if mates
             else gallery + 1
         )
-        assert found.mate_scores[index] == (
+        assert actual.mate_scores[index] == (
             pytest.approx(p[index] @ g[mates[0]], abs=cosine(16)) if mates else -np.inf
         )
-        assert found.other_scores[index] == (
+        assert actual.other_scores[index] == (
             pytest.approx(p[index] @ g[others[0]], abs=cosine(16)) if others else -np.inf
         )
 
@@ -224,9 +224,9 @@ def test_ranks_do_not_depend_on_the_rounding_of_the_products(spread):
                 else product
             )
 
-    found = search(p.view(Rounded), g, of_probe, of_gallery)
+    actual = search(p.view(Rounded), g, of_probe, of_gallery)
     for row, subject, rank, mate_score, other_score in zip(
-        exact, of_probe, found.ranks, found.mate_scores, found.other_scores, strict=True
+        exact, of_probe, actual.ranks, actual.mate_scores, actual.other_scores, strict=True
     ):
         mates, others = row[of_gallery == subject], row[of_gallery != subject]
         best = mates.max(initial=-np.inf)
@@ -253,8 +253,8 @@ def test_whole_numbers_of_any_type():
         [True, False],
         [],
     ):
-        found = to_whole(np.array(values))
-        assert found.dtype == np.int64 and found.tolist() == np.array(values).tolist()
+        actual = to_whole(np.array(values))
+        assert actual.dtype == np.int64 and actual.tolist() == np.array(values).tolist()
     for values in ([1.5], [np.nan], [np.inf], [2.0**53 + 2], ["1"], [None], [1j]):
         assert to_whole(np.array(values)) is None
 

@@ -99,18 +99,18 @@ def evaluated(data, checkpoints, tmp_path_factory):
     return folder, json.loads((folder / "results.json").read_text()), output
 
 
-def assert_close(found, wanted):
+def assert_close(actual, reference):
     """Shares of pairs and probes are the same; thresholds are cosines of features of 50 layers, of
     batches of other images (3e-5) and the larger numbers have as much of their size.
     """
-    assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
+    assert actual.keys() == reference.keys()
+    for key, value in reference.items():
         if isinstance(value, dict):
-            assert_close(found[key], value)
+            assert_close(actual[key], value)
         elif value is None or value == np.inf:  # a threshold above all scores, in JSON null
-            assert found[key] is None, key
+            assert actual[key] is None, key
         else:
-            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(actual[key], value, rtol=1e-4, atol=1e-6, err_msg=key)
 
 
 def test_figures_are_those_of_the_protocols(data, checkpoints, evaluated):
@@ -121,24 +121,26 @@ def test_figures_are_those_of_the_protocols(data, checkpoints, evaluated):
     plain, mirrored = embed(network, images.images, 16)
     rows = (plain + mirrored).numpy(), images.faceness_scores, images.templates, images.medias
     figures = results["ijb"]["IJBsynth"]
-    wanted = ijb.evaluate(*rows, images.label, images.p1, images.p2)
-    assert_close({key: figures[key] for key in wanted}, wanted)
+    reference = ijb.evaluate(*rows, images.label, images.p1, images.p2)
+    assert_close({key: figures[key] for key in reference}, reference)
     assert (figures["genuine_pairs"], figures["impostor_pairs"]) == (
         images.label.sum(),
         (1 - images.label).sum(),
     )
     for gallery, lists in images.galleries.items():
-        wanted = ijb.evaluate_1n(*rows, *lists, *images.probes, ijb.FARS)
-        found = figures[f"1N_{gallery}"]
+        reference = ijb.evaluate_1n(*rows, *lists, *images.probes, ijb.FARS)
+        actual = figures[f"1N_{gallery}"]
         assert [
-            found[key] for key in ("top1", "top5", "top10", "mated", "non_mated")
-        ] == pytest.approx([wanted[key] for key in ("top1", "top5", "top10", "mated", "non_mated")])
-        np.testing.assert_allclose(
-            [found[f"tpir_at_fpir_{far:g}"] for far in ijb.FARS], wanted["tpir"]
+            actual[key] for key in ("top1", "top5", "top10", "mated", "non_mated")
+        ] == pytest.approx(
+            [reference[key] for key in ("top1", "top5", "top10", "mated", "non_mated")]
         )
         np.testing.assert_allclose(
-            [found[f"threshold_at_fpir_{far:g}"] for far in ijb.FARS],
-            wanted["thresholds"],
+            [actual[f"tpir_at_fpir_{far:g}"] for far in ijb.FARS], reference["tpir"]
+        )
+        np.testing.assert_allclose(
+            [actual[f"threshold_at_fpir_{far:g}"] for far in ijb.FARS],
+            reference["thresholds"],
             rtol=1e-4,
         )
     small = load_tinyface(data, "tinyface")
@@ -317,7 +319,7 @@ def test_each_run_is_evaluated_as_its_own_configuration_says(data, checkpoints, 
         in output
     )
     with_flip, without = (
-        json.loads((tmp_path / "reports" / f"{name}_1backbone.json").read_text())["ijb"]
+        json.loads((tmp_path / "reports" / f"{name}_1backbone_metrics.json").read_text())["ijb"]
         for name in "ab"
     )
     assert with_flip != without

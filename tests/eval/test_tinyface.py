@@ -103,11 +103,11 @@ def slow_ranks(
 )
 def test_ranks_equal_a_loop(seed, people, distractors):
     data = random_set(seed, people, distractors)
-    found = tinyface.rank_probes(*data)
+    actual = tinyface.rank_probes(*data)
     ranks, hardest = slow_ranks(*data)
-    np.testing.assert_array_equal(found.ranks, ranks)
-    np.testing.assert_array_equal(found.hardest, hardest)
-    assert [data[1][index] for index in found.probes] == data[2]["probe_paths"]
+    np.testing.assert_array_equal(actual.ranks, ranks)
+    np.testing.assert_array_equal(actual.hardest, hardest)
+    assert [data[1][index] for index in actual.probes] == data[2]["probe_paths"]
     results = tinyface.evaluate(*data, ranks=(1, 3))
     assert results == pytest.approx(
         {f"rank-{rank}": 100 * np.mean(np.array(ranks) <= rank) for rank in (1, 3)}
@@ -160,16 +160,16 @@ def test_a_probe_without_a_mate_is_a_miss_at_every_rank():
     features, paths, meta = random_set(2, people=4, distractors=3)
     alone = {f"Gallery_Match/3_{number}.jpg" for number in (10, 11, 12)}
     meta["gallery_paths"] = [path for path in meta["gallery_paths"] if path not in alone]
-    found = tinyface.rank_probes(features, paths, meta)
+    actual = tinyface.rank_probes(features, paths, meta)
     lonely = np.array([path.startswith("Probe/3_") for path in meta["probe_paths"]])
-    assert [paths[index] for index in found.probes] == meta["probe_paths"]
+    assert [paths[index] for index in actual.probes] == meta["probe_paths"]
     assert (
-        (found.ranks[lonely] == tinyface.NO_MATE).all()
-        and (found.hardest[lonely, 1] == -1).all()
-        and (found.hardest[:, 0] >= 0).all()
+        (actual.ranks[lonely] == tinyface.NO_MATE).all()
+        and (actual.hardest[lonely, 1] == -1).all()
+        and (actual.hardest[:, 0] >= 0).all()
     )
-    assert (found.ranks[~lonely] < tinyface.NO_MATE).all() and (
-        found.hardest[~lonely, 1] >= 0
+    assert (actual.ranks[~lonely] < tinyface.NO_MATE).all() and (
+        actual.hardest[~lonely, 1] >= 0
     ).all()
     # of four people's probes, two each
     assert tinyface.evaluate(features, paths, meta)["rank-20"] == 75
@@ -181,7 +181,7 @@ def test_a_probe_without_a_mate_is_a_miss_at_every_rank():
             "probe_paths": [path for path in meta["probe_paths"] if not path.startswith("Probe/3_")]
         },
     )
-    assert found.ranks[~lonely].tolist() == ranks
+    assert actual.ranks[~lonely].tolist() == ranks
 
 
 @pytest.mark.parametrize("size", [12, 128, 500])
@@ -211,9 +211,9 @@ def test_a_distractor_that_is_a_copy_of_the_mate_ranks_before_it():
         # there are more distractors than mates
         for copy, mate in zip(meta["distractor_paths"], mates, strict=False):
             features[index[copy]] = np.float32(0.3) ** (seed % 2) * features[mate]
-        found = tinyface.rank_probes(features, paths, meta)
+        actual = tinyface.rank_probes(features, paths, meta)
         # every best mate has a copy among the distractors now, which stands before it
-        assert (found.ranks >= 2).all() and (found.hardest[:, 1] == expected.hardest[:, 1]).all()
+        assert (actual.ranks >= 2).all() and (actual.hardest[:, 1] == expected.hardest[:, 1]).all()
 
 
 @pytest.mark.parametrize(

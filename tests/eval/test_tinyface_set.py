@@ -77,44 +77,44 @@ def snapshot(folder: Path) -> dict:
 
 def test_both_layouts_of_one_set_give_the_same(tmp_path, tree):
     before = snapshot(tree)
-    found = load_tinyface(tmp_path, "tinyface")
+    actual = load_tinyface(tmp_path, "tinyface")
     assert (
-        found.name == "tinyface"
-        and found.image_paths == PATHS
-        and found.meta == LISTS
-        and len(found.images) == COUNT
+        actual.name == "tinyface"
+        and actual.image_paths == PATHS
+        and actual.meta == LISTS
+        and len(actual.images) == COUNT
     )
-    pixels = [found.images[i] for i in range(COUNT)]
+    pixels = [actual.images[i] for i in range(COUNT)]
     lossless = [i for i, path in enumerate(PATHS) if path.endswith(("png", "bmp"))]
     for i, image in enumerate(smooth(COUNT)):
         assert pixels[i].shape == (112, 112, 3) and np.abs(pixels[i] - image.astype(int)).mean() < (
             5 if i not in lossless else 1e-9
         )
-        assert found.images.name_of(i) == str(tree / PATHS[i])
+        assert actual.images.name_of(i) == str(tree / PATHS[i])
 
     folder = write_saved(tmp_path, pixels)
     before |= snapshot(folder)
     saved = load_tinyface(tmp_path, "tinyface_aligned_pad_0.1")
     assert (
-        saved.image_paths == found.image_paths
-        and saved.meta == found.meta
+        saved.image_paths == actual.image_paths
+        and saved.meta == actual.meta
         and list(saved.meta) == list(LISTS)
     )
     for i, expected in enumerate(pixels):
         np.testing.assert_array_equal(saved.images[i], expected)
         assert str(folder) in saved.images.name_of(i) and PATHS[i] in saved.images.name_of(i)
     assert snapshot(tree) | snapshot(folder) == before  # nothing is written beside a set
-    assert len({found.fingerprint, saved.fingerprint}) == 2 and len(found.fingerprint) == 64
+    assert len({actual.fingerprint, saved.fingerprint}) == 2 and len(actual.fingerprint) == 64
 
 
 def test_the_three_folders_alone(tmp_path, tree):
     for name in FILES:
         shutil.move(tree / "Testing_Set" / name, tree)
     shutil.rmtree(tree / "Testing_Set")
-    found = load(tree)
-    assert found.image_paths == [path.removeprefix("Testing_Set/") for path in PATHS]
-    assert found.meta["gallery_paths"] == ["Gallery_Match/10_7.jpeg", "Gallery_Match/1_0.bmp"]
-    np.testing.assert_array_equal(found.images[1], smooth(COUNT)[1])
+    actual = load(tree)
+    assert actual.image_paths == [path.removeprefix("Testing_Set/") for path in PATHS]
+    assert actual.meta["gallery_paths"] == ["Gallery_Match/10_7.jpeg", "Gallery_Match/1_0.bmp"]
+    np.testing.assert_array_equal(actual.images[1], smooth(COUNT)[1])
 
 
 @pytest.mark.parametrize(
@@ -133,11 +133,11 @@ def test_metadata_of_every_kind(tmp_path, convert, core, legacy):
     folder = write_saved(tmp_path, smooth(COUNT))
     content = {key: convert(texts) for key, texts in ({"image_paths": PATHS} | LISTS).items()}
     save_metadata(folder, content, core, _use_new_zipfile_serialization=not legacy)
-    found = load(folder)
+    actual = load(folder)
     assert (
-        found.meta == LISTS
-        and found.image_paths == PATHS
-        and type(found.meta["probe_paths"][0]) is str
+        actual.meta == LISTS
+        and actual.image_paths == PATHS
+        and type(actual.meta["probe_paths"][0]) is str
     )
 
 
@@ -150,9 +150,9 @@ def test_the_column_tells_which_image_a_row_is(tmp_path):
         smooth(COUNT),
         image_paths=[f"/data/aligned/{Path(path).name}" for path in reversed(PATHS)],
     )
-    found = load(folder)
-    assert found.image_paths == PATHS
-    np.testing.assert_array_equal(found.images[3], smooth(COUNT)[3])
+    actual = load(folder)
+    assert actual.image_paths == PATHS
+    np.testing.assert_array_equal(actual.images[3], smooth(COUNT)[3])
 
 
 def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, tree):
@@ -164,19 +164,19 @@ def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path, tree):
         ("Gallery_Distractor/77.jpg", "Gallery_Distractor/1_1.png"),
     ):
         move(tree, old, new)
-    found = load(tree)
+    actual = load(tree)
     lists = {
-        role: sorted(path for path in found.image_paths if f"/{folder}/" in path)
+        role: sorted(path for path in actual.image_paths if f"/{folder}/" in path)
         for role, folder in zip(LISTS, FILES, strict=True)
     }
     assert (
-        found.meta == lists
-        and [path.endswith("/1_1.png") for path in found.image_paths].count(True) == 3
+        actual.meta == lists
+        and [path.endswith("/1_1.png") for path in actual.image_paths].count(True) == 3
     )
-    probes, gallery, distractors = find_roles(found.image_paths, found.meta)
+    probes, gallery, distractors = find_roles(actual.image_paths, actual.meta)
     assert [list(probes), list(gallery), list(distractors)] == [[0, 1, 2], [3, 4], [5, 6]]
 
-    paths = found.image_paths
+    paths = actual.image_paths
     names = [Path(path).name for path in paths]
     elsewhere = [f"/data/{path}" for path in paths]
     for number, (column, listed, expected) in enumerate(

@@ -107,8 +107,8 @@ def two_hosts():
     """
     names = [f"host{number}-{os.getpid()}" for number in (1, 2)]
 
-    def ip(*words):
-        return subprocess.run(["ip", *words], capture_output=True, text=True)
+    def ip(*arguments):
+        return subprocess.run(["ip", *arguments], capture_output=True, text=True)
 
     if shutil.which("ip") is None:
         pytest.skip("network namespaces need the command ip (Debian: apt install iproute2)")
@@ -135,12 +135,12 @@ def two_hosts():
         ).returncode:
             pytest.skip(f"this machine forbids virtual network cables: {made.stderr.strip()}")
         for number, (name, end) in enumerate(zip(names, cable, strict=True), start=1):
-            for words in (
+            for arguments in (
                 ["addr", "add", f"10.213.7.{number}/24", "dev", end],
                 ["link", "set", end, "up"],
                 ["link", "set", "lo", "up"],
             ):
-                assert ip("-n", name, *words).returncode == 0
+                assert ip("-n", name, *arguments).returncode == 0
         yield names
     finally:
         for name in names:
@@ -212,7 +212,7 @@ def slurm(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     shutil.copy(ROOT / "launch" / "slurm.sh", tmp_path / "slurm_script")
 
-    def submit(*words, folder=ROOT, restarts=0):
+    def submit(*arguments, folder=ROOT, restarts=0):
         variables = dict(
             SLURM_JOB_ID="4711",
             SLURM_JOB_NUM_NODES="2",
@@ -223,7 +223,7 @@ def slurm(tmp_path, monkeypatch):
         )
         if restarts:
             variables["SLURM_RESTART_COUNT"] = restarts
-        return start(["bash", tmp_path / "slurm_script", *words], tmp_path, **variables)
+        return start(["bash", tmp_path / "slurm_script", *arguments], tmp_path, **variables)
 
     return submit
 
@@ -348,8 +348,8 @@ def test_a_failed_run_is_not_queued_again(slurm, played, tmp_path, monkeypatch):
         (["run_played.sh", "m=0.3"], "name the run's folder, output="),
     ],
 )
-def test_what_the_batch_script_refuses(words, message, slurm, played):
-    job = slurm(*words, folder=played)
+def test_what_the_batch_script_refuses(arguments, message, slurm, played):
+    job = slurm(*arguments, folder=played)
     assert message in job.communicate(timeout=LIMIT)[0] and job.returncode == 1
 
 
@@ -416,7 +416,7 @@ esac
 """
 
 
-def told(tmp_path, **variables) -> subprocess.CompletedProcess:
+def messages(tmp_path, **variables) -> subprocess.CompletedProcess:
     """Run run_standalone.sh of a copy of the repository whose Python only prints what torchrun
     would get.
     """
@@ -460,7 +460,7 @@ def test_a_python_without_the_packages_is_passed_over(tmp_path):
         '"$PYTHON"'
     )
 
-    def found(modules=""):
+    def actual(modules=""):
         return subprocess.run(
             ["bash", "-euc", find, tmp_path / "launch" / "environment.sh", modules],
             env=with_python(),
@@ -468,12 +468,12 @@ def test_a_python_without_the_packages_is_passed_over(tmp_path):
             text=True,
         ).stdout
 
-    assert Path(found("pytest").strip()).parent == Path(sys.executable).parent
-    assert found("pytest, no_such_module") == "none\n"
+    assert Path(actual("pytest").strip()).parent == Path(sys.executable).parent
+    assert actual("pytest, no_such_module") == "none\n"
 
 
 def test_arguments_of_torchrun(tmp_path):
-    said = told(
+    said = messages(
         tmp_path,
         NNODES="2",
         NODE_RANK="0",
@@ -493,7 +493,7 @@ def test_arguments_of_torchrun(tmp_path):
         ).split()
     )
     assert said.endswith("gloo lo\n")
-    said = told(
+    said = messages(
         tmp_path,
         NNODES="2",
         NODE_RANK="1",
@@ -506,7 +506,7 @@ def test_arguments_of_torchrun(tmp_path):
         and "--rdzv_id\n127.0.0.1:29500\n" in said
         and said.endswith("gloo mine\n")
     )
-    said = told(tmp_path, MAX_RESTARTS="3").stdout
+    said = messages(tmp_path, MAX_RESTARTS="3").stdout
     assert "--standalone\n--nproc_per_node\n1\n--max_restarts\n3\n" in said and "rdzv" not in said
 
 
@@ -527,7 +527,7 @@ def test_arguments_of_torchrun(tmp_path):
     ],
 )
 def test_what_is_missing_is_told(variables, message, tmp_path):
-    done = told(tmp_path, NNODES="2", **variables)
+    done = messages(tmp_path, NNODES="2", **variables)
     assert message in done.stderr and done.returncode != 0 and "--nnodes" not in done.stdout
 
 

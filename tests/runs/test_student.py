@@ -243,12 +243,12 @@ def train_all(names: list[str]) -> None:
         arguments = [*COMMON, *data, batch, "pretrained_backbone_path=start.pth", *RUNS[name]]
         start(scripts[name], *arguments, f"output={name}_straight")
         for resume, crash_at in ((False, 3), (True, 7), (True, 0)):
-            words = [*(["--resume"] if resume else []), *arguments, f"output={name}_broken"]
+            command_line = [*(["--resume"] if resume else []), *arguments, f"output={name}_broken"]
             if crash_at:
                 with pytest.raises(Crash):
-                    start(scripts[name], *words, crash_at=crash_at)
+                    start(scripts[name], *command_line, crash_at=crash_at)
             else:
-                start(scripts[name], *words)
+                start(scripts[name], *command_line)
     leave()
 
 

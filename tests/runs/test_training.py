@@ -537,7 +537,7 @@ def test_what_a_run_cannot_change_when_it_goes_on(told_by, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(settings))
     folder = RunFolder(tmp_path)
 
-    def told(method="AdaDistill", **changes):
+    def messages(method="AdaDistill", **changes):
         with pytest.raises(InputError) as caught:
             check_settled(EasyDict(settings | changes), method, folder, 9, state)
         assert (
@@ -548,29 +548,30 @@ def test_what_a_run_cannot_change_when_it_goes_on(told_by, tmp_path):
         return str(caught.value)
 
     check_settled(EasyDict(settings), "AdaDistill", folder, 9, state)
-    assert "9backbone.pth is of a run with network=mobilefacenet, this one has network=mbf" in told(
-        network="mbf"
+    assert (
+        "9backbone.pth is of a run with network=mobilefacenet, this one has network=mbf"
+        in messages(network="mbf")
     )
     assert (
         "a run with network=mobilefacenet, SE=False, this one has network=iresnet18, SE=True"
-        in told(network="iresnet18", SE=True)
+        in messages(network="iresnet18", SE=True)
     )
     assert (
         "9backbone.pth is of a run with embedding_size=64, this one has embedding_size=128"
-        in told(embedding_size=128)
+        in messages(embedding_size=128)
     )
     assert (
         "9header.pth is of a run with num_classes=9, this one has num_classes=10: go on with "
         "the training set of that run"
-    ) in told(num_classes=10)
-    assert "9header.pth is of a run with loss=AdaFace, this one has loss=CosFace" in told(
+    ) in messages(num_classes=10)
+    assert "9header.pth is of a run with loss=AdaFace, this one has loss=CosFace" in messages(
         loss="CosFace"
     )
-    assert "holds a run of AdaDistill, this script trains standalone" in told("standalone")
+    assert "holds a run of AdaDistill, this script trains standalone" in messages("standalone")
     (tmp_path / "9header").mkdir()
-    assert "9header is of a run" in told(loss="CosFace") and "train/export_header.py" in told(
+    assert "9header is of a run" in messages(
         loss="CosFace"
-    )
+    ) and "train/export_header.py" in messages(loss="CosFace")
     settings["loss"] = "MLLoss"
     if told_by == "state":
         check_settled(EasyDict(settings | dict(loss="ArcFace")), "AdaDistill", folder, 9, state)
@@ -837,12 +838,12 @@ def test_a_student_may_start_from_weights_of_either_colour_order(tmp_path, caplo
         ("run/5backbone.pth", "BGR", "RGB"),
     ):
         caplog.clear()
-        found, wanted = start(name, color_space), features[order]
+        actual, reference = start(name, color_space), features[order]
         torch.testing.assert_close(
-            found,
-            wanted,
+            actual,
+            reference,
             rtol=0,
-            atol=2 * rounding.network(20, 9 * 512) * float(wanted.abs().max()),
+            atol=2 * rounding.network(20, 9 * 512) * float(reference.abs().max()),
             msg=f"{name} {color_space}",
         )
         assert f"trained on {order} images" in caplog.text
