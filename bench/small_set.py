@@ -53,6 +53,8 @@ METHODS = {
     "AdaDistill_ArcFace": "AdaDistill loss=ArcFace",
     "AdaDistill_CosFace": "AdaDistill loss=CosFace",
     "AdaDistill_AdaFace_geometry": "AdaDistill loss=AdaFace use_geom_margin=True",
+    # a margin as wide as ArcFace's of 0.3, see docs/results.md
+    "AdaDistill_AdaFace_geometry_m0.2": "AdaDistill loss=AdaFace use_geom_margin=True m=0.2",
     "AdaDistill_alpha0.9": "AdaDistill loss=ArcFace alpha=0.9",
     "features": "AdaDistill header_weight=0 feature_weight=64",
     # TH-KD
