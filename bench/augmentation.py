@@ -20,8 +20,10 @@ class Way:
     def step(self) -> dict:
         total = torch.zeros((), dtype=torch.float64, device=self.images.device)
         for batch in range(BATCHES):
-            total += self.augment(self.images.clone(), batch * BATCH).double().sum()
-        return dict(mean=total.item() / BATCHES / self.images.numel() + 1)
+            changed = self.augment(self.images.clone(), batch * BATCH)
+            # a few pixels of each image: adding up all of them would take as long
+            total += changed[:, :, ::16, ::16].sum(dtype=torch.float64)
+        return dict(sum=total.item())
 
 
 class Plain(Way):

@@ -36,13 +36,17 @@ def augment(images: torch.Tensor, seed: int, epoch: int, position: int) -> torch
     depends on seed, epoch and its position alone, on any number of ranks.
     """
     numbers = draw(len(images), seed, epoch, position)
+    in_channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if in_channels_last else torch.contiguous_format
     changes = (crop, lower_resolution, change_light)
     parts = (BOX, RESOLUTION, LIGHT)
     for change, part, chosen in zip(changes, parts, numbers[:, CHOICES].T < SHARE, strict=True):
         rows = chosen.nonzero()[0]
         if len(rows):
             places = on_device(rows, images)
-            images[places] = change(images[places].contiguous(), numbers[rows, part])
+            # channel by channel for the products and sums, and back for the copy
+            changed = change(images[places].contiguous(), numbers[rows, part])
+            images[places] = changed.contiguous(memory_format=layout)
     return images
 
 
@@ -74,9 +78,13 @@ def lower_resolution(images: torch.Tensor, numbers: np.ndarray) -> torch.Tensor:
     sides = np.rint(size * (SMALLEST + (1 - SMALLEST) * numbers[:, 0])).astype(np.int64)
     down, up = (numbers[:, 1:] * len(INTERPOLATIONS)).astype(np.int64).T
     chosen = ((sides - smallest_side(size)) * len(INTERPOLATIONS) + down) * len(INTERPOLATIONS) + up
-    matrices = resizing(size, images.device)[on_device(chosen, images)][:, None]
-    # along the columns, then along the rows
-    return (matrices @ (images @ matrices.mT)).clamp_(-1, 1)
+    matrices = resizing(size, images.device)[on_device(chosen, images)]
+    # along the columns: all rows of all channels at once
+    lines = images.view(len(images), -1, size)
+    resized = (lines @ matrices.mT).view(images.shape)
+    # along the rows
+    channels = [matrices @ channel for channel in resized.unbind(1)]
+    return torch.stack(channels, dim=1).clamp_(-1, 1)
 
 
 @lru_cache(2)
