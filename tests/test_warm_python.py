@@ -40,7 +40,7 @@ sys.exit(3)
 """
 
 
-@pytest.mark.parametrize("words", [["script.py"], ["-u", "script.py"], ["-m", "script"]])
+@pytest.mark.parametrize("arguments", [["script.py"], ["-u", "script.py"], ["-m", "script"]])
 def test_it_is_as_a_fresh_one(arguments, tmp_path):
     answers = []
     for executable in (python(), sys.executable):

@@ -340,7 +340,7 @@ def test_a_failed_run_is_not_queued_again(slurm, played, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "arguments, message",
     [
         ([], "no run script ''"),
         (["train.py", "output=x"], "no run script 'train.py'"),
