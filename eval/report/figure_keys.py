@@ -12,11 +12,13 @@ from utils.files import printable
 
 KINDS = ("verification", "ijb", "tinyface")
 FRACTIONS = re.compile(
-    r"verification\..+\.(Accuracy-(Flip|Std)|eer|fnmr_at_fmr_[^.]+(\.\d+)?|fn?mr_at_common_threshold)"
+    r"verification\..+\.(Accuracy-(Flip|Std)|eer|fnmr_at_fmr_[^.]+(\.\d+)?)"
+    r"|verification\..+\.fn?mr_at_common_threshold"
     r"|ijb\..+\.1N_.+\.(top\d+|tpir_at_fpir_.+)"
 )
 PERCENTAGES = re.compile(
-    r"ijb\..+_(tpr_at_fpr_.+|fnmr_at_fmr_.+|eer)|ijb\..+\.fn?mr_at_common_threshold|tinyface\..+\.rank-\d+"
+    r"ijb\..+_(tpr_at_fpr_.+|fnmr_at_fmr_.+|eer)|ijb\..+\.fn?mr_at_common_threshold"
+    r"|tinyface\..+\.rank-\d+"
 )
 COUNTS = re.compile(r".+\.(genuine_pairs|impostor_pairs|mated|non_mated|probes)")
 # behind a figure's key: the limits of its interval
