@@ -170,10 +170,18 @@ def settled(*tensors: torch.Tensor):
     if tensors[0].device.type != "cpu":
         yield
         return
-    before = [sys.getrefcount(tensor) for tensor in tensors]
+
+    def count_references() -> list[int]:
+        return [sys.getrefcount(tensor) for tensor in tensors]
+
+    def is_held() -> bool:
+        # counted as before: whatever else looks at a tensor refers to it, too
+        return any(now > alone for now, alone in zip(count_references(), before, strict=True))
+
+    before = count_references()
     yield
     last = time.monotonic() + LET_GO
-    while [sys.getrefcount(tensor) for tensor in tensors] > before and time.monotonic() < last:
+    while is_held() and time.monotonic() < last:
         # the other threads' turn
         time.sleep(0)
 
@@ -239,7 +247,11 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_object(value, group=None) -> list:
-    """Every rank's small picklable value, in rank order. group: None, or a ``patient_group()``."""
+    """Every rank's small picklable value, in rank order. group: None, or a ``patient_group()``.
+
+    As torch.distributed.all_gather_object, which pickles between the processes of a launch, too,
+    but by tensors that can be ``settled``.
+    """
     if world_size() == 1:
         return [value]
     begin()

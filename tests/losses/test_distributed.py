@@ -301,3 +301,12 @@ def test_a_collective_is_over_when_no_other_thread_holds_its_tensors():
         ended.set()
     assert let_go and sys.getrefcount(tensor) == alone
     thread.join()
+
+
+def test_nobody_waits_for_tensors_that_nobody_holds(monkeypatch):
+    def fail(_seconds):
+        raise AssertionError("it waits")
+
+    monkeypatch.setattr(distributed.time, "sleep", fail)
+    with distributed.settled(torch.zeros(3), torch.zeros(4)):
+        pass
