@@ -32,6 +32,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data.packing import write_table
 from utils.align import align
 from utils.command_line import command_parser
 from utils.dataset.folder import IMAGE_SUFFIXES
@@ -47,7 +48,7 @@ from utils.detect import (
     from_left,
 )
 from utils.errors import InputError, run
-from utils.files import read_text, replacing, temporary_folder
+from utils.files import read_text, temporary_folder
 from utils.images import decode_bgr
 from utils.process_pool import in_parallel
 
@@ -96,7 +97,7 @@ def main() -> None:
                 f"--photos: none of {len(results)} files in {args.photos} could be "
                 f"used ({describe(counts)}); the first: {results[0].photo}: {results[0].detail}"
             )
-        write_report(folder / REPORT, results)
+        write_table(folder / REPORT, Result._fields, results)
         os.replace(folder, output)
     unknown = sorted(set(points or ()) - {task.photo for task in tasks})
     print("\n".join(summary(args.output, results, counts, unknown)))
@@ -264,13 +265,6 @@ def check_place(face: Face, image: np.ndarray) -> None:
         raise InputError(
             f"points around ({x:.0f}, {y:.0f}), outside the photograph of {width}x{height}"
         )
-
-
-def write_report(path: Path, results: list[Result]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([Result._fields, *results])
-    with replacing(path) as file:
-        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -4,8 +4,6 @@ finished set.
 No command.
 """
 
-import csv
-import io
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -14,7 +12,7 @@ from pathlib import Path
 import cv2
 
 from utils.errors import InputError, RecordError
-from utils.files import replacing
+from utils.files import csv_text, replacing
 from utils.images import decode_bgr
 from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
@@ -77,7 +75,5 @@ def install(temporary: str, output: str) -> None:
 
 def write_table(path: str | Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:
     """Write CSV; the names of files as their bytes, whatever their encoding."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     with replacing(path) as file:
-        file.write(os.fsencode(text.getvalue()))
+        file.write(os.fsencode(csv_text([header, *rows])))

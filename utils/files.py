@@ -1,13 +1,16 @@
 """Files that appear whole or not at all, and locks between the processes of a machine."""
 
 import codecs
+import csv
 import fcntl
+import io
 import json
 import math
 import os
 import signal
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -134,6 +137,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Write UTF-8, by write-then-rename; what is none in a name comes as in ``printable``."""
     with replacing(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def csv_text(rows: Iterable[Iterable]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_json(path: str | Path, content) -> None:

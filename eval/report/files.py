@@ -3,7 +3,6 @@ figures are named and shown: eval/report/figure_keys.py.
 """
 
 import csv
-import io
 import math
 import zipfile
 from pathlib import Path
@@ -32,7 +31,7 @@ from eval.report.figure_keys import (
 )
 from eval.report.tables import EXPLANATION, MARK
 from utils.errors import InputError
-from utils.files import printable, replacing, write_text
+from utils.files import csv_text, printable, replacing, write_text
 
 # how to mend a report that is damaged
 REMAKE = "; delete it to make it anew"
@@ -221,6 +220,4 @@ def table_line(cells: list[str]) -> str:
 
 
 def write_table(path: Path, lines) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(lines))
