@@ -81,7 +81,6 @@ class TarShards:
 
 
 # --- archives
-# --------------------------------------------------
 
 
 def members(path: Path) -> Iterator[tuple[str, str, bytes, int]]:
@@ -143,7 +142,6 @@ def split_name(path: str) -> tuple[str, str]:
 
 
 # --- labels
-# --------------------------------------------------
 
 
 def find_label(name: str, files: dict[str, bytes]) -> int | str:
@@ -186,17 +184,16 @@ def number_or_text(label) -> str:
 
 
 # --- names
-# --------------------------------------------------
 
 
-def find_shards(inside: list[str]) -> list[Path]:
+def find_shards(names: list[str]) -> list[Path]:
     """The archives that brace patterns, paths and folders (all archives in them) name, in order.
 
     Raises InputError naming what is not there or there twice.
     """
     paths = []
-    for word in inside:
-        for name in expand_braces(word):
+    for pattern in names:
+        for name in expand_braces(pattern):
             path = Path(name)
             paths += shards_in(path) if path.is_dir() else [path]
     paths = [path.absolute() for path in paths]
