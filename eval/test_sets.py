@@ -290,8 +290,9 @@ def name_rates(figures: dict) -> dict:
     """
     named = {key: value for key, value in figures.items() if key not in ("tpir", "thresholds")}
     for key, name in (("tpir", "tpir_at_fpir"), ("thresholds", "threshold_at_fpir")):
-        for far, value in zip(ijb.FARS, figures.get(key, ()), strict=False):
-            named[f"{name}_{far:g}"] = value
+        if key in figures:
+            rates = zip(ijb.FARS, figures[key], strict=True)
+            named |= {f"{name}_{far:g}": value for far, value in rates}
     return named
 
 
@@ -343,8 +344,7 @@ def run_test_set(
 
     uncertainty: which intervals and groups are asked for. feature_folder: keeps the features of the
     checkpoint with this SHA-256, taken to be trained on images of this colour order; None: they are
-    not kept. Raises InputError, on all ranks, naming
-    the test set.
+    not kept. Raises InputError, on all ranks, naming the test set.
     """
     try:
         store = None

@@ -123,7 +123,7 @@ def draw_rejects(curves: RejectCurves) -> str:
     """
 
     def plot(axes):
-        for color, (fmr, fnmr) in zip(COLORS, curves.fnmr.items(), strict=False):
+        for color, (fmr, fnmr) in zip(cycle(COLORS), curves.fnmr.items()):
             axes.axhline(100 * fnmr[0], color=color, linewidth=0.9, linestyle=":")
             axes.plot(
                 100 * curves.shares,
