@@ -209,10 +209,13 @@ def write_config(cfg, method: str, resume_step: int) -> None:
     if resume_step and path.exists():
         before = read_json(path, "a dict of configuration values")
         for key, value in cfg.items():
-            if before.get(key) != value and key != "global_step":
+            if key in before and before[key] != value and key != "global_step":
                 logging.warning(
-                    "resumed with another %s: %r instead of %r", key, value, before.get(key)
+                    "resumed with another %s: %r instead of %r", key, value, before[key]
                 )
+        unknown = [f"{key}={value!r}" for key, value in cfg.items() if key not in before]
+        if unknown:
+            logging.info("begun by an earlier version, which had no %s", ", ".join(unknown))
     write_json(path, dict(cfg) | {"method": method})
 
 

@@ -62,6 +62,8 @@ def test_the_run_goes_on(before, tmp_path, name, ranks):
     )
     assert "Resumed at step 3, epoch 1, 0 of its images done" in output
     assert "Finished at step 6" in output
+    assert "begun by an earlier version, which had no " in output
+    assert "instead of None" not in output
     after = RunFolder(folder).load_state(6)
     assert after.keys() >= state.keys() and after["step"] == 6
     for key, tensor in state["optimizer"]["state"][0].items():
