@@ -9,13 +9,12 @@ import torch
 
 from train.damaged_records import DamagedRecords
 from train.run_state import Position
-from train.schedule import images_of_step
+from train.schedule import images_of_step, steps_of_epoch
 from utils import distributed
 from utils.dataset.loader import open_loader
 from utils.dataset.order import EpochBatches, mirrored
 from utils.dataset.read_ahead import ReadAhead, RecordBlocks
 from utils.dataset.workers import end_workers, next_batch, to_device
-from utils.errors import InputError
 from utils.inputs import to_input
 
 
@@ -53,12 +52,7 @@ class Feed:
             open_read_ahead(dataset, cfg.shuffle_block),
         )
         self.step_samples = images_of_step(cfg, distributed.world_size())
-        self.steps_per_epoch = self.length // self.step_samples
-        if self.steps_per_epoch == 0:
-            raise InputError(
-                f"the set has {self.length} images, one step takes {self.step_samples} "
-                "(batch_size x processes x accumulate): lower batch_size"
-            )
+        self.steps_per_epoch = steps_of_epoch(cfg, self.length, distributed.world_size())
         self.loader = open_loader(dataset, self.batches, cfg.batch_size, cfg.num_workers, device)
         self.damaged = DamagedRecords(cfg.max_bad_records)
         # Seconds spent waiting for images, since whoever reads this set it to 0.

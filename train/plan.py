@@ -29,11 +29,13 @@ from config.load import argument_parser, load_config
 from deploy.measure import count_in_network
 from train import build, start_up, train_AdaDistill, train_AMLDistill, train_standalone
 from train.run_state import in_shards
-from train.schedule import images_of_step, learning_rate
+from train.schedule import images_of_step, learning_rate, steps_of_epoch
 from utils.errors import InputError, run
+from utils.files import read_json
 from utils.losses.center_storage import classes_sampled
 from utils.losses.centers import CENTERS
 from utils.precision import PRECISIONS
+from utils.recordio.files import find_folders
 from utils.teacher.names import ONNX, TEACHERS, full_name
 
 SCRIPTS = {
@@ -60,28 +62,24 @@ class Size(NamedTuple):
 def main() -> None:
     arguments = parse_arguments()
     cfg = load_config(arguments.config, arguments.overrides)
-    rules.check_training(cfg, arguments.method)
+    method = arguments.method or method_of(arguments.config)
+    rules.check_training(cfg, method)
     processes = count_processes(cfg)
     size = size_of_set(cfg)
     cfg = EasyDict(cfg, num_classes=size.classes)
-    steps = size.images // images_of_step(cfg, processes)
-    if not steps:
-        raise InputError(
-            f"the set has {size.images} images, one step takes {images_of_step(cfg, processes)} "
-            "(batch_size x processes x accumulate): lower batch_size"
-        )
-    print(f"{arguments.method}, {cfg.loss}, {cfg.network}, output {cfg.output}\n")
+    steps = steps_of_epoch(cfg, size.images, processes)
+    print(f"{method}, {cfg.loss}, {cfg.network}, output {cfg.output}\n")
     describe_steps(cfg, size, steps, processes)
     plot_rates(cfg, processes)
     student = build_backbone(cfg.network, cfg.embedding_size, use_se=cfg.SE)
     line("student", describe(student, cfg.network))
-    line("teacher", describe_teacher(cfg, arguments.method))
-    line("a rank holds", describe_memory(cfg, arguments.method, processes))
-    describe_files(cfg, arguments.method, steps, student)
+    line("teacher", describe_teacher(cfg, method))
+    line("a rank holds", describe_memory(cfg, method, processes))
+    describe_files(cfg, method, steps, student)
     if not arguments.measure:
         line("time", "--measure trains for a minute to tell")
         return
-    seconds = seconds_of_step(cfg, arguments.method)
+    seconds = seconds_of_step(cfg, method)
     total = seconds * steps * cfg.num_epoch / 3600
     rate = images_of_step(cfg, processes) / seconds
     line(
@@ -91,29 +89,47 @@ def main() -> None:
     )
 
 
+def method_of(config: str) -> str:
+    """Of the run whose config.json it is, else AdaDistill."""
+    if Path(config).suffix != ".json":
+        return "AdaDistill"
+    return read_json(config, "a dict of configuration values").get("method", "AdaDistill")
+
+
 def line(what: str, text: str) -> None:
     print(f"{what:<14} {text}")
 
 
 def count_processes(cfg) -> int:
-    """As many as the run scripts start."""
+    """As many as the run scripts start. Raises InputError where torchrun would decide."""
     gpus = torch.cuda.device_count() if cfg.device in ("auto", "cuda") else 1
-    of_node = int(os.environ.get("NPROC_PER_NODE") or max(1, gpus))
-    return of_node * int(os.environ.get("NNODES") or 1)
+    processes = 1
+    for name, otherwise in (("NPROC_PER_NODE", max(1, gpus)), ("NNODES", 1)):
+        value = os.environ.get(name) or str(otherwise)
+        if not value.isdecimal() or int(value) == 0:
+            raise InputError(f"{name}={value}: a plan is for a number of processes, such as 8")
+        processes *= int(value)
+    return processes
 
 
 def size_of_set(cfg) -> Size:
     """Of the set that is there, else what the configuration says of it.
 
-    Raises InputError where neither tells.
+    Raises InputError where neither tells, and if the set that is there cannot be trained on.
     """
-    try:
-        dataset = build.build_dataset(cfg)
-    except InputError as error:
-        if not cfg.num_image or not cfg.num_classes:
-            raise
-        return Size(cfg.num_image, cfg.num_classes, f"num_image and num_classes, for {error}")
+    place = cfg.data_path if cfg.db_file_format == "folder" else cfg.rec
+    if not is_there(cfg) and cfg.num_image and cfg.num_classes:
+        source = f"num_image and num_classes say so; no set at {place}"
+        return Size(cfg.num_image, cfg.num_classes, source)
+    # a plan copies nothing
+    dataset = build.build_dataset(EasyDict(cfg, stage_to=""))
     return Size(len(dataset), cfg.num_classes or dataset.num_classes, str(dataset.root_dir))
+
+
+def is_there(cfg) -> bool:
+    if cfg.db_file_format == "folder":
+        return Path(cfg.data_path).exists()
+    return any(folder.existing() for folder in find_folders(cfg.rec))
 
 
 def describe_steps(cfg, size: Size, steps: int, processes: int) -> None:
@@ -129,11 +145,15 @@ def describe_steps(cfg, size: Size, steps: int, processes: int) -> None:
 
 
 def plot_rates(cfg, processes: int) -> None:
-    """The rate at the start of each epoch; epochs of the same rate, or of many, in one line."""
+    """The rate at the start of each epoch; epochs of the same rate, or of many, in one line.
+
+    The highest and the last rate always have theirs.
+    """
     rates = [learning_rate(cfg, epoch, 0.0, processes) for epoch in range(cfg.num_epoch)]
     shown = [e for e in range(cfg.num_epoch) if e == 0 or rates[e] != rates[e - 1]]
     if len(shown) > LINES:
-        shown = shown[:: -(-len(shown) // LINES)]
+        every = -(-len(shown) // LINES)
+        shown = sorted({*shown[::every], rates.index(max(rates)), shown[-1]})
     print("\nepoch          learning rate")
     for epoch in shown:
         bar = "#" * round(BAR * rates[epoch] / max(rates)) if max(rates) else ""
@@ -250,8 +270,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         choices=list(SCRIPTS),
-        default="AdaDistill",
-        help="whose run it is (default: AdaDistill)",
+        help="whose run it is (default: that of a run's config.json, else AdaDistill)",
     )
     parser.add_argument(
         "--measure", action="store_true", help="train for a minute to tell the time"

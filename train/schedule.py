@@ -2,9 +2,22 @@
 
 import math
 
+from utils.errors import InputError
+
 
 def images_of_step(cfg, processes: int) -> int:
     return cfg.batch_size * processes * cfg.accumulate
+
+
+def steps_of_epoch(cfg, images: int, processes: int) -> int:
+    """Raises InputError if the set does not fill one step."""
+    steps = images // images_of_step(cfg, processes)
+    if steps == 0:
+        raise InputError(
+            f"the set has {images} images, one step takes {images_of_step(cfg, processes)} "
+            "(batch_size x processes x accumulate): lower batch_size"
+        )
+    return steps
 
 
 def learning_rate(cfg, epoch: int, fraction: float, processes: int) -> float:

@@ -1,14 +1,17 @@
 """train/plan.py: what it prints of a run is what the run does."""
 
+import os
 import re
 import sys
 
 import pytest
 
+from config.load import DEFAULTS, load_config
 from tests.commands import ROOT, run
 from tests.runs.outputs import draw_faces, rows
 from train import plan
 from utils.errors import InputError
+from utils.files import write_json
 
 
 def planned(monkeypatch, capsys, *arguments) -> str:
@@ -68,7 +71,7 @@ def test_before_the_set_is_there(monkeypatch, capsys, tmp_path):
     recipe = ROOT / "config" / "recipes" / "arcface_mbf.py"
     common = ["--config", recipe, f"rec={tmp_path}", "--method", "standalone"]
     text = planned(monkeypatch, capsys, *common)
-    assert f"no record file {tmp_path}" in text
+    assert f"num_image and num_classes say so; no set at {tmp_path}" in text
     assert "5,822,653 of 85,742 people" in text and "5,686 steps" in text
     assert "mbf: 2,059,520 parameters, 438 M multiply-adds" in text
     # 10,718 centres of 512 numbers, 1,024 x 10,718 logits, 4 bytes each
@@ -79,6 +82,46 @@ def test_before_the_set_is_there(monkeypatch, capsys, tmp_path):
     assert "11.0 MB of centres, as much of their momentum, 8.8 MB of logits" in text
     with pytest.raises(InputError, match="no record file"):
         planned(monkeypatch, capsys, *common, "num_image=0")
+
+
+def test_a_set_that_is_there_is_planned_with_as_it_is(monkeypatch, capsys, tmp_path):
+    """Nothing is copied, and what a run would refuse is no plan, whatever num_image says."""
+    draw_faces(tmp_path / "faces", 4)
+    common = ["dataset=synthetic", f"rec={tmp_path / 'faces'}", "batch_size=4"]
+    known = ["num_image=5000", "num_classes=90"]
+    text = planned(monkeypatch, capsys, *common, *known, f"stage_to={tmp_path / 'copy'}")
+    assert "32 of 90 people" in text and not (tmp_path / "copy").exists()
+    with pytest.raises(InputError, match="num_classes=3 is smaller than the 4 classes"):
+        planned(monkeypatch, capsys, *common, "num_image=5000", "num_classes=3")
+    os.truncate(tmp_path / "faces" / "train.rec", 1000)
+    with pytest.raises(InputError, match="train.rec"):
+        planned(monkeypatch, capsys, *common, *known)
+
+
+@pytest.mark.parametrize("name", ["NPROC_PER_NODE", "NNODES"])
+@pytest.mark.parametrize("value", ["gpu", "1:2", "0"])
+def test_the_number_of_processes_must_be_known(monkeypatch, capsys, tmp_path, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{name}={value}: a plan is for a number of processes"):
+        planned(monkeypatch, capsys, f"rec={tmp_path}")
+
+
+def test_the_highest_rate_is_shown(monkeypatch, capsys, tmp_path):
+    """40 rates, of which every second has a line."""
+    recipe = ROOT / "config" / "recipes" / "arcface_mbf.py"
+    common = ["--config", recipe, f"rec={tmp_path}", "--method", "standalone"]
+    text = planned(monkeypatch, capsys, *common, "warmup_epoch=5")
+    lines = re.findall(r"from (\d+) +([\d.e-]+)", text)
+    assert ("5", "0.0125") in lines and lines[-1][0] == "39"
+
+
+def test_the_method_is_that_of_the_run(monkeypatch, capsys, tmp_path):
+    cfg = load_config(DEFAULTS, [f"output={tmp_path}", f"rec={tmp_path}"])
+    write_json(tmp_path / "config.json", dict(cfg, method="standalone"))
+    text = planned(monkeypatch, capsys, "--config", tmp_path / "config.json")
+    assert text.startswith("standalone, ")
+    text = planned(monkeypatch, capsys, "--config", tmp_path / "config.json", "--method=AMLDistill")
+    assert text.startswith("AMLDistill, ")
 
 
 def test_what_runs_of_a_teacher(monkeypatch, capsys, tmp_path):
