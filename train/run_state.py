@@ -155,7 +155,7 @@ class RunState:
         if file.exists():
             header = None if file.is_dir() else read_tensors(file, "resume")
             self.resume_header(step, header, dict(header_moved=False, header_momentum=None))
-        self.resume_average(step, {})
+        self.resume_average(step, dict(ema=self.folder.file(step, "ema").is_file()))
         position.step = step
         position.epoch = min(step // engine.feed.steps_per_epoch, engine.cfg.num_epoch)
         if not distributed.is_main():
@@ -230,7 +230,7 @@ class RunState:
             load_backbone(average.network, self.folder.file(step, "ema"), "resume")
         else:
             average.restart()
-            logging.warning("no average of the weights was kept before: it begins at step %d", step)
+            logging.warning("no average of the weights of step %d: it begins there", step)
 
     def refuse_other_centers(self, file: Path, configured: torch.Tensor) -> None:
         """Raises InputError if centres that nothing moves are not those that were resumed."""

@@ -113,11 +113,18 @@ def test_a_folder_of_large_images_by_their_block_for_it(options, tmp_path):
 @pytest.mark.processes
 def test_weights_alone_go_on_with_the_first_image_of_the_epoch(straight, options, tmp_path):
     """The next loss, before the optimizer's momentum counts, is that of the run they are from; only
-    the number of ranks is the same, so that sums are added in one order.
+    the number of ranks is the same, so that sums are added in one order. An average of the weights
+    goes on, too.
     """
     output = weights_of(straight, tmp_path / "run", "backbone", "header")
-    here = [*options, f"output={output}", "batch_size=12", "global_step=3"]
+    weights = torch.load(output / "3backbone.pth", weights_only=True)
+    torch.save({key: value + 800 for key, value in weights.items()}, output / "3ema.pth")
+    here = [*options, f"output={output}", "batch_size=12", "global_step=3", "ema=0.5"]
     text = run(STANDALONE, *here, ranks=2)
+    assert "no average of the weights" not in text
+    # three steps halve what it was off by; weights are below 10
+    average = torch.load(output / "6ema.pth", weights_only=True)["conv1.conv.weight"]
+    assert (average - 100).abs().max() < 10
     assert text.count("without the optimizer's momentum, with the first image of epoch 1") == 1
     ours, theirs = losses(output), losses(straight[0])
     assert sorted(ours) == [4, 5, 6] and ours[4] == theirs[4] and ours[6] != theirs[6]
