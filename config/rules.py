@@ -215,7 +215,7 @@ def check_training(values: dict, method: str) -> None:
                     f"set {key}={allowed[-1]}, or another device"
                 )
     check_options(**header_options(values), method=method)
-    check_freeze(values["freeze"], values["header_weight"], method)
+    check_learning(values, method)
     if method == "standalone" and values["teacher_embeddings"]:
         raise InputError(
             "teacher_embeddings need a method with a teacher: use AdaDistill or AMLDistill, "
@@ -223,12 +223,20 @@ def check_training(values: dict, method: str) -> None:
         )
 
 
-def check_freeze(freeze: int, header_weight: float, method: str) -> None:
-    if freeze and (method == "AMLDistill" or not header_weight):
-        why = "header_weight=0" if method != "AMLDistill" else "AMLDistill"
+def check_learning(values: dict, method: str) -> None:
+    """Refuse a network that stands still where nothing moves the class centres either."""
+    if method != "AMLDistill" and values["header_weight"]:
+        return
+    why = "header_weight=0" if method != "AMLDistill" else "AMLDistill"
+    if values["freeze"]:
         raise InputError(
-            f"freeze={freeze}: in these epochs only the class centres learn, and nothing moves "
-            f"them with {why}: set freeze=0"
+            f"freeze={values['freeze']}: in these epochs only the class centres learn, and nothing "
+            f"moves them with {why}: set freeze=0"
+        )
+    if not values["backbone_lr"]:
+        raise InputError(
+            f"backbone_lr=0: only the class centres learn, and nothing moves them with {why}: set "
+            "backbone_lr above 0"
         )
 
 
@@ -268,7 +276,7 @@ def check_schedule(values: dict, overrides: dict) -> None:
             )
     if any(milestone < 1 for milestone in values["milestones"]):
         raise InputError(f"milestones={values['milestones']}: epochs are counted from 1")
-    if values["warmup_epoch"] >= num_epoch:
+    if factors is None and values["warmup_epoch"] >= num_epoch:
         raise InputError(
             f"warmup_epoch={values['warmup_epoch']} leaves nothing of num_epoch={num_epoch}"
         )

@@ -400,6 +400,9 @@ def test_lr_func_takes_the_place_of_the_schedule(tmp_path):
     run = write(tmp_path, json.dumps(cfg), "config.json")
     assert load_config(run) == cfg
     refused("lr_func has the factors of 2 epochs, but num_epoch=3", run, "num_epoch=3")
+    # nothing of a schedule holds: a short trial of a file with a long warm-up
+    trial = partial(tmp_path, lr_func=[1, 0.5], num_epoch=2, warmup_epoch=3)
+    assert load_config(trial, ["num_epoch=1", "lr_func=1"]).num_epoch == 1
     refused("lr_func=-1.0 .*expected float of at least 0", partial(tmp_path, lr_func=[-1.0]))
     refused("lr_func=0.1 .*expected a list of float", partial(tmp_path, lr_func=0.1))
 
@@ -408,6 +411,7 @@ def test_lr_func_takes_the_place_of_the_schedule(tmp_path):
     "method, arguments, message",
     [
         ("AMLDistill", ["freeze=1"], "freeze=1: .*nothing moves them with AMLDistill"),
+        ("AMLDistill", ["backbone_lr=0"], "backbone_lr=0: .*nothing moves them with AMLDistill"),
         (
             "AdaDistill",
             ["freeze=1", "header_weight=0", "feature_weight=1"],
