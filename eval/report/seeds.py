@@ -38,30 +38,44 @@ class Method(NamedTuple):
 def group_by_method(rows: list[Row], configurations: list[dict]) -> list[Method]:
     """configurations: what config.json says of each row's run; empty: there is none.
 
-    Rows of one seed are no seeds of a method, whatever else tells their runs apart.
+    Rows of one seed are no seeds of a method, whatever else tells their runs apart; nor are runs of
+    earlier versions, whose config.json does not say the method.
     """
+    all_runs = {row.run for row in rows}
     groups = {}
     for row, configuration in zip(rows, configurations, strict=True):
         values = {k: v for k, v in configuration.items() if k not in NOT_THE_METHOD}
         checkpoint = row.name.removeprefix(f"{row.run}_")
-        key = json.dumps(values, sort_keys=True), checkpoint
+        alone = "" if "method" in configuration else row.run
+        key = json.dumps(values, sort_keys=True), checkpoint, alone
         groups.setdefault(key, []).append((row, configuration.get("seed")))
     methods = []
-    for (_, checkpoint), members in groups.items():
+    for (_, checkpoint, _), members in groups.items():
         if len({seed for _, seed in members}) < len(members):
             methods += [Method(row.run, checkpoint, [seed], [row]) for row, seed in members]
             continue
         of_method, seeds = zip(*members, strict=True)
-        runs = common_name([row.run for row in of_method])
+        names = [row.run for row in of_method]
+        runs = common_name(names, all_runs.difference(names))
         methods.append(Method(runs, checkpoint, list(seeds), list(of_method)))
     return methods
 
 
-def common_name(runs: list[str]) -> str:
-    """What the names of several runs begin with, without the number that tells them apart."""
+def common_name(runs: list[str], others: set[str]) -> str:
+    """Several names in one: what they begin and end with, and ``*`` between.
+
+    Their list instead where that says nothing, or would name one of the others, too.
+    """
     if len(runs) == 1:
         return runs[0]
-    return os.path.commonprefix(runs).rstrip("0123456789_-. ") or runs[0]
+    start = os.path.commonprefix(runs)
+    # backwards, without the start
+    rests = [run[len(start) :][::-1] for run in runs]
+    end = os.path.commonprefix(rests)[::-1]
+    ambiguous = any(name.startswith(start) and name.endswith(end) for name in others)
+    if ambiguous or not start + end:
+        return ", ".join(runs)
+    return f"{start}*{end}"
 
 
 def write_seeds(folder: Path, methods: list[Method]) -> bool:

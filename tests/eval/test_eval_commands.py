@@ -431,9 +431,8 @@ def test_seeds_of_one_method_are_one_row(sets, tmp_path):
         folder = tmp_path / f"ada_seed{seed}"
         folder.mkdir()
         save_network(folder / "3backbone.pth", seed)
-        write_run_config(
-            folder, val_rec=str(sets), val_targets=["lowres"], seed=seed, output=str(folder)
-        )
+        own = dict(method="AdaDistill", seed=seed, output=str(folder))
+        write_run_config(folder, val_rec=str(sets), val_targets=["lowres"], **own)
     output = run(BATCH, "--checkpoint-dir", tmp_path, *HOW)
     assert "seeds.md, seeds.csv" in output
     with (tmp_path / "reports" / "summary.csv").open() as file:
@@ -441,7 +440,7 @@ def test_seeds_of_one_method_are_one_row(sets, tmp_path):
     first, second = (100 * float(row["verification.lowres.Accuracy-Flip"]) for row in rows)
     mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
     line = (tmp_path / "reports" / "seeds.md").read_text().splitlines()[-1]
-    assert line == f"| ada_seed | 3backbone | 1, 2 | {mean:.2f} ± {spread:.2f} |"
+    assert line == f"| ada_seed* | 3backbone | 1, 2 | {mean:.2f} ± {spread:.2f} |"
 
 
 @pytest.mark.processes

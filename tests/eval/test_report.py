@@ -918,7 +918,7 @@ def test_seeds_of_a_method_are_one_row(tmp_path):
     assert head == ["runs", "checkpoint", "seeds", "lfw"]
     # deviations -20, 20, 0: sqrt(800 / 2)
     assert lines == [
-        ["ada_seed", "5backbone", "1, 12, 3", "70.00 ± 20.00"],
+        ["ada_seed*", "5backbone", "1, 12, 3", "70.00 ± 20.00"],
         ["aml", "5backbone", "1", "60.00"],
         ["cos", "5backbone", "2", "40.00"],
         ["copy", "5backbone", "2", "40.00"],
@@ -936,6 +936,35 @@ def test_seeds_of_a_method_are_one_row(tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "first, second, names",
+    [
+        ("features32_1 features32_2", "features64_1 features64_2", "features32_* features64_*"),
+        ("ada_m0.3-1 ada_m0.3-2", "ada_m0.5-1 ada_m0.5-2", "ada_m0.3-* ada_m0.5-*"),
+        ("seed1_alone seed2_alone", "seed1_ada seed2_ada", "seed*_alone seed*_ada"),
+        # one pattern would be that of both
+        ("run1 run3", "run2 run4", "run1,run3 run2,run4"),
+        ("1 2", "", "1,2"),
+    ],
+)
+def test_the_name_of_several_runs_is_that_of_no_others(first, second, names):
+    rows, configurations = [], []
+    for margin, runs in enumerate((first.split(), second.split())):
+        for seed, run in enumerate(runs):
+            rows.append(Row(f"{run}_5backbone", run, 5, {}))
+            configurations.append(dict(method="AdaDistill", m=margin, seed=seed))
+    methods = seeds.group_by_method(rows, configurations)
+    assert [method.runs for method in methods] == [
+        name.replace(",", ", ") for name in names.split()
+    ]
+
+
+def test_runs_whose_method_is_not_known_are_no_seeds_of_one():
+    rows = [Row(f"{run}_5backbone", run, 5, {}) for run in ("a1", "a2")]
+    methods = seeds.group_by_method(rows, [dict(seed=1), dict(seed=2)])
+    assert [method.runs for method in methods] == ["a1", "a2"]
+
+
 def test_the_mark_of_a_mean(tmp_path):
     """Two seeds on an IJB set too small for a false accept rate of 1e-4."""
     rows = []
@@ -944,7 +973,8 @@ def test_the_mark_of_a_mean(tmp_path):
         rows.append(Row(f"{seed}_5backbone", str(seed), 5, figure_keys.flatten(results)))
     key = "ijb.IJBC.Norm:True_Det:True_tpr_at_fpr_0.0001"
     low, high = sorted(row.figures[key] for row in rows)
-    methods = seeds.group_by_method(rows, [dict(seed=1), dict(seed=2)])
+    method = dict(method="AdaDistill")
+    methods = seeds.group_by_method(rows, [method | dict(seed=1), method | dict(seed=2)])
     seeds.write_seeds(tmp_path, methods)
     head, _, line = markdown_rows((tmp_path / "seeds.md").read_text())
     spread = (high - low) / 2**0.5
