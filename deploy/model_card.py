@@ -1,6 +1,8 @@
 """README.md of an exported network: the model card, with the hub's front matter."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +22,11 @@ from utils.weights.read import split_mark
 TRAINING_KEYS = (
     "dataset num_classes num_image loss s m h t_alpha adaptive_alpha alpha use_geom_margin "
     "geom_margin_w geom_margin_k geom_margin_warmup_epoch sample_rate feature_weight header_weight "
-    "batch_size accumulate lr backbone_lr schedule schedule_power milestones warmup_epoch "
+    "batch_size accumulate lr backbone_lr lr_func schedule schedule_power milestones warmup_epoch "
     "num_epoch freeze momentum weight_decay grad_clip ema precision flip augment seed"
 ).split()
+# of them, what lr_func takes the place of
+REPLACED = ("schedule", "schedule_power", "milestones", "warmup_epoch")
 LIMITS = """\
 For research on face recognition: comparing faces, and teaching smaller networks.
 
@@ -63,17 +67,30 @@ def read_training(checkpoint: Path) -> tuple[str, dict]:
     if beside is None:
         return "", {}
     cfg = read_json(beside, "a dict of configuration values")
-    training = {key: cfg[key] for key in TRAINING_KEYS if key in cfg}
+    without = REPLACED if cfg.get("lr_func") else ("lr_func",)
+    training = {key: cfg[key] for key in TRAINING_KEYS if key in cfg and key not in without}
+    if cfg.get("pretrained_backbone_path"):
+        training["started from"] = f"weights: {Path(cfg['pretrained_backbone_path']).name}"
+    if is_average(checkpoint, cfg):
+        training["weights"] = "their exponential average"
     folder = RunFolder(beside.parent)
     # config.json names a teacher whether or not it was asked
     if (folder.path / "teacher.json").is_file():
         training["teacher"] = teacher_of(cfg)
+    method = cfg.get("method", "")
     steps = folder.steps("state")
     if not steps:
-        return "", training
-    # which script wrote config.json, and how many processes ran, only the state knows
+        return method, training
+    # only the state knows how many processes ran, and the method of earlier versions
     state = folder.load_state(steps[-1])
-    return state["method"], training | {"processes": len(state["rng"])}
+    training["processes"] = len(state["rng"])
+    return method or state["method"], training
+
+
+def is_average(checkpoint: Path, cfg: dict) -> bool:
+    if split_mark(checkpoint)[1] or checkpoint.stem.endswith("ema"):
+        return True
+    return checkpoint.name == "best_backbone.pth" and bool(cfg.get("ema"))
 
 
 def teacher_of(cfg: dict) -> str:
@@ -114,7 +131,11 @@ def read_figures(path: Path) -> dict[str, float]:
             "one"
         )
     if path.suffix == ".json":
-        figures = figure_keys.flatten(read_json(path, "the figures of an evaluation"))
+        content = read_json(path, "the figures of an evaluation")
+        try:
+            figures = figure_keys.flatten(content)
+        except InputError as error:
+            raise InputError(f"--report: {path}: {error}") from error
     else:
         figures = read_metrics(path)
     if not figure_keys.headlines(figures):
@@ -153,10 +174,10 @@ def front_matter(model: Model, card: Card) -> dict:
 
 
 def results_of(figures: dict) -> list[dict]:
-    """The headline figures of each set in percent, without those that the set cannot resolve."""
+    """The headline figures of each set in percent, but for what it cannot resolve or lacks."""
     results = {}
     for key in figure_keys.headlines(figures):
-        if figure_keys.mark_of(key, figures):
+        if figure_keys.mark_of(key, figures) or not math.isfinite(figures[key]):
             continue
         set_key = figure_keys.set_of(key)
         kind, name = set_key.split(".", 1)
@@ -170,7 +191,8 @@ def results_of(figures: dict) -> list[dict]:
             set_key,
             {
                 "task": {"type": "image-feature-extraction", "name": "Face recognition"},
-                "dataset": {"type": name.lower(), "name": name},
+                # the hub takes letters, digits, "-", "_" and "."
+                "dataset": {"type": re.sub(r"[^\w.-]+", "-", name.lower()), "name": name},
                 "metrics": [],
             },
         )

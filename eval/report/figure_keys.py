@@ -51,6 +51,8 @@ class Row(NamedTuple):
 def flatten(results: dict) -> dict[str, float]:
     """Nested figures with dotted keys, sorted; an interval becomes ``k-95.low`` and
     ``k-95.high``.
+
+    Raises InputError for a list of another length.
     """
     flat = {}
     for key, value in results.items():
@@ -59,6 +61,8 @@ def flatten(results: dict) -> dict[str, float]:
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": figure for inner, figure in flatten(value).items()}
         elif isinstance(value, list):
+            if len(value) != len(ENDS):
+                raise InputError(f"{key} has {len(value)} values, an interval of a figure has two")
             flat |= {f"{key}.{end}": limit for end, limit in zip(ENDS, value, strict=True)}
         else:
             flat[key] = value

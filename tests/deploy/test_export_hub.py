@@ -14,11 +14,12 @@ import yaml
 from safetensors import safe_open
 
 from deploy import export_hub
-from deploy.model_card import read_training
+from deploy.model_card import read_training, results_of
 from tests.commands import ROOT, run
 from tests.local_hub import child, hub_options, serve
 from tests.teachers import IMAGES, SIZE, config, network, prefixed, save
 from utils.errors import InputError
+from utils.files import write_json
 from utils.run.folder import save as save_checkpoint
 from utils.teacher.load import load_teacher
 from utils.teacher.names import TEACHERS
@@ -212,6 +213,34 @@ def test_the_card_of_a_run(a_run, monkeypatch):
     assert "## Intended use and limits" in text
 
 
+@pytest.mark.parametrize("has_state", [True, False])
+def test_the_card_says_how_the_weights_came_about(a_run, has_state):
+    """The factors instead of a schedule, where it began, that it is an average; with and without
+    the state beside it.
+    """
+    content = json.loads((a_run / "config.json").read_text())
+    more = dict(lr_func=[1, 0.1], pretrained_backbone_path="/data/old/9backbone.pth", ema=0.9)
+    write_json(a_run / "config.json", content | more | {"method": "AdaDistill"})
+    if not has_state:
+        (a_run / "3state.pth").unlink()
+    for name, average in (
+        ("3backbone.pth", False),
+        ("3ema.pth", True),
+        ("best_backbone.pth", True),
+    ):
+        method, training = read_training(a_run / name)
+        assert method == "AdaDistill" and training["lr_func"] == [1, 0.1]
+        assert not training.keys() & {"schedule", "milestones", "warmup_epoch"}
+        assert training["started from"] == "weights: 9backbone.pth"
+        assert ("weights" in training) == average and ("processes" in training) == has_state
+
+
+def test_names_of_sets_as_the_hub_takes_them():
+    (result,) = results_of({"verification.my set (1).Accuracy-Flip": 0.5})
+    assert result["dataset"] == {"type": "my-set-1-", "name": "my set (1)"}
+    assert not results_of({"verification.lfw.Accuracy-Flip": float("nan")})
+
+
 def test_the_hub_library_reads_the_card(a_run, monkeypatch):
     hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     results = {"verification": {"lfw": {"Accuracy-Flip": 0.5, "XNorm": 1.0}}}
@@ -287,6 +316,12 @@ def test_refused(tmp_path, monkeypatch):
     refused(monkeypatch, "--report: no file at", *named, *output, "--report", tmp_path / "x.json")
     (tmp_path / "x.json").write_text('{"a": 1}')
     refused(monkeypatch, "has no figure of", *named, *output, "--report", tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"milestones": [1, 2, 3]}')
+    refused(
+        monkeypatch,
+        "x.json: milestones has 3 values, an interval of a figure has two",
+        *(*named, *output, "--report", tmp_path / "x.json"),
+    )
     (tmp_path / "x.json").unlink()
     monkeypatch.setattr(export_hub, "write_card", lambda *_: (tmp_path / "no" / "x").touch())
     with pytest.raises(FileNotFoundError):
