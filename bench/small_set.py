@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +35,8 @@ sys.path[0] = str(ROOT)
 
 from backbones import NAMES
 from eval.report.files import table_line, write_table
+from eval.report.seeds import mean_and_spread
+from utils.command_line import command_parser
 from utils.errors import InputError, run
 from utils.files import prepare_folder, read_json, write_json
 from utils.run.folder import RunFolder
@@ -53,8 +54,15 @@ METHODS = {
     "AdaDistill_ArcFace": "AdaDistill loss=ArcFace",
     "AdaDistill_CosFace": "AdaDistill loss=CosFace",
     "AdaDistill_AdaFace_geometry": "AdaDistill loss=AdaFace use_geom_margin=True",
-    # a margin as wide as ArcFace's of 0.3, see docs/results.md
+    # what it may lack to keep up with ArcFace, see docs/results.md
+    "AdaDistill_AdaFace": "AdaDistill loss=AdaFace",
     "AdaDistill_AdaFace_geometry_m0.2": "AdaDistill loss=AdaFace use_geom_margin=True m=0.2",
+    "AdaDistill_AdaFace_geometry_k1": (
+        "AdaDistill loss=AdaFace use_geom_margin=True geom_margin_k=1"
+    ),
+    "AdaDistill_AdaFace_geometry_features": (
+        "AdaDistill loss=AdaFace use_geom_margin=True feature_weight=64"
+    ),
     "AdaDistill_alpha0.9": "AdaDistill loss=ArcFace alpha=0.9",
     "features": "AdaDistill header_weight=0 feature_weight=64",
     # TH-KD
@@ -100,11 +108,7 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--features", type=Path, metavar="FILE", help="of the teacher, an .npz")
     methods = ", ".join(METHODS)
@@ -230,14 +234,14 @@ def table(rows: dict[Job, dict[str, float]]) -> str:
     order = list(METHODS)
     for key in sorted(of_method, key=lambda key: (*key[:2], order.index(key[2]))):
         runs = of_method[key]
-        cells = [mean_and_spread([figures[name] for figures in runs]) for name in sets]
+        cells = [show_mean([figures[name] for figures in runs]) for name in sets]
         lines.append(table_line([*map(str, key), str(len(runs)), *cells]))
     return "\n".join(lines)
 
 
-def mean_and_spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+def show_mean(values: list[float]) -> str:
+    mean, spread = mean_and_spread(values)
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
 
 
 if __name__ == "__main__":
