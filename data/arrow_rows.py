@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.packing import BadImage
-from data.record_stream import Sample, parse_label
+from data.record_stream import Sample, typed_label
 from utils.errors import InputError
 from utils.saved_table import DAMAGED, SPLITS, STATE, encoded_image, is_saved, load_table
 
@@ -32,7 +32,9 @@ class ArrowRows:
                 f"{folder.absolute()} is no folder of datasets' save_to_disk: it has no {STATE}"
             )
         self.folder = folder
-        self.table = load_table(folder, ("image", "label"), "training set")
+        self.table = load_table(folder, ("image", "label"), "training set", may_lack=True)
+        # of datasets: a class that is not known
+        self.no_label = -1 if hasattr(self.table.features["label"], "names") else None
         self.table = self.table.select_columns(["image", "label"])
         self.parts = range(0, len(self.table), ROWS_AT_A_TIME)
         self.sizes = [min(ROWS_AT_A_TIME, len(self.table) - first) for first in self.parts]
@@ -53,9 +55,11 @@ class ArrowRows:
             yield (f"row {first + number}", image, label), number + 1
 
     def read(self, sample: tuple[str, dict, int | str]) -> Sample:
-        """Raises BadImage if the row has no image, or a label that is no word."""
+        """Raises BadImage if the row lacks its image or label, or the label is no word."""
         name, image, label = sample
+        if image is None or label is None or label == self.no_label:
+            raise BadImage(f"{self.folder}, {name} has no {'image' if image is None else 'label'}")
         try:
-            return Sample(name, encoded_image(self.folder, image), parse_label(str(label), name))
+            return Sample(name, encoded_image(self.folder, image), typed_label(label, name))
         except DAMAGED as error:
             raise BadImage(f"{self.folder}, {name}: {error}") from error

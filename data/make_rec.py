@@ -46,7 +46,15 @@ import numpy as np
 from tqdm import tqdm
 
 from data.arrow_rows import ArrowRows
-from data.packing import LABEL_MAP, BadImage, check_output, image_encoder, install, write_table
+from data.packing import (
+    LABEL_MAP,
+    BadImage,
+    check_output,
+    image_encoder,
+    install,
+    place_for_work,
+    write_table,
+)
 from data.pair_list import read_pairs
 from data.record_stream import Written, write_stream
 from data.tar_shards import TarShards
@@ -181,10 +189,12 @@ def write_records(args: argparse.Namespace, encode: Callable[[str], bytes]) -> W
             f"{os.path.abspath(args.images)} has images of one identity only: training needs two "
             "or more, a sub-folder for each"
         )
-    output = os.path.abspath(args.output)
+    # where a link leads
+    output = os.path.realpath(args.output)
     check_output(output)
-    os.makedirs(os.path.dirname(output), exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".make_rec-", dir=os.path.dirname(output)) as temporary:
+    place = place_for_work(output)
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".make_rec-", dir=place) as temporary:
         if args.layout == "insightface":
             entries, checksums = write_grouped(temporary, groups, encode)
         else:

@@ -14,6 +14,7 @@ import cv2
 from utils.errors import InputError, RecordError
 from utils.files import csv_text, replacing
 from utils.images import decode_bgr
+from utils.images import resize as resize_image
 from utils.jpeg import JPEG_START, ends_early
 from utils.recordio.files import IMAGE_SIZE
 
@@ -46,7 +47,7 @@ def image_encoder(quality: int, resize: bool) -> Callable[[bytes, str], bytes]:
                     f"{name} is {image.shape[1]}x{image.shape[0]}, not 112x112; align "
                     "and crop it, or add --resize"
                 )
-            image = cv2.resize(image, IMAGE_SIZE[::-1], interpolation=cv2.INTER_AREA)
+            image = resize_image(image, IMAGE_SIZE)
         elif content.startswith(JPEG_START):
             return content
         return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
@@ -60,17 +61,28 @@ def check_output(output: str) -> None:
         raise InputError(f"--output {output} is a file; name the folder to write train.rec into")
 
 
+def place_for_work(output: str | Path) -> Path:
+    """Where on the disk of the folder ``output`` files are written before they are moved there."""
+    output = Path(output)
+    return output if os.path.ismount(output) else output.parent
+
+
 def install(temporary: str, output: str) -> None:
-    """Move the checked files into ``output``; the record file last, so that it never meets another
-    set's index or map.
+    """Move the checked files into ``output``, on the same disk; the record file last, so that it
+    never meets another set's index or map. Once more, if that was interrupted.
     """
+    if not os.path.exists(os.path.join(temporary, "train.rec")):
+        return
     os.makedirs(output, exist_ok=True)
     for name in ("train.rec", LABEL_MAP):
         if os.path.exists(os.path.join(output, name)):
             os.unlink(os.path.join(output, name))
-    for name in (LABEL_MAP, "property", "train.lst", "train.idx", "train.rec"):
+    if os.path.exists(os.path.join(temporary, LABEL_MAP)):
+        # a copy, so that the next attempt has it, too
+        shutil.copyfile(os.path.join(temporary, LABEL_MAP), os.path.join(output, LABEL_MAP))
+    for name in ("property", "train.lst", "train.idx", "train.rec"):
         if os.path.exists(os.path.join(temporary, name)):
-            shutil.move(os.path.join(temporary, name), os.path.join(output, name))
+            os.replace(os.path.join(temporary, name), os.path.join(output, name))
 
 
 def write_table(path: str | Path, header: tuple[str, ...], rows: Iterable[tuple]) -> None:

@@ -168,7 +168,7 @@ def parse_names(fields: list[str], images: Path, where: str, group: str = "") ->
 def find_image(images: Path, folder: str, number: int, where: str) -> str:
     """``Name/Name_0001.jpg`` or with another suffix. Raises InputError if there is none."""
     stem = f"{folder}/{PurePath(folder).name}_{number:04d}"
-    for suffix in IMAGE_SUFFIXES:
+    for suffix in (*IMAGE_SUFFIXES, *map(str.upper, IMAGE_SUFFIXES)):
         if (images / f"{stem}{suffix}").is_file():
             return f"{stem}{suffix}"
     raise InputError(

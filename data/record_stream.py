@@ -7,8 +7,9 @@ others, for JSON), ``samples(part)``, an iterator of (anything, how much of the 
 ``read(anything)``, a Sample, which may raise BadImage. The set gets the plain layout, in the
 source's order.
 
-Meanwhile ``.<output>.make_rec`` beside the output holds files that only grow, and ``state.json``,
-which says how far each was when all of that was on the disk. Whoever goes on cuts them there.
+Meanwhile ``.<output>.make_rec`` beside the output (in it, if it is a disk of its own) holds files
+that only grow, and ``state.json``, which says how far each was when all of that was on the disk.
+Whoever goes on cuts them there.
 Which class a label is shows at the end: until then a record has the label of the source, if that
 is a number that can be a class, and is corrected then.
 """
@@ -29,7 +30,14 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from tqdm import tqdm
 
-from data.packing import LABEL_MAP, BadImage, check_output, install, write_table
+from data.packing import (
+    LABEL_MAP,
+    BadImage,
+    check_output,
+    install,
+    place_for_work,
+    write_table,
+)
 from utils.errors import InputError, RecordError
 from utils.files import read_json, replacing, take_lock, write_json
 from utils.recordio.files import IMAGE_SIZE
@@ -39,18 +47,21 @@ from utils.recordio.reader import RecordFile
 from utils.recordio.writer import write_property
 
 STATE = "state.json"
+# of what ``.<output>.make_rec`` holds
+FORMAT = 2
 # images between two states: so many a killed conversion repeats at most
 STATE_EVERY = 10_000
 # images between two moves of the progress bar
 SHOWN_EVERY = 100
-# what grows: the records, of each an entry and a name, and the labels as they come up
+# what grows: the records, of each an entry and a name, and the labels as they come up, in JSON
 GROWING = ("train.rec", "entries", "names", "labels")
 # of a record: where it begins, number of its label among those, CRC-32 of its image
 ENTRY = np.dtype([("offset", "<i8"), ("label", "<u4"), ("checksum", "<u4")])
 ENTRY_BYTES = struct.Struct("<qII")
 # bytes from the start of a record to its label: the frame's two words and the flag
 LABEL_AT = 12
-WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
+# no label has more digits
+WHOLE_NUMBER = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 
 
 class Sample(NamedTuple):
@@ -71,13 +82,28 @@ class Written(NamedTuple):
 
 
 def parse_label(text: str, name: str) -> int | str:
-    """A label from text: a whole number or a word. Raises BadImage if it is neither."""
+    """A label from a text file: a whole number or a word. Raises BadImage if it is neither."""
     text = text.strip()
     if WHOLE_NUMBER.fullmatch(text):
         return int(text)
     if not text or not text.isprintable():
         raise BadImage(f"{name}: its label, {text[:40]!r}, is no whole number and no word")
     return text
+
+
+def typed_label(label, name: str) -> int | str:
+    """A label that is a number or a string already, of which ``"007"`` and ``"7"`` are two.
+
+    Raises BadImage if it is anything else.
+    """
+    if isinstance(label, float) and label.is_integer():
+        return int(label)
+    if isinstance(label, int) and not isinstance(label, bool):
+        return label
+    if not isinstance(label, str):
+        raise BadImage(f"{name}: its label, {label!r:.40}, is no whole number and no word")
+    parsed = parse_label(label, name)
+    return parsed if str(parsed) == label.strip() else label.strip()
 
 
 def write_stream(
@@ -89,19 +115,21 @@ def write_stream(
     skip_bad: leave bad samples out and list them. Raises InputError if the source is damaged or
     has fewer than two labels, and for a bad sample.
     """
-    output = output.absolute()
+    # where a link leads
+    output = output.resolve()
     check_output(str(output))
-    folder = output.parent / f".{output.name}.make_rec"
+    folder = place_for_work(output) / f".{output.name}.make_rec"
     folder.mkdir(parents=True, exist_ok=True)
     lock = take_lock(folder / "lock", wait=False)
     if not lock:
         raise InputError(f"--output {output}: another process is writing it, in {folder}")
     with lock:
-        origin = json.dumps([source.described(), options])
+        origin = json.dumps([FORMAT, source.described(), options])
         stream = Stream(folder, sha256(origin.encode()).hexdigest())
         try:
-            stream.append(source, encode, skip_bad)
-            written = stream.finish()
+            if not stream.is_finished:
+                stream.append(source, encode, skip_bad)
+                stream.finish()
         except (InputError, OSError):
             if (folder / STATE).is_file():
                 print(f"what was written is kept in {folder}: the same command goes on", flush=True)
@@ -110,7 +138,7 @@ def write_stream(
             raise
         install(str(folder), str(output))
         shutil.rmtree(folder)
-    return written
+    return Written(*stream.state["written"])
 
 
 class Stream:
@@ -129,14 +157,18 @@ class Stream:
             else:
                 print(f"{folder} is of other files or options: starting anew", flush=True)
                 (folder / STATE).unlink()
+        self.is_finished = "written" in self.state
+        if self.is_finished:
+            # maybe moved away already
+            return
         self.files = {name: open(folder / name, "ab", buffering=1 << 20) for name in GROWING}
         for name, file in self.files.items():
             file.truncate(self.state["sizes"][name])
             # or tell() would go on from where the file ended before
             file.seek(0, os.SEEK_END)
         self.end = self.state["sizes"]["train.rec"]
-        lines = (folder / "labels").read_bytes().decode().split("\n")[:-1]
-        self.labels = {parse_label(line, "labels"): number for number, line in enumerate(lines)}
+        lines = (folder / "labels").read_bytes().splitlines()
+        self.labels = {json.loads(line): number for number, line in enumerate(lines)}
 
     def append(self, source, encode: Callable[[bytes, str], bytes], skip_bad: bool) -> None:
         """Write what the source has behind the last state."""
@@ -176,7 +208,7 @@ class Stream:
         key = self.state["images"]
         if sample.label not in self.labels:
             self.labels[sample.label] = len(self.labels)
-            self.files["labels"].write(f"{sample.label}\n".encode())
+            self.files["labels"].write(f"{json.dumps(sample.label)}\n".encode())
         record = frame(pack(IRHeader(0, float(provisional(sample.label)), key, 0), image))
         entry = ENTRY_BYTES.pack(self.end, self.labels[sample.label], zlib.crc32(image))
         self.files["train.rec"].write(record)
@@ -193,8 +225,8 @@ class Stream:
             self.state["sizes"][name] = file.tell()
         write_json(self.folder / STATE, self.state)
 
-    def finish(self) -> Written:
-        """Classes for labels, the other files of the set, and the check.
+    def finish(self) -> None:
+        """Classes for labels, the other files of the set, the check, and a state that says so.
 
         Raises InputError if there are fewer than two labels or too many, or a record reads back
         otherwise than it was written.
@@ -221,7 +253,9 @@ class Stream:
             rows = enumerate(zip(labels, names, strict=True))
             to.writelines(b"%d\t%d\t%s" % (key, label, name) for key, (label, name) in rows)
         self.check(entries, labels)
-        return Written(len(entries), len(classes), self.state["left_out"], is_mapped)
+        written = Written(len(entries), len(classes), self.state["left_out"], is_mapped)
+        self.state["written"] = list(written)
+        write_json(self.folder / STATE, self.state)
 
     def classes_of_labels(self) -> tuple[np.ndarray, bool]:
         """((C,) class of each label, whether these differ from the labels); with a map if so.

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.packing import BadImage
-from data.record_stream import Sample, parse_label
+from data.record_stream import Sample, parse_label, typed_label
 from utils.errors import InputError, first_line
 from utils.recordio.files import by_number
 
@@ -151,7 +151,7 @@ def find_label(name: str, files: dict[str, bytes]) -> int | str:
     if "json" in files:
         content = parse_json(name, files["json"])
         if "label" in content:
-            return parse_label(number_or_text(content["label"]), name)
+            return typed_label(content["label"], name)
         if "txt" not in files:
             raise BadImage(
                 f"{name}.json has no 'label'; it holds {', '.join(content) or 'nothing'}"
@@ -162,7 +162,7 @@ def find_label(name: str, files: dict[str, bytes]) -> int | str:
 
 
 def as_text(content: bytes) -> str:
-    return content.decode("utf-8", "backslashreplace")
+    return content.decode("utf-8-sig", "backslashreplace")
 
 
 def parse_json(name: str, content: bytes) -> dict:
@@ -173,14 +173,6 @@ def parse_json(name: str, content: bytes) -> dict:
     if not isinstance(value, dict):
         raise BadImage(f"{name}.json holds no object with a 'label'")
     return value
-
-
-def number_or_text(label) -> str:
-    """A label in JSON as text; "" for what is neither a whole number nor a string."""
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    is_number = isinstance(label, int) and not isinstance(label, bool)
-    return str(label) if is_number or isinstance(label, str) else ""
 
 
 # --- names
@@ -207,7 +199,8 @@ def find_shards(names: list[str]) -> list[Path]:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    names = [path.name for path in folder.iterdir() if path.name.endswith(SUFFIXES)]
+    visible = [path.name for path in folder.iterdir() if path.name[0] != "."]
+    names = [name for name in visible if name.endswith(SUFFIXES)]
     if not names:
         raise InputError(f"no {', '.join(SUFFIXES)} in the folder {folder.absolute()}")
     return [folder / name for name in sorted(names, key=by_number)]
@@ -215,18 +208,41 @@ def shards_in(folder: Path) -> list[Path]:
 
 def expand_braces(pattern: str) -> list[str]:
     """``a-{00..11}.tar`` and ``{a,b}.tar`` as a shell's, ``a-00.tar`` ... ``a-11.tar``."""
-    braces = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if not braces:
-        return [pattern]
-    first, last, inside = braces.groups()
-    if inside is None:
-        is_padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
-        width = max(len(first), len(last)) if is_padded else 0
-        numbers = range(int(first), int(last) + 1)
-        if int(first) > int(last):
-            numbers = range(int(first), int(last) - 1, -1)
-        choices = [f"{number:0{width}d}" for number in numbers]
-    else:
-        choices = inside.split(",")
-    start, end = pattern[: braces.start()], pattern[braces.end() :]
-    return [name for choice in choices for name in expand_braces(start + choice + end)]
+    for start, character in enumerate(pattern):
+        if character != "{":
+            continue
+        choices, end = read_braces(pattern, start)
+        if choices:
+            rest = expand_braces(pattern[end:])
+            inside = [name for choice in choices for name in expand_braces(choice)]
+            return [pattern[:start] + name + tail for name in inside for tail in rest]
+    return [pattern]
+
+
+def read_braces(pattern: str, start: int) -> tuple[list[str], int]:
+    """(what the braces that open at ``start`` stand for, where they have ended).
+
+    No choices if they are not closed, or hold neither a comma nor a range.
+    """
+    choices, depth, begin = [], 0, start + 1
+    for at in range(start, len(pattern)):
+        character = pattern[at]
+        depth += (character == "{") - (character == "}")
+        if depth == 0 or (depth == 1 and character == ","):
+            choices.append(pattern[begin:at])
+            begin = at + 1
+        if depth == 0:
+            return choices if len(choices) > 1 else numbers_of(choices[0]), begin
+    return [], len(pattern)
+
+
+def numbers_of(text: str) -> list[str]:
+    """``08..11`` as 08, 09, 10, 11; nothing for what is no range."""
+    limits = re.fullmatch(r"(\d+)\.\.(\d+)", text)
+    if not limits:
+        return []
+    first, last = limits.groups()
+    is_padded = any(len(number) > 1 and number[0] == "0" for number in (first, last))
+    width = max(len(first), len(last)) if is_padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]

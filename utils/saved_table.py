@@ -32,12 +32,12 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (STATE, INFO, SPLITS))
 
 
-def load_table(folder: Path, columns: Sequence[str], what: str):
+def load_table(folder: Path, columns: Sequence[str], what: str, may_lack: bool = False):
     """The folder's ``datasets.Dataset``, images still encoded.
 
-    columns: of SCHEMA, ``image`` among them, that must be there. what: the folder should be, for
-    messages. Raises InputError for a folder of several splits, one that is damaged or has other
-    columns, and where the library cannot be loaded.
+    columns: of SCHEMA, ``image`` among them, that must be there, and complete unless ``may_lack``.
+    what: the folder should be, for messages. Raises InputError for a folder of several splits, one
+    that is damaged or has other columns, and where the library cannot be loaded.
     """
     try:
         import datasets
@@ -54,7 +54,7 @@ def load_table(folder: Path, columns: Sequence[str], what: str):
     datasets.disable_progress_bars()
     try:
         table = datasets.load_from_disk(utf8_path(folder.absolute()))
-        check_schema(folder, table, columns, what)
+        check_schema(folder, table, columns, what, may_lack)
         return table.cast_column("image", datasets.Image(decode=False)).with_format(None)
     except InputError:
         raise
@@ -65,16 +65,15 @@ def load_table(folder: Path, columns: Sequence[str], what: str):
         ) from error
 
 
-def check_schema(folder: Path, table, columns: Sequence[str], what: str) -> None:
-    """Raises InputError unless ``columns`` are there, complete and as SCHEMA says."""
+def check_schema(folder: Path, table, columns: Sequence[str], what: str, may_lack: bool) -> None:
+    """Raises InputError unless ``columns`` are there as in SCHEMA, complete unless ``may_lack``."""
     types = {column: str(table.data.column(column).type) for column in table.column_names}
     if getattr(table.features.get("image"), "_type", "") == "Image":
         types["image"] = "image"
     fits = all(types.get(column) in SCHEMA[column][1] for column in columns)
-    empty = [
-        column for column in columns if column in types and table.data.column(column).null_count
-    ]
-    if fits and not empty:
+    known = [column for column in columns if column in types]
+    empty = [column for column in known if table.data.column(column).null_count]
+    if fits and (may_lack or not empty):
         return
     present = ", ".join(f"{column} ({kind})" for column, kind in types.items())
     expected = ", ".join(f"{column} ({SCHEMA[column][0]})" for column in columns)

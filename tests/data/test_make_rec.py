@@ -3,6 +3,7 @@
 import csv
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -106,7 +107,16 @@ def test_other_formats_are_encoded_and_other_sizes_refused(tmp_path):
     assert result.returncode == 1 and "b.jpg is 100x120, not 112x112" in result.stderr
     assert not (tmp_path / "new").exists()
     assert make_rec(*common, "--resize").returncode == 0
-    assert len(MXFaceDataset(tmp_path / "new")) == 3
+    records = MXFaceDataset(tmp_path / "new")
+    assert len(records) == 3
+    # once for all what training does with the folder
+    (tmp_path / "faces" / "ann" / "a.png").unlink()
+    cv2.imwrite(str(folder / "b.png"), cv2.resize(smooth, (64, 64)))
+    (folder / "b.jpg").unlink()
+    assert make_rec(*common, "--resize", "--quality", "100", "--no-shuffle").returncode == 0
+    stored, _ = MXFaceDataset(tmp_path / "new")[0]
+    resized, _ = FaceDatasetFolder(tmp_path / "faces")[0]
+    assert np.abs(stored.astype(int) - resized).mean() < 1
 
 
 @pytest.mark.processes
@@ -342,6 +352,9 @@ def test_lfws_own_lists_keep_their_order(lfw, tmp_path, header, folds, pairs, en
 
 def test_lfws_lists_find_other_suffixes(lfw, tmp_path):
     (tmp_path / "pairs.txt").write_text("1\nName_5\t1\t3\nName_5\t2\tName_0\t1\n")
+    images = shutil.copytree(lfw, tmp_path / "large")
+    (images / "Name_0/Name_0_0001.jpg").rename(images / "Name_0/Name_0_0001.JPG")
+    assert read_pairs([tmp_path / "pairs.txt"], images)[1][1] == "Name_0/Name_0_0001.JPG"
     assert [pair[:3] for pair in read_pairs([tmp_path / "pairs.txt"], lfw)] == [
         ("Name_5/Name_5_0001.png", "Name_5/Name_5_0003.png", True),
         ("Name_5/Name_5_0002.png", "Name_0/Name_0_0001.jpg", False),

@@ -12,6 +12,7 @@ import sys
 import tarfile
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import braceexpand
 import cv2
@@ -109,6 +110,15 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path, suffix, mode):
     assert labels == [7, 8, "ann b", "word", 7, -1]
 
 
+def test_odd_labels(tmp_path):
+    """A byte order mark; so many digits that Python takes them for an attack."""
+    files = {"a.jpg": b"", "a.cls": b"\xef\xbb\xbf3", "b.jpg": b"", "b.cls": b"9" * 5000}
+    write_tar(tmp_path / "s.tar", files.items())
+    source = TarShards([str(tmp_path / "s.tar")])
+    labels = [source.read(sample).label for sample, _ in source.samples(0)]
+    assert labels == [3, "9" * 5000]
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -119,6 +129,9 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path, suffix, mode):
         "{01..1}",
         "{3..1}",
         "a{b}c",
+        "{s-{000,001},s-005}.tar",
+        "s-{{000..001},{005..005},x}.tar",
+        "{a,{b,c}{1..2}}",
     ],
 )
 def test_brace_patterns_are_a_shells(pattern):
@@ -293,7 +306,8 @@ def test_archives_that_are_cut_off_or_damaged(tmp_path):
         ({"a.jpg": b"", "a.json": b"[1]"}, "a.json holds no object with a 'label'"),
         ({"a.jpg": b"", "a.json": b"{"}, "a.json is no JSON"),
         ({"a.jpg": b"", "a.json": b'{"label": true}'}, "is no whole number and no word"),
-        ({"a.jpg": b"", "a.json": b'{"label": 1.5}'}, "is no whole number and no word"),
+        ({"a.jpg": b"", "a.json": b'{"label": 1.5}'}, "its label, 1.5, is no whole number"),
+        ({"a.jpg": b"", "a.json": b'{"label": [1]}'}, r"its label, \[1\], is no whole number"),
     ],
 )
 def test_samples_that_lack_something(tmp_path, files, message):
@@ -335,10 +349,71 @@ def test_bad_samples_are_refused_or_left_out(tmp_path, capsys):
         convert(TarShards([str(tmp_path / "s.tar")]), tmp_path / "one")
 
 
+def test_killed_while_files_are_moved(tmp_path, monkeypatch):
+    """After each of them, and before the rest is removed: the next start moves the others."""
+    write_shards(tmp_path / "shards", ["5", "3", "5"])
+    source = TarShards([str(tmp_path / "shards")])
+    convert(source, tmp_path / "whole")
+    names = sorted(os.listdir(tmp_path / "whole"))
+
+    class Killed(Exception):
+        pass
+
+    install, replace = record_stream.install, os.replace
+    for moved in range(5):
+        left = iter(range(moved))
+
+        def replace_some(source, target, left=left):
+            if next(left, None) is None:
+                raise Killed
+            replace(source, target)
+
+        def install_some(temporary, output):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", replace_some)
+                install(temporary, output)
+            raise Killed
+
+        output = tmp_path / f"out{moved}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(record_stream, "install", install_some)
+            convert(source, output)
+        assert convert(source, output) == (3, 2, 0, True)
+        assert sorted(os.listdir(output)) == names
+        assert contents(output) == contents(tmp_path / "whole")
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_work_is_done_on_the_disk_of_the_set(tmp_path, monkeypatch):
+    """Where a link leads; in the folder where that is a disk of its own."""
+    write_shards(tmp_path / "shards", ["0", "1"])
+    source = TarShards([str(tmp_path / "shards")])
+    (tmp_path / "disk" / "set").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "set")
+    places = []
+    install = record_stream.install
+
+    def look(temporary, output):
+        places.append(temporary)
+        install(temporary, output)
+
+    monkeypatch.setattr(record_stream, "install", look)
+    convert(source, tmp_path / "link")
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: Path(path).name == "set")
+        convert(source, tmp_path / "link")
+    expected = ["disk/.set.make_rec", "disk/set/.set.make_rec"]
+    assert places == [str(tmp_path / place) for place in expected]
+    assert sorted(os.listdir(tmp_path / "disk" / "set")) == sorted(FILES)
+
+
 def test_shards_that_are_not_there(tmp_path):
     shards = write_shards(tmp_path / "shards", ["0"] * 4, per_shard=1)
     with pytest.raises(InputError, match="8 of 12 shards are missing, first .*set-004.tar"):
         TarShards([str(tmp_path / "shards/set-{000..011}.tar")])
+    # what macOS writes beside a file
+    (tmp_path / "shards/._set-000.tar").write_bytes(b"\0\5\26\7")
+    assert TarShards([str(tmp_path / "shards")]).parts == shards
     with pytest.raises(InputError, match="names .*set-003.tar twice"):
         TarShards([str(tmp_path / "shards"), str(shards[3])])
     with pytest.raises(InputError, match="no .tar, .tar.gz, .tgz in the folder"):
@@ -416,9 +491,34 @@ def test_arrow_folders_that_are_no_training_set(tmp_path):
     save_rows(tmp_path / "floats", [0.0, 1.0], datasets.Value("float32"))
     with pytest.raises(InputError, match=r"is no training set: .*label \(float\)"):
         ArrowRows(tmp_path / "floats")
-    save_rows(tmp_path / "none", [0, None], datasets.Value("int64"))
-    with pytest.raises(InputError, match="rows without label"):
-        ArrowRows(tmp_path / "none")
+
+
+def test_rows_that_lack_something(tmp_path, capsys):
+    """No label, datasets' label of a class that is not known, no image."""
+    for kind, nothing in ((datasets.Value("int64"), None), (datasets.ClassLabel(2), -1)):
+        folder = save_rows(tmp_path / str(nothing), [0, nothing, 1], kind)
+        with pytest.raises(InputError, match="row 1 has no label; --skip-bad leaves such out"):
+            convert(ArrowRows(folder), tmp_path / "out")
+        assert convert(ArrowRows(folder), tmp_path / "out", skip_bad=True) == (2, 2, 1, False)
+        assert "row 1 has no label" in capsys.readouterr().err
+    images = [{"bytes": jpeg(0), "path": None}, None, {"bytes": jpeg(2), "path": None}]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 0, 1]}, features=features)
+    rows.save_to_disk(str(tmp_path / "images"))
+    with pytest.raises(InputError, match="row 1 has no image"):
+        convert(ArrowRows(tmp_path / "images"), tmp_path / "out")
+
+
+def test_strings_stay_as_they_are(tmp_path):
+    """A number is one where it is written as one: no two strings become one label."""
+    folder = save_rows(tmp_path / "rows", ["0012", "12", "7", "007"], datasets.Value("string"))
+    convert(ArrowRows(folder), tmp_path / "out")
+    rows = (tmp_path / "out/label_map.csv").read_text().splitlines()
+    assert rows == ["class,label", "0,0012", "1,007", "2,12", "3,7"]
+    folder = save_rows(tmp_path / "plain", ["10", "9", "0"], datasets.Value("string"))
+    convert(ArrowRows(folder), tmp_path / "out")
+    rows = (tmp_path / "out/label_map.csv").read_text().splitlines()
+    assert rows == ["class,label", "0,0", "1,9", "2,10"]
 
 
 @pytest.mark.parametrize(
