@@ -82,3 +82,14 @@ def test_lists_that_do_not_count(faces, listed, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_list, "KEPT_FROM", 7)
     scan_identities(str(faces))
     assert not kept.exists()
+
+
+def test_a_full_disk_costs_the_list_only(faces, listed, monkeypatch, caplog):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_list, "replacing", full)
+    first = scan_identities(str(faces))
+    assert "No space left on device; the folders of" in caplog.text
+    listed.clear()
+    assert scan_identities(str(faces)) == first and "ann" in listed

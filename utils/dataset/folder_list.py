@@ -6,6 +6,7 @@ that comes, goes or is renamed changes the time of its folder.
 """
 
 import json
+import logging
 import os
 import time
 from hashlib import sha256
@@ -20,6 +21,8 @@ KEPT_FROM = 20_000
 # seconds that folders must have been as they are: a change soon after another one may not show in
 # their times
 SETTLED = 2
+
+log = logging.getLogger(__name__)
 
 Content = tuple[list[str], list[str]]
 
@@ -79,5 +82,12 @@ def write_list(root: str, stamp: str, contents: list[Content]) -> None:
     folder = shared_folder()
     if folder is None:
         return
-    with replacing(list_file(folder, root)) as file:
-        file.write(f"{json.dumps([FORMAT, stamp])}\n{json.dumps(contents)}".encode())
+    path = list_file(folder, root)
+    try:
+        with replacing(path) as file:
+            file.write(f"{json.dumps([FORMAT, stamp])}\n{json.dumps(contents)}".encode())
+    except OSError as error:
+        log.warning(
+            f"{path}: {error.strerror}; the folders of {root} are listed again at the next start "
+            "(TMPDIR names another folder)"
+        )
