@@ -108,7 +108,9 @@ def pair_sets(args: argparse.Namespace, cfg) -> dict[str, verification.DataSet]:
     if not names:
         known = verification.list_pair_sets(root)
         if args.val_data and not known:
-            raise InputError(f"--val-data: no pair set *.bin in {Path(root).absolute()}")
+            raise InputError(
+                f"--val-data: no pair set, *.bin or an Arrow folder, in {Path(root).absolute()}"
+            )
         names = known if args.val_data else [name for name in cfg.val_targets if name in known]
     return verification.load_targets(root, names)
 

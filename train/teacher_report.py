@@ -108,7 +108,7 @@ def report_pair_sets(teacher: nn.Module, cfg, options: dict, all_must_be_there: 
     known = verification.list_pair_sets(cfg.val_rec)
     for name in cfg.val_targets:
         if not all_must_be_there and name not in known:
-            say(f"{name:16}  skipped: no {Path(cfg.val_rec) / name}.bin")
+            say(f"{name:16}  skipped: no {Path(cfg.val_rec) / name}.bin and no such folder")
             continue
         pairs = verification.load_targets(cfg.val_rec, [name])[name]
         figures = verification.test(pairs, teacher, cfg.val_batch_size, **options)
