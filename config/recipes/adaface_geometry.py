@@ -7,8 +7,9 @@ The values are those of the repository that has added them to AdaDistill
 (https://github.com/rayyichen310/adadistill_with_adaface_loss): two GPUs of 384 images, AdaFace with
 m=0.4, h=0.333 and t_alpha=0.01, the geometry margin with w=1, k=3 and a warm-up of one epoch. The
 teacher is fetched from the hub (docs/teachers.md).
-Their figure: none was published, so there is nothing to reproduce. Here, after short runs on drawn
-faces, it trails ArcFace by some points (docs/results.md).
+Their figure: none was published, so there is nothing to reproduce. Here, after short runs, it
+trails ArcFace by some points; with geom_margin_k=1 or a feature_weight it does not
+(docs/results.md).
 Not known: how it compares with ArcFace after all 26 epochs.
 """
 
