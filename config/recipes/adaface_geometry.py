@@ -8,7 +8,7 @@ The values are those of the repository that has added them to AdaDistill
 m=0.4, h=0.333 and t_alpha=0.01, the geometry margin with w=1, k=3 and a warm-up of one epoch. The
 teacher is fetched from the hub (docs/teachers.md).
 Their figure: none was published, so there is nothing to reproduce. Here, after short runs, it
-trails ArcFace by some points; with geom_margin_k=1 or a feature_weight it does not
+trails ArcFace by some points; with geom_margin_k=1 or a feature_weight single runs did not
 (docs/results.md).
 Not known: how it compares with ArcFace after all 26 epochs.
 """
