@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from config.rules import SCHEDULE_KEYS
 from deploy.model import Model
 from eval.report import figure_keys, tables
 from eval.report.files import read_metrics, table_line
@@ -25,8 +26,6 @@ TRAINING_KEYS = (
     "batch_size accumulate lr backbone_lr lr_func schedule schedule_power milestones warmup_epoch "
     "num_epoch freeze momentum weight_decay grad_clip ema precision flip augment seed"
 ).split()
-# of them, what lr_func takes the place of
-REPLACED = ("schedule", "schedule_power", "milestones", "warmup_epoch")
 LIMITS = """\
 For research on face recognition: comparing faces, and teaching smaller networks.
 
@@ -67,7 +66,8 @@ def read_training(checkpoint: Path) -> tuple[str, dict]:
     if beside is None:
         return "", {}
     cfg = read_json(beside, "a dict of configuration values")
-    without = REPLACED if cfg.get("lr_func") else ("lr_func",)
+    # lr_func takes the place of a schedule
+    without = (*SCHEDULE_KEYS, "schedule_power") if cfg.get("lr_func") else ("lr_func",)
     training = {key: cfg[key] for key in TRAINING_KEYS if key in cfg and key not in without}
     if cfg.get("pretrained_backbone_path"):
         training["started from"] = f"weights: {Path(cfg['pretrained_backbone_path']).name}"

@@ -117,8 +117,8 @@ def size_of_set(cfg) -> Size:
 
     Raises InputError where neither tells, and if the set that is there cannot be trained on.
     """
-    place = cfg.data_path if cfg.db_file_format == "folder" else cfg.rec
     if not is_there(cfg) and cfg.num_image and cfg.num_classes:
+        place = cfg.data_path if cfg.db_file_format == "folder" else cfg.rec
         source = f"num_image and num_classes say so; no set at {place}"
         return Size(cfg.num_image, cfg.num_classes, source)
     # a plan copies nothing

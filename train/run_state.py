@@ -115,7 +115,8 @@ class RunState:
         check_settled(engine.cfg, self.method, self.folder, step, state)
         header = self.folder.load(step, engine.backbone)
         self.resume_header(step, header, state)
-        self.resume_average(step, state)
+        # states of earlier versions do not say it
+        self.resume_average(step, bool(state.get("ema")))
         engine.optimizer.load_state_dict(state["optimizer"])
         # the configuration's values count, also where they have changed
         for group in engine.optimizer.param_groups:
@@ -155,7 +156,7 @@ class RunState:
         if file.exists():
             header = None if file.is_dir() else read_tensors(file, "resume")
             self.resume_header(step, header, dict(header_moved=False, header_momentum=None))
-        self.resume_average(step, dict(ema=self.folder.file(step, "ema").is_file()))
+        self.resume_average(step, self.folder.file(step, "ema").is_file())
         position.step = step
         position.epoch = min(step // engine.feed.steps_per_epoch, engine.cfg.num_epoch)
         if not distributed.is_main():
@@ -220,13 +221,12 @@ class RunState:
         if configured is not None:
             self.refuse_other_centers(file, configured)
 
-    def resume_average(self, step: int, state: dict) -> None:
+    def resume_average(self, step: int, was_kept: bool) -> None:
         """Take up the average of the weights; one that the run had not had begins at this step."""
         average = self.engine.average
         if not average.decay:
             return
-        # states of earlier versions do not say it
-        if state.get("ema"):
+        if was_kept:
             load_backbone(average.network, self.folder.file(step, "ema"), "resume")
         else:
             average.restart()
